@@ -1,0 +1,124 @@
+//! The catalog's entries. They are immutable and shared by `Arc`; a change makes a new entry.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+/// Transport protocol of a Service port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// Namespace and name of a Service.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+pub struct ServiceName {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+/// How a Service is addressed (Kubernetes, "Service").
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub enum ServiceKind {
+    /// It has cluster addresses (ClusterIP, NodePort and LoadBalancer types).
+    ClusterIp,
+    /// `clusterIP: None`: names resolve to the endpoints.
+    Headless,
+    /// An alias of another DNS name.
+    ExternalName(Arc<str>),
+}
+
+/// A Service with the endpoints of each of its ports.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: ServiceName,
+    /// How it is addressed.
+    pub kind: ServiceKind,
+    /// Cluster addresses, the primary family first; empty unless [`ServiceKind::ClusterIp`].
+    pub cluster_ips: Vec<IpAddr>,
+    /// Ports, in the object's order.
+    pub ports: Vec<Arc<ServicePort>>,
+    /// `sessionAffinity: ClientIP` with its timeout.
+    pub client_ip_affinity: Option<Duration>,
+    /// `internalTrafficPolicy: Local`.
+    pub internal_traffic_local: bool,
+    /// `publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+}
+
+/// One port of a Service.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct ServicePort {
+    /// The Service that it belongs to.
+    pub service: ServiceName,
+    /// Port name; empty for the only port of a Service.
+    pub name: Arc<str>,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Port on the cluster addresses.
+    pub port: u16,
+    /// Port on every node, if any.
+    pub node_port: Option<u16>,
+    /// `appProtocol`, if any.
+    pub app_protocol: Option<Arc<str>>,
+    /// All endpoints, ready or not, in a stable order (by address, then port).
+    pub endpoints: Vec<Arc<Endpoint>>,
+}
+
+/// One endpoint of a Service port (Kubernetes, "EndpointSlices": conditions).
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Endpoint {
+    /// Address of the pod (or of what an EndpointSlice without a Pod names).
+    pub address: IpAddr,
+    /// Port on that address.
+    pub port: u16,
+    /// Node on which it runs, if known.
+    pub node: Option<Arc<str>>,
+    /// Zone, if known.
+    pub zone: Option<Arc<str>>,
+    /// Hostname, for the records of headless Services.
+    pub hostname: Option<Arc<str>>,
+    /// Namespace and name of the pod behind it, if any.
+    pub pod: Option<(Arc<str>, Arc<str>)>,
+    /// May get new connections.
+    pub ready: bool,
+    /// Answers, though it may be terminating.
+    pub serving: bool,
+    /// Is being deleted.
+    pub terminating: bool,
+}
+
+/// A node as the mesh sees it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Node {
+    /// Name.
+    pub name: Arc<str>,
+    /// Network (label `edgemesh.dev/network`): nodes of the same network reach one another's pods directly.
+    pub network: Arc<str>,
+    /// Zone (label `topology.kubernetes.io/zone`), if any.
+    pub zone: Option<Arc<str>>,
+    /// `InternalIP` addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Ranges of its pods' addresses, in CIDR notation.
+    pub pod_cidrs: Vec<Arc<str>>,
+    /// Its `Ready` condition.
+    pub ready: bool,
+    /// Tunnel endpoints by component (`agent`, `gateway`), from its MeshNode.
+    pub peers: std::collections::BTreeMap<Arc<str>, Peer>,
+}
+
+/// A tunnel endpoint of a node.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Peer {
+    /// libp2p PeerId in base58.
+    pub peer_id: Arc<str>,
+    /// Multiaddrs.
+    pub addresses: Vec<Arc<str>>,
+    /// Whether it relays for others.
+    pub relay: bool,
+}

@@ -1,0 +1,12 @@
+//! The scaffolding of every daemon: configuration, logging, metrics, the admin endpoints, readiness and draining.
+
+pub mod admin;
+pub mod config;
+pub mod drain;
+pub mod logging;
+pub mod readiness;
+
+pub use admin::{Admin, AdminRoutes};
+pub use config::{ConfigError, Problems, Validate};
+pub use drain::{DrainToken, Shutdown};
+pub use readiness::{Readiness, ReadinessTask};
