@@ -1,0 +1,132 @@
+//! The lab's application: answers HTTP, plain TCP and UDP with the name of the pod and node that answered.
+//!
+//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT]     (8080, 7000 and 7000 by default)
+//!
+//! HTTP: any path gives a line of JSON; `/bytes/N` gives N bytes, `/slow/MS` answers after MS milliseconds. TCP: the first line is the greeting,
+//! then everything is echoed. UDP: each datagram comes back behind the greeting.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream, UdpSocket},
+    thread,
+    time::Duration,
+};
+
+const MAX_BYTES: usize = 1 << 30;
+
+fn main() -> std::io::Result<()> {
+    let mut ports = [("--http", 8080_u16), ("--tcp", 7000), ("--udp", 7000)];
+    let mut arguments = std::env::args().skip(1);
+    while let Some(flag) = arguments.next() {
+        let port = arguments.next().and_then(|value| value.parse().ok());
+        match (ports.iter_mut().find(|(name, _)| *name == flag), port) {
+            (Some(entry), Some(port)) => entry.1 = port,
+            _ => {
+                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT]");
+                std::process::exit(64);
+            }
+        }
+    }
+    let http = TcpListener::bind(("0.0.0.0", ports[0].1))?;
+    let tcp = TcpListener::bind(("0.0.0.0", ports[1].1))?;
+    let udp = UdpSocket::bind(("0.0.0.0", ports[2].1))?;
+    thread::spawn(move || serve(http, answer_http));
+    thread::spawn(move || serve(tcp, answer_tcp));
+    let mut buffer = vec![0; 65536];
+    loop {
+        let (length, from) = udp.recv_from(&mut buffer)?;
+        let mut answer = greeting().into_bytes();
+        answer.extend_from_slice(&buffer[..length.min(65507 - answer.len())]);
+        // A client that went away is its own matter.
+        if let Err(error) = udp.send_to(&answer, from) {
+            eprintln!("udp answer to {from}: {error}");
+        }
+    }
+}
+
+fn serve(listener: TcpListener, answer: fn(TcpStream) -> std::io::Result<()>) {
+    for stream in listener.incoming() {
+        match stream {
+            Ok(stream) => {
+                thread::spawn(move || answer(stream));
+            }
+            Err(error) => eprintln!("accept: {error}"),
+        }
+    }
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_default()
+}
+
+fn pod() -> String {
+    let name = variable("POD_NAME");
+    if name.is_empty() { variable("HOSTNAME") } else { name }
+}
+
+/// `POD NODE` and a line end.
+fn greeting() -> String {
+    format!("{} {}\n", pod(), variable("NODE_NAME"))
+}
+
+fn answer_tcp(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.write_all(greeting().as_bytes())?;
+    let mut from = stream.try_clone()?;
+    std::io::copy(&mut from, &mut stream)?;
+    stream.shutdown(std::net::Shutdown::Write)
+}
+
+fn answer_http(stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let peer = stream.peer_addr()?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        if reader.by_ref().take(8192).read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let path = line.split(' ').nth(1).unwrap_or("/").to_owned();
+        let method = line.split(' ').next().unwrap_or("").to_owned();
+        let (mut host, mut length, mut close) = (String::new(), 0_usize, false);
+        loop {
+            let mut header = String::new();
+            if reader.by_ref().take(8192).read_line(&mut header)? <= 2 {
+                break;
+            }
+            let Some((name, value)) = header.trim_end().split_once(':') else { continue };
+            match name.to_ascii_lowercase().as_str() {
+                "host" => host = value.trim().to_owned(),
+                "content-length" => length = value.trim().parse().unwrap_or(0),
+                "connection" => close = value.trim().eq_ignore_ascii_case("close"),
+                _ => {}
+            }
+        }
+        std::io::copy(&mut reader.by_ref().take(length as u64), &mut std::io::sink())?;
+        let mut parts = path.trim_start_matches('/').splitn(2, '/');
+        let body = match (parts.next(), parts.next().and_then(|n| n.parse::<usize>().ok())) {
+            (Some("bytes"), Some(count)) => vec![b'x'; count.min(MAX_BYTES)],
+            (first, second) => {
+                if let (Some("slow"), Some(ms)) = (first, second) {
+                    thread::sleep(Duration::from_millis(ms.min(60_000) as u64));
+                }
+                format!(
+                    "{{\"pod\":\"{}\",\"node\":\"{}\",\"method\":\"{method}\",\"path\":\"{path}\",\"host\":\"{host}\",\"client\":\"{peer}\"}}\n",
+                    pod(),
+                    variable("NODE_NAME")
+                )
+                .into_bytes()
+            }
+        };
+        let head = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\nX-Pod: {}\r\n\r\n",
+            body.len(),
+            pod()
+        );
+        let stream = reader.get_mut();
+        stream.write_all(&[head.as_bytes(), &body].concat())?;
+        if close {
+            return stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
