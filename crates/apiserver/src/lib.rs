@@ -1,1 +1,16 @@
-//! Placeholder.
+//! The Kubernetes API over an embedded SQLite store: discovery, CRUD, list and watch, patch, tables.
+//!
+//! `hub --standalone` serves it as the cluster's API ([`store::Mode::Authoritative`]), edgecore's metaserver as the node's
+//! view of the cluster ([`store::Mode::Replica`]).
+
+pub mod context;
+pub mod error;
+mod fields;
+pub mod store;
+
+pub use context::{FieldValidation, Identity, RequestContext};
+pub use error::{ApiError, Reason};
+pub use store::{
+    ClusterRanges, DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Propagation,
+    ReplicaChange, ReplicaVersion, StoreOptions, WatchEvent, WatchOptions, WriteOp,
+};
