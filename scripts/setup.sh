@@ -8,8 +8,8 @@ packages=(
     build-essential pkg-config protobuf-compiler libprotobuf-dev
     # eBPF: a Rust with a precompiled core for the BPF targets, and the LLVM that matches it
     rustc-web libstd-rust-web-dev-bpf llvm-22-dev libpolly-22-dev libzstd-dev zlib1g-dev
-    # lab: containers, networks, and the static tools inside the demo image
-    containerd runc containernetworking-plugins busybox-static iproute2 nftables
+    # lab: containers, networks, a DNS server for its internet, and the static tools inside the demo image
+    containerd runc containernetworking-plugins busybox-static dnsmasq-base iproute2 nftables
     # scripts and tests
     ca-certificates curl git jq openssl procps util-linux
 )

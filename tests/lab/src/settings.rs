@@ -1,0 +1,127 @@
+//! The configuration files that the lab writes for each daemon of a host.
+
+use std::{fs, path::Path};
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::{
+    daemons::CONTAINERD_SOCKET,
+    host::HostNamespace,
+    topology::{Host, INTERNET_DNS, Topology},
+};
+
+/// The public port of the hub's link.
+pub const LINK_PORT: u16 = 10443;
+
+/// Writes the hub's configuration.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn write_hub(host: &Host, namespace: &HostNamespace) -> Result<()> {
+    write(
+        &namespace.folder.join("hub.yaml"),
+        &json!({
+            "dataDir": namespace.folder.join("hub"),
+            "api": {"listen": "0.0.0.0:6443", "advertise": [host.address.to_string()]},
+            "link": {"listen": format!("0.0.0.0:{LINK_PORT}"), "advertise": [host.address.to_string()]},
+        }),
+    )
+}
+
+/// Writes the configuration of every daemon of a node. `api` is the address of the cluster's API, for the agents of cloud nodes.
+///
+/// # Errors
+/// When a file can't be written.
+pub fn write_node(topology: &Topology, host: &Host, namespace: &HostNamespace) -> Result<()> {
+    let folder = &namespace.folder;
+    let in_cloud = host.site.is_none();
+    let network = host.site.clone().unwrap_or_else(|| "cloud".to_owned());
+    let cni = folder.join("cni");
+    fs::create_dir_all(&cni)?;
+    fs::write(folder.join("containerd.toml"), containerd(namespace, &cni))?;
+    let mut labels = serde_json::Map::new();
+    if host.gateway {
+        labels.insert("edgemesh.dev/gateway".to_owned(), json!("true"));
+    }
+    write(
+        &folder.join("edgecore.yaml"),
+        &json!({
+            "dataDir": folder.join("edgecore"),
+            "nodeName": host.name,
+            "nodeIp": host.address.to_string(),
+            "network": network,
+            "role": if in_cloud { "cloud" } else { "edge" },
+            "labels": labels,
+            "cgroupRoot": namespace.cgroup,
+            "criSocket": CONTAINERD_SOCKET,
+            "cniConfDir": cni,
+        }),
+    )?;
+    // A cloud node's agent watches the cluster's API itself; at the edge the metaserver is the API.
+    let source = if in_cloud {
+        ("kubeconfig", json!(folder.join("edgecore/node.kubeconfig")))
+    } else {
+        ("apiServer", json!("http://127.0.0.1:10550"))
+    };
+    let advertise: Vec<String> = match (in_cloud, topology.sites().iter().find(|s| Some(&s.name) == host.site.as_ref()))
+    {
+        (true, _) => vec![host.address.to_string()],
+        _ => Vec::new(),
+    };
+    let tunnel = |relay: bool| json!({"relay": relay, "advertise": advertise});
+    let mut agent = json!({
+        "dataDir": folder.join("agent"),
+        "nodeName": host.name,
+        "cgroup": namespace.cgroup,
+        "dns": {"upstreams": [INTERNET_DNS.to_string()]},
+        "tunnel": tunnel(host.relay),
+    });
+    agent[source.0] = source.1.clone();
+    write(&folder.join("agent.yaml"), &agent)?;
+    if host.gateway {
+        let mut gateway = json!({
+            "dataDir": folder.join("gateway"),
+            "nodeName": host.name,
+            "tunnel": {"advertise": advertise},
+        });
+        gateway[source.0] = source.1;
+        write(&folder.join("gateway.yaml"), &gateway)?;
+    }
+    Ok(())
+}
+
+/// JSON is YAML, too.
+fn write(path: &Path, value: &Value) -> Result<()> {
+    fs::write(path, format!("{value:#}\n"))?;
+    Ok(())
+}
+
+fn containerd(namespace: &HostNamespace, cni: &Path) -> String {
+    format!(
+        r#"version = 2
+root = "{root}"
+state = "/run/containerd"
+oom_score = 0
+disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper"]
+[grpc]
+  address = "{CONTAINERD_SOCKET}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "edgemesh.dev/pause:1"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{cni}"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "runc"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+    SystemdCgroup = false
+"#,
+        root = namespace.folder.join("containerd").display(),
+        cni = cni.display(),
+    )
+}
