@@ -1,0 +1,237 @@
+//! The frames at the start of a stream: the dialer's header, then the other side's answer. Each is a length-delimited
+//! protobuf message of at most [`MAX_FRAME`] bytes; after them the stream carries bytes, or datagrams.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
+
+use prost::Message;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::error::{Refusal, RefusalReason};
+
+/// Longest header or answer, in bytes.
+pub(crate) const MAX_FRAME: usize = 4096;
+
+/// What a stream carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Carried {
+    /// The bytes of a TCP connection, with its half-close.
+    Tcp,
+    /// The datagrams of one UDP flow, each after its length (u16, big endian).
+    Udp,
+}
+
+/// The first frame of a stream: where it goes and for whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamHeader {
+    /// Namespace of the Service.
+    pub namespace: String,
+    /// Name of the Service.
+    pub service: String,
+    /// Name of the Service port; empty for the only port.
+    pub port_name: String,
+    /// TCP or UDP.
+    pub protocol: Carried,
+    /// The chosen endpoint, which must be on the node that accepts the stream.
+    pub endpoint: SocketAddr,
+    /// The client as the dialing side knows it, for the log: an address, or a pod.
+    pub source: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct HeaderFrame {
+    #[prost(string, tag = "1")]
+    namespace: String,
+    #[prost(string, tag = "2")]
+    service: String,
+    #[prost(string, tag = "3")]
+    port_name: String,
+    /// 1: TCP, 2: UDP.
+    #[prost(uint32, tag = "4")]
+    protocol: u32,
+    /// 4 or 16 bytes.
+    #[prost(bytes = "vec", tag = "5")]
+    address: Vec<u8>,
+    #[prost(uint32, tag = "6")]
+    port: u32,
+    #[prost(string, tag = "7")]
+    source: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AnswerFrame {
+    /// 0: accepted, otherwise a refusal.
+    #[prost(uint32, tag = "1")]
+    code: u32,
+    #[prost(string, tag = "2")]
+    detail: String,
+}
+
+impl StreamHeader {
+    /// The encoded frame, or its length if it is too long.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, usize> {
+        let frame = HeaderFrame {
+            namespace: self.namespace.clone(),
+            service: self.service.clone(),
+            port_name: self.port_name.clone(),
+            protocol: match self.protocol {
+                Carried::Tcp => 1,
+                Carried::Udp => 2,
+            },
+            address: match self.endpoint.ip() {
+                IpAddr::V4(address) => address.octets().to_vec(),
+                IpAddr::V6(address) => address.octets().to_vec(),
+            },
+            port: u32::from(self.endpoint.port()),
+            source: self.source.clone(),
+        };
+        if frame.encoded_len() > MAX_FRAME {
+            return Err(frame.encoded_len());
+        }
+        Ok(frame.encode_length_delimited_to_vec())
+    }
+
+    /// Reads and checks a header.
+    pub(crate) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
+        let frame = HeaderFrame::decode(read_frame(stream).await?.as_slice())?;
+        let address = if let Ok(v4) = <[u8; 4]>::try_from(frame.address.as_slice()) {
+            IpAddr::from(v4)
+        } else if let Ok(v6) = <[u8; 16]>::try_from(frame.address.as_slice()) {
+            IpAddr::from(v6)
+        } else {
+            return Err(malformed("the endpoint's address is neither IPv4 nor IPv6"));
+        };
+        let port = u16::try_from(frame.port).map_err(|_| malformed("the endpoint's port is out of range"))?;
+        let protocol = match frame.protocol {
+            1 => Carried::Tcp,
+            2 => Carried::Udp,
+            _ => return Err(malformed("the protocol is neither TCP nor UDP")),
+        };
+        Ok(Self {
+            namespace: frame.namespace,
+            service: frame.service,
+            port_name: frame.port_name,
+            protocol,
+            endpoint: SocketAddr::new(address, port),
+            source: frame.source,
+        })
+    }
+}
+
+/// Answers a header.
+pub(crate) async fn write_answer(
+    stream: &mut (impl AsyncWrite + Unpin),
+    answer: Result<(), &Refusal>,
+) -> io::Result<()> {
+    let frame = match answer {
+        Ok(()) => AnswerFrame { code: 0, detail: String::new() },
+        Err(refusal) => {
+            AnswerFrame { code: code_of(refusal.reason), detail: refusal.detail.chars().take(512).collect() }
+        }
+    };
+    stream.write_all(&frame.encode_length_delimited_to_vec()).await?;
+    stream.flush().await
+}
+
+/// Reads the answer to a header.
+pub(crate) async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<(), Refusal>> {
+    let frame = AnswerFrame::decode(read_frame(stream).await?.as_slice())?;
+    Ok(match reason_of(frame.code) {
+        None => Ok(()),
+        Some(reason) => Err(Refusal { reason, detail: frame.detail }),
+    })
+}
+
+fn code_of(reason: RefusalReason) -> u32 {
+    match reason {
+        RefusalReason::NotHere => 1,
+        RefusalReason::DialFailed => 2,
+        RefusalReason::Busy => 3,
+        RefusalReason::Malformed => 4,
+        RefusalReason::NotServing => 5,
+    }
+}
+
+fn reason_of(code: u32) -> Option<RefusalReason> {
+    match code {
+        0 => None,
+        1 => Some(RefusalReason::NotHere),
+        2 => Some(RefusalReason::DialFailed),
+        3 => Some(RefusalReason::Busy),
+        4 => Some(RefusalReason::Malformed),
+        // A newer peer may know more reasons; all mean no.
+        _ => Some(RefusalReason::NotServing),
+    }
+}
+
+async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    // Byte by byte, since what follows the frame belongs to the carried connection. The limit fits in two bytes.
+    let mut length = 0usize;
+    for shift in [0, 7] {
+        let byte = stream.read_u8().await?;
+        length |= usize::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            if length > MAX_FRAME {
+                break;
+            }
+            let mut frame = vec![0; length];
+            stream.read_exact(&mut frame).await?;
+            return Ok(frame);
+        }
+    }
+    Err(malformed("the frame is longer than the limit"))
+}
+
+fn malformed(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> StreamHeader {
+        StreamHeader {
+            namespace: "default".into(),
+            service: "web".into(),
+            port_name: "http".into(),
+            protocol: Carried::Udp,
+            endpoint: "10.244.3.7:8080".parse().unwrap(),
+            source: "10.244.1.2:40000".into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_header_arrives_as_it_was_sent_and_leaves_the_following_bytes() {
+        let mut bytes = header().encode().unwrap();
+        bytes.extend_from_slice(b"payload");
+        let mut reader = bytes.as_slice();
+        assert_eq!(StreamHeader::read(&mut reader).await.unwrap(), header());
+        assert_eq!(reader, b"payload");
+    }
+
+    #[tokio::test]
+    async fn an_ipv6_endpoint_is_kept() {
+        let header = StreamHeader { endpoint: "[fd00::1]:53".parse().unwrap(), ..header() };
+        let bytes = header.encode().unwrap();
+        assert_eq!(StreamHeader::read(&mut bytes.as_slice()).await.unwrap(), header);
+    }
+
+    #[tokio::test]
+    async fn garbage_and_oversized_frames_are_errors() {
+        for bytes in [&[0xff; 64][..], &[0x80, 0x7f], &[0x03, 0xff, 0xff, 0xff], b"GET / HTTP/1.1\r\n\r\n"] {
+            assert!(StreamHeader::read(&mut &*bytes).await.is_err());
+        }
+        assert!(StreamHeader { source: "x".repeat(MAX_FRAME), ..header() }.encode().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_refusal_keeps_its_reason_and_sentence() {
+        let refusal = Refusal::new(RefusalReason::NotHere, "no such endpoint");
+        let mut bytes = Vec::new();
+        write_answer(&mut bytes, Err(&refusal)).await.unwrap();
+        assert_eq!(read_answer(&mut bytes.as_slice()).await.unwrap(), Err(refusal));
+    }
+}
