@@ -1,2 +1,3 @@
-//! Placeholder.
+//! The `edgemesh-agent` command.
+
 fn main() {}

@@ -1,0 +1,254 @@
+//! Settings of the agent.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use edgemesh_api::names;
+use edgemesh_telemetry::{Problems, Validate, logging::LogFormat};
+use serde::{Deserialize, Serialize};
+
+use crate::node_local::Ipv4Range;
+
+/// All settings. Where a setting is left out, its default holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// Folder of what the agent keeps across restarts: `identity.key`, `catalog.json`, `node-local.json`.
+    pub data_dir: PathBuf,
+    /// Name of the Node on which the agent runs; the host name if left out.
+    pub node_name: String,
+    /// Kubeconfig of the Kubernetes API. With neither this nor `apiServer`, the metaserver on this node is used.
+    pub kubeconfig: Option<PathBuf>,
+    /// URL of a Kubernetes API that needs no credentials, such as the metaserver.
+    pub api_server: Option<String>,
+    /// Network of this node, in place of the label `edgemesh.dev/network` of its Node.
+    pub network: Option<String>,
+    /// How Service addresses are translated.
+    pub datapath: DatapathMode,
+    /// Cgroup below which sockets are served, relative to the cgroup2 mount. `/` serves the whole host.
+    pub cgroup: PathBuf,
+    /// Addresses that exist on this node for itself: the first is the DNS listener's, the others belong to Service ports that the agent proxies.
+    pub node_local_cidr: Ipv4Range,
+    /// Whether the agent keeps routes to the pod ranges of the other nodes of its network.
+    pub routes: bool,
+    /// `/metrics`, `/readyz`, `/livez` and debug pages.
+    pub admin: AdminConfig,
+    /// Cluster DNS.
+    pub dns: DnsConfig,
+    /// The overlay to nodes of other networks.
+    pub tunnel: TunnelConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// How long work in flight may take when the agent stops, in seconds.
+    pub drain_seconds: u64,
+}
+
+/// How Service addresses are translated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DatapathMode {
+    /// The best that this kernel offers; today that is eBPF.
+    #[default]
+    Auto,
+    /// eBPF programs at the cgroup.
+    Ebpf,
+}
+
+/// The admin endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct AdminConfig {
+    /// Where it listens.
+    pub listen: SocketAddr,
+}
+
+/// Cluster DNS.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct DnsConfig {
+    /// The address that pods have in resolv.conf. It leads to `listenAddress` on this node.
+    pub cluster_address: Ipv4Addr,
+    /// Address on which the agent answers; the first of `nodeLocalCidr` if left out.
+    pub listen_address: Option<IpAddr>,
+    /// Port on which the agent answers.
+    pub port: u16,
+    /// Zone of the cluster's names.
+    pub cluster_domain: String,
+    /// Servers for all other names; those of the host's resolv.conf if empty.
+    pub upstreams: Vec<SocketAddr>,
+    /// How long clients may keep an answer about a cluster name, in seconds.
+    pub ttl: u32,
+}
+
+/// The overlay to nodes of other networks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct TunnelConfig {
+    /// Addresses on which the tunnel listens, UDP (QUIC) and TCP.
+    pub listen: Vec<IpAddr>,
+    /// Port of the tunnel, UDP and TCP.
+    pub port: u16,
+    /// Whether this node relays for nodes that can't reach each other.
+    pub relay: bool,
+    /// Further multiaddrs under which this node is reached, for example of a public address in front of it.
+    pub advertise: Vec<String>,
+}
+
+/// Logging.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct LogConfig {
+    /// Level, or a filter such as `info,edgemesh_agent=debug`. `EDGEMESH_LOG` wins.
+    pub level: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::from("/var/lib/edgemesh/agent"),
+            node_name: host_name(),
+            kubeconfig: None,
+            api_server: None,
+            network: None,
+            datapath: DatapathMode::Auto,
+            cgroup: PathBuf::from("/"),
+            node_local_cidr: Ipv4Range::default(),
+            routes: true,
+            admin: AdminConfig::default(),
+            dns: DnsConfig::default(),
+            tunnel: TunnelConfig::default(),
+            log: LogConfig::default(),
+            drain_seconds: 5,
+        }
+    }
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, names::AGENT_ADMIN_PORT)) }
+    }
+}
+
+impl Default for DnsConfig {
+    fn default() -> Self {
+        Self {
+            cluster_address: Ipv4Addr::new(10, 96, 0, 10),
+            listen_address: None,
+            port: 53,
+            cluster_domain: names::DEFAULT_CLUSTER_DOMAIN.to_owned(),
+            upstreams: Vec::new(),
+            ttl: 5,
+        }
+    }
+}
+
+impl Default for TunnelConfig {
+    fn default() -> Self {
+        Self {
+            listen: vec![IpAddr::V4(Ipv4Addr::UNSPECIFIED)],
+            port: names::TUNNEL_PORT,
+            relay: false,
+            advertise: Vec::new(),
+        }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::Text }
+    }
+}
+
+impl Config {
+    /// Where DNS listens: the configured address, else the first of the node-local range.
+    pub fn dns_listen(&self) -> SocketAddr {
+        let address = self.dns.listen_address.unwrap_or(IpAddr::V4(self.node_local_cidr.dns_address()));
+        SocketAddr::new(address, self.dns.port)
+    }
+
+    /// URL of the Kubernetes API when there is no kubeconfig.
+    pub fn api_url(&self) -> String {
+        self.api_server.clone().unwrap_or_else(|| format!("http://127.0.0.1:{}", names::METASERVER_PORT))
+    }
+}
+
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        if !self.data_dir.is_absolute() {
+            problems.add("dataDir", "must be an absolute path");
+        }
+        if self.node_name.is_empty() {
+            problems.add("nodeName", "must be set: the host has no name");
+        }
+        if self.kubeconfig.is_some() && self.api_server.is_some() {
+            problems.add("apiServer", "can't be set together with kubeconfig");
+        }
+        if let Some(url) = &self.api_server
+            && !url.starts_with("http://")
+            && !url.starts_with("https://")
+        {
+            problems.add("apiServer", "must be a URL that begins with http:// or https://");
+        }
+        if self.network.as_deref() == Some("") {
+            problems.add("network", "must not be empty; leave it out to use the Node's label");
+        }
+        if self.cgroup.components().any(|part| part == std::path::Component::ParentDir) {
+            problems.add("cgroup", "must not contain `..`");
+        }
+        if self.dns.port == 0 && self.dns.listen_address.is_none() {
+            problems.add("dns.port", "must not be 0");
+        }
+        if self.dns.cluster_domain.trim_matches('.').is_empty() {
+            problems.add("dns.clusterDomain", "must be set, for example cluster.local");
+        }
+        if self.dns.ttl > 3600 {
+            problems.add("dns.ttl", "must be at most 3600 seconds: endpoints change");
+        }
+        if self.tunnel.listen.is_empty() {
+            problems.add("tunnel.listen", "must hold at least one address, for example 0.0.0.0");
+        }
+        if self.drain_seconds > 300 {
+            problems.add("drainSeconds", "must be at most 300");
+        }
+    }
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(overrides: &[&str]) -> Result<Config, Vec<String>> {
+        let overrides: Vec<_> = overrides.iter().map(|&text| text.to_owned()).collect();
+        edgemesh_telemetry::config::load_from(None, "EDGEMESH_AGENT", std::iter::empty(), &overrides)
+            .map_err(|error| error.0)
+    }
+
+    #[test]
+    fn defaults_are_valid_and_dns_listens_on_the_first_node_local_address() {
+        let config = load(&["nodeName=n1"]).unwrap();
+        assert_eq!(config.dns_listen(), "169.254.64.1:53".parse().unwrap());
+        assert_eq!(config.api_url(), "http://127.0.0.1:10550");
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once() {
+        let errors =
+            load(&["nodeName=n1", "dataDir=x", "cgroup=/a/../b", "network=''", "tunnel.listen=[]"]).unwrap_err();
+        assert_eq!(errors.len(), 4, "{errors:?}");
+    }
+
+    #[test]
+    fn a_node_local_range_that_is_no_range_is_refused() {
+        for range in ["169.254.64.0/8", "169.254.64.7/18", "169.254.64.0/30", "x", "::1/64"] {
+            assert!(load(&["nodeName=n1", &format!("nodeLocalCidr='{range}'")]).is_err(), "{range}");
+        }
+    }
+}

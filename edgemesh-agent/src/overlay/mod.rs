@@ -1,0 +1,1 @@
+//! Service ports that are reached through the tunnel.
