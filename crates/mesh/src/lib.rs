@@ -1,4 +1,15 @@
 //! The mesh's own knowledge and work: the Service catalog, endpoint choice, and L4 proxying.
 //! It knows no Kubernetes client and no libp2p.
 
+pub mod catalog;
+pub mod choice;
+pub mod cidr;
+pub mod debug;
+pub mod from_kubernetes;
 pub mod model;
+mod shards;
+pub mod store;
+
+pub use catalog::Catalog;
+pub use choice::{Candidates, Reach, Tier, Viewpoint};
+pub use store::CatalogStore;

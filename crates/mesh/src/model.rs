@@ -43,6 +43,8 @@ pub struct Service {
     pub cluster_ips: Vec<IpAddr>,
     /// Ports, in the object's order.
     pub ports: Vec<Arc<ServicePort>>,
+    /// Of a headless Service: every endpoint address once, whatever its port (0 where the slice lists none).
+    pub hosts: Vec<Arc<Endpoint>>,
     /// `sessionAffinity: ClientIP` with its timeout.
     pub client_ip_affinity: Option<Duration>,
     /// `internalTrafficPolicy: Local`.

@@ -1,0 +1,139 @@
+//! Endpoint choice: which endpoints of a Service port a caller on a node uses, and how it reaches them.
+//!
+//! Readiness, the terminating fallback, `publishNotReadyAddresses` and `internalTrafficPolicy` follow Kubernetes ("Virtual
+//! IPs and Service Proxies"). The mesh adds the order: the same node, then the same network, then the rest.
+
+use std::{
+    hash::{Hash, Hasher},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use edgemesh_api::names::DEFAULT_NETWORK;
+
+use crate::{
+    catalog::Catalog,
+    model::{Endpoint, ServicePort},
+};
+
+/// From where a choice is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Viewpoint {
+    /// The node.
+    pub node: Arc<str>,
+    /// Its network.
+    pub network: Arc<str>,
+    /// Its zone, if known.
+    pub zone: Option<Arc<str>>,
+}
+
+/// How an endpoint is reached from a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reach {
+    /// It is on this node.
+    Local,
+    /// By its own address: in the same network, or not on a node of the cluster at all.
+    Direct,
+    /// Through the tunnel to its node.
+    Tunnel {
+        /// The endpoint's node.
+        node: Arc<str>,
+    },
+}
+
+/// How near the chosen endpoints are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+pub enum Tier {
+    /// On this node.
+    Node,
+    /// Reached directly in this network.
+    Network,
+    /// Reached through the tunnel.
+    Remote,
+}
+
+/// The endpoints that may be used, all of one tier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidates {
+    /// How near they are.
+    pub tier: Tier,
+    /// The endpoints, in the catalog's order; empty when the Service has none that may be used.
+    pub endpoints: Vec<Arc<Endpoint>>,
+}
+
+impl Viewpoint {
+    /// The viewpoint of a node as the catalog knows it; a node that it doesn't know is in the default network.
+    pub fn of(catalog: &Catalog, node: &str) -> Self {
+        match catalog.node(node) {
+            Some(known) => {
+                Self { node: Arc::clone(&known.name), network: Arc::clone(&known.network), zone: known.zone.clone() }
+            }
+            None => Self { node: node.into(), network: DEFAULT_NETWORK.into(), zone: None },
+        }
+    }
+
+    /// How an endpoint is reached from here. An endpoint on a node that the catalog doesn't know is taken to be remote.
+    pub fn reach(&self, catalog: &Catalog, endpoint: &Endpoint) -> Reach {
+        let Some(name) = catalog.node_of_endpoint(endpoint) else { return Reach::Direct };
+        if name == self.node {
+            return Reach::Local;
+        }
+        match catalog.node(&name) {
+            Some(node) if node.network == self.network => Reach::Direct,
+            _ => Reach::Tunnel { node: name },
+        }
+    }
+
+    /// The endpoints to use for a Service port: the nearest tier that has any.
+    ///
+    /// Inside a tier, endpoints on nodes that are `Ready` come first: the rest is used when there are no others.
+    pub fn candidates(&self, catalog: &Catalog, port: &ServicePort) -> Candidates {
+        let service = catalog.service_named(&port.service);
+        let publish_not_ready = service.is_some_and(|service| service.publish_not_ready);
+        let local_only = service.is_some_and(|service| service.internal_traffic_local);
+        let usable: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving && e.terminating];
+        for may_use in usable {
+            let mut tiers: [Vec<(&Arc<Endpoint>, bool)>; 3] = Default::default();
+            for endpoint in port.endpoints.iter().filter(|e| publish_not_ready || may_use(e)) {
+                let tier = match self.reach(catalog, endpoint) {
+                    Reach::Local => Tier::Node,
+                    _ if local_only => continue,
+                    Reach::Direct => Tier::Network,
+                    Reach::Tunnel { .. } => Tier::Remote,
+                };
+                let alive = tier == Tier::Node
+                    || endpoint.node.as_ref().and_then(|name| catalog.node(name)).is_none_or(|node| node.ready);
+                tiers[tier as usize].push((endpoint, alive));
+            }
+            for (tier, found) in [Tier::Node, Tier::Network, Tier::Remote].into_iter().zip(tiers) {
+                if found.is_empty() {
+                    continue;
+                }
+                let any_alive = found.iter().any(|(_, alive)| *alive);
+                let chosen = found.into_iter().filter(|(_, alive)| *alive || !any_alive);
+                return Candidates { tier, endpoints: chosen.map(|(endpoint, _)| Arc::clone(endpoint)).collect() };
+            }
+        }
+        Candidates { tier: if local_only { Tier::Node } else { Tier::Remote }, endpoints: Vec::new() }
+    }
+}
+
+impl Candidates {
+    /// One endpoint by a key: a random one spreads evenly.
+    pub fn pick(&self, key: u64) -> Option<&Arc<Endpoint>> {
+        let len = self.endpoints.len() as u64;
+        self.endpoints.get(key.checked_rem(len)? as usize)
+    }
+
+    /// The endpoint of a client (`sessionAffinity: ClientIP`): stays the same while that endpoint stays, whatever
+    /// happens to the others (rendezvous hashing), and is the same on every node.
+    pub fn pick_for_client(&self, client: IpAddr) -> Option<&Arc<Endpoint>> {
+        self.endpoints.iter().max_by_key(|endpoint| {
+            // Fixed keys, so that every process agrees.
+            #[allow(deprecated)]
+            let mut hasher = std::hash::SipHasher::new();
+            (client, endpoint.address, endpoint.port).hash(&mut hasher);
+            hasher.finish()
+        })
+    }
+}

@@ -1,0 +1,73 @@
+//! Address ranges in CIDR notation (RFC 4632, RFC 4291).
+
+use std::net::IpAddr;
+
+/// A range of addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cidr {
+    network: IpAddr,
+    prefix: u8,
+}
+
+impl Cidr {
+    /// Reads `10.244.1.0/24` or `fd00::/64`; host bits are cleared.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (address, prefix) = text.trim().split_once('/')?;
+        let address: IpAddr = address.parse().ok()?;
+        let prefix: u8 = prefix.parse().ok()?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        (prefix <= bits).then(|| Self { network: masked(address, prefix), prefix })
+    }
+
+    /// Whether an address is in the range.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        ip.is_ipv4() == self.network.is_ipv4() && masked(ip, self.prefix) == self.network
+    }
+
+    /// First address of the range.
+    pub fn network(&self) -> IpAddr {
+        self.network
+    }
+
+    /// Length of the prefix, in bits.
+    pub fn prefix(&self) -> u8 {
+        self.prefix
+    }
+}
+
+fn masked(ip: IpAddr, prefix: u8) -> IpAddr {
+    match ip {
+        IpAddr::V4(v4) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
+            IpAddr::V4((u32::from(v4) & mask).into())
+        }
+        IpAddr::V6(v6) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
+            IpAddr::V6((u128::from(v6) & mask).into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_hold_their_addresses_and_refuse_bad_text() {
+        let table = [
+            ("10.244.1.7/24", "10.244.1.255", true),
+            ("10.244.1.0/24", "10.244.2.0", false),
+            ("0.0.0.0/0", "1.2.3.4", true),
+            ("10.0.0.1/32", "10.0.0.1", true),
+            ("fd00::/64", "fd00::1", true),
+            ("fd00::/64", "10.0.0.1", false),
+            ("::/0", "fd00::1", true),
+        ];
+        for (range, address, inside) in table {
+            assert_eq!(Cidr::parse(range).unwrap().contains(address.parse().unwrap()), inside, "{range} {address}");
+        }
+        for bad in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/-1", "x/8", "fd00::/129"] {
+            assert_eq!(Cidr::parse(bad), None, "{bad}");
+        }
+    }
+}

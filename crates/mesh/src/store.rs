@@ -1,0 +1,243 @@
+//! The catalog's store: takes Kubernetes objects in any order and publishes snapshots.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
+
+use arc_swap::ArcSwap;
+use edgemesh_api::MeshNode;
+use k8s_openapi::api::{core::v1 as core, discovery::v1::EndpointSlice};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::{
+    catalog::Catalog,
+    from_kubernetes::{self, Interner, SliceEntry},
+    model::{Endpoint, Node, Peer, Service, ServiceName, ServicePort},
+};
+
+/// Holds the current [`Catalog`]; many read, one writes.
+///
+/// Changes are collected by `apply_…` and `delete_…`, and become visible together with [`CatalogStore::publish`].
+#[derive(Debug)]
+pub struct CatalogStore {
+    current: ArcSwap<Catalog>,
+    writer: Mutex<Writer>,
+    generation: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Writer {
+    next: Catalog,
+    changed: bool,
+    interner: Interner,
+    /// Services without their endpoints.
+    services: HashMap<ServiceName, Service>,
+    /// Slices by their Service and own name; they may come before their Service.
+    slices: HashMap<ServiceName, BTreeMap<Arc<str>, SliceEntry>>,
+    /// The Service that each slice, by namespace and name, was last seen for.
+    slice_owner: HashMap<ServiceName, ServiceName>,
+    nodes: HashMap<Arc<str>, Node>,
+    peers: HashMap<Arc<str>, BTreeMap<Arc<str>, Peer>>,
+    dirty_services: HashSet<ServiceName>,
+    dirty_nodes: BTreeSet<Arc<str>>,
+}
+
+impl Default for CatalogStore {
+    fn default() -> Self {
+        Self { current: ArcSwap::default(), writer: Mutex::default(), generation: watch::Sender::new(0) }
+    }
+}
+
+impl CatalogStore {
+    /// An empty store, not synced.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// The current catalog, without locking.
+    pub fn snapshot(&self) -> Arc<Catalog> {
+        self.current.load_full()
+    }
+
+    /// The current catalog for a short look; cheaper than [`CatalogStore::snapshot`]. Don't hold it across `.await`.
+    pub fn peek(&self) -> arc_swap::Guard<Arc<Catalog>> {
+        self.current.load()
+    }
+
+    /// Wakes with the generation of each publication.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.generation.subscribe()
+    }
+
+    /// Whether the current catalog is complete ([`Catalog::is_synced`]).
+    pub fn is_synced(&self) -> bool {
+        self.current.load().is_synced()
+    }
+
+    /// Adds or changes a Service. One that can't be read is skipped with a warning and its older form is dropped.
+    pub fn apply_service(&self, object: &core::Service) {
+        let mut writer = self.writer.lock();
+        let Some(name) = from_kubernetes::object_name(&object.metadata, &mut writer.interner) else { return };
+        match from_kubernetes::service(object, &name, &mut writer.interner) {
+            Ok(service) => drop(writer.services.insert(name.clone(), service)),
+            Err(problem) => {
+                tracing::warn!(namespace = %name.namespace, service = %name.name, %problem, "Service skipped");
+                writer.services.remove(&name);
+            }
+        }
+        writer.dirty_services.insert(name);
+    }
+
+    /// Removes a Service; its slices stay staged.
+    pub fn delete_service(&self, namespace: &str, name: &str) {
+        let mut writer = self.writer.lock();
+        let name = ServiceName { namespace: namespace.into(), name: name.into() };
+        if writer.services.remove(&name).is_some() {
+            writer.dirty_services.insert(name);
+        }
+    }
+
+    /// Adds or changes an EndpointSlice; it waits for its Service if that isn't there yet.
+    pub fn apply_endpoint_slice(&self, object: &EndpointSlice) {
+        let mut writer = self.writer.lock();
+        let writer = &mut *writer;
+        let Some(name) = from_kubernetes::object_name(&object.metadata, &mut writer.interner) else { return };
+        writer.remove_slice(&name);
+        match from_kubernetes::endpoint_slice(object, &name, &mut writer.interner) {
+            Ok(Some((owner, entry))) => {
+                writer.slice_owner.insert(name.clone(), owner.clone());
+                writer.slices.entry(owner.clone()).or_default().insert(name.name, entry);
+                writer.dirty_services.insert(owner);
+            }
+            Ok(None) => {}
+            Err(problem) => {
+                tracing::warn!(namespace = %name.namespace, slice = %name.name, %problem, "EndpointSlice skipped");
+            }
+        }
+    }
+
+    /// Removes an EndpointSlice.
+    pub fn delete_endpoint_slice(&self, namespace: &str, name: &str) {
+        self.writer.lock().remove_slice(&ServiceName { namespace: namespace.into(), name: name.into() });
+    }
+
+    /// Adds or changes a Node.
+    pub fn apply_node(&self, object: &core::Node) {
+        let mut writer = self.writer.lock();
+        let Some(node) = from_kubernetes::node(object, &mut writer.interner) else {
+            tracing::warn!("a Node without a name was skipped");
+            return;
+        };
+        writer.dirty_nodes.insert(Arc::clone(&node.name));
+        writer.nodes.insert(Arc::clone(&node.name), node);
+    }
+
+    /// Removes a Node.
+    pub fn delete_node(&self, name: &str) {
+        let mut writer = self.writer.lock();
+        if writer.nodes.remove(name).is_some() {
+            writer.dirty_nodes.insert(name.into());
+        }
+    }
+
+    /// Adds or changes a MeshNode; it waits for its Node if that isn't there yet.
+    pub fn apply_mesh_node(&self, object: &MeshNode) {
+        let mut writer = self.writer.lock();
+        let Some(name) = object.metadata.name.as_deref().map(|name| writer.interner.get(name)) else { return };
+        writer.peers.insert(Arc::clone(&name), from_kubernetes::peers(&object.spec));
+        writer.dirty_nodes.insert(name);
+    }
+
+    /// Removes a MeshNode.
+    pub fn delete_mesh_node(&self, name: &str) {
+        let mut writer = self.writer.lock();
+        if writer.peers.remove(name).is_some() {
+            writer.dirty_nodes.insert(name.into());
+        }
+    }
+
+    /// Marks the catalog complete, from the next publication on.
+    pub fn mark_synced(&self) {
+        let mut writer = self.writer.lock();
+        writer.changed |= !writer.next.synced;
+        writer.next.synced = true;
+    }
+
+    /// Makes the collected changes visible. Returns whether there were any.
+    pub fn publish(&self) -> bool {
+        let mut writer = self.writer.lock();
+        writer.rebuild();
+        if !std::mem::take(&mut writer.changed) {
+            return false;
+        }
+        writer.next.generation += 1;
+        let generation = writer.next.generation;
+        self.current.store(Arc::new(writer.next.clone()));
+        // Under the lock, so that watchers see generations in order.
+        self.generation.send_replace(generation);
+        true
+    }
+}
+
+impl Writer {
+    fn remove_slice(&mut self, name: &ServiceName) {
+        let Some(owner) = self.slice_owner.remove(name) else { return };
+        if let Some(slices) = self.slices.get_mut(&owner) {
+            slices.remove(&name.name);
+            if slices.is_empty() {
+                self.slices.remove(&owner);
+            }
+        }
+        self.dirty_services.insert(owner);
+    }
+
+    fn rebuild(&mut self) {
+        for name in std::mem::take(&mut self.dirty_services) {
+            let new = self.services.get(&name).map(|service| with_endpoints(service, self.slices.get(&name)));
+            let old = self.next.service_named(&name);
+            if old.map(|old| &**old) != new.as_ref() {
+                self.next.set_service(&name, new.map(Arc::new));
+                self.changed = true;
+            }
+        }
+        for name in std::mem::take(&mut self.dirty_nodes) {
+            let new = self
+                .nodes
+                .get(&name)
+                .map(|node| Node { peers: self.peers.get(&name).cloned().unwrap_or_default(), ..node.clone() });
+            if self.next.node(&name).map(|old| &**old) != new.as_ref() {
+                self.next.set_node(&name, new.map(Arc::new));
+                self.changed = true;
+            }
+        }
+        self.interner.prune();
+    }
+}
+
+/// A Service with the endpoints of its slices, merged: each address and port once, the ready one if slices disagree.
+fn with_endpoints(service: &Service, slices: Option<&BTreeMap<Arc<str>, SliceEntry>>) -> Service {
+    let slices = || slices.into_iter().flat_map(|slices| slices.values());
+    let with_ports = |port: &Arc<ServicePort>| {
+        let of_port = slices()
+            .flat_map(|slice| slice.ports.iter())
+            .filter(|(name, protocol, _)| *name == port.name && *protocol == port.protocol)
+            .flat_map(|(_, _, endpoints)| endpoints.iter());
+        Arc::new(ServicePort { endpoints: merged(of_port, true), ..ServicePort::clone(port) })
+    };
+    let hosts = if service.is_headless() {
+        let of_ports = slices().flat_map(|slice| slice.ports.iter().flat_map(|(_, _, endpoints)| endpoints.iter()));
+        merged(of_ports.chain(slices().flat_map(|slice| slice.portless.iter())), false)
+    } else {
+        Vec::new()
+    };
+    Service { ports: service.ports.iter().map(with_ports).collect(), hosts, ..service.clone() }
+}
+
+fn merged<'a>(endpoints: impl Iterator<Item = &'a Arc<Endpoint>>, by_port: bool) -> Vec<Arc<Endpoint>> {
+    let mut all: Vec<&Arc<Endpoint>> = endpoints.collect();
+    all.sort_by_key(|e| (e.address, if by_port { e.port } else { 0 }, !e.ready, !e.serving));
+    all.dedup_by_key(|e| (e.address, if by_port { e.port } else { 0 }));
+    all.into_iter().cloned().collect()
+}
