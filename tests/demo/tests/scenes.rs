@@ -1,0 +1,14 @@
+//! The demo's scenes as a test: needs root, cgroup2, containerd and the built programs (`make test` builds them).
+
+use std::path::Path;
+
+use edgemesh_demo::{Stage, play, scenes};
+
+#[test]
+fn every_scene_of_the_demo_holds() {
+    let demo = Path::new(env!("CARGO_BIN_EXE_demo"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap();
+    let stage = Stage::new(&root, demo.parent().unwrap(), "test");
+    let outcome = play::run_in_a_new_lab(&stage, &scenes::all(), false).unwrap();
+    assert!(outcome.failed.is_empty(), "{:#?}", outcome.failed);
+}
