@@ -1,0 +1,3 @@
+//! The node's daemon as a library, so that tests start its parts.
+
+pub mod runtime;
