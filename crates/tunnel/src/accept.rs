@@ -20,7 +20,18 @@ const HEADER_DEADLINE: Duration = Duration::from_secs(5);
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(8);
 
 /// Carries an accepted stream until it ends. The endpoint is connected already.
-pub type Session = Box<dyn FnOnce(TunnelStream) -> BoxFuture<'static, ()> + Send>;
+pub struct Session(Box<dyn FnOnce(TunnelStream) -> BoxFuture<'static, ()> + Send>);
+
+impl Session {
+    /// A session that runs `carry` with the accepted stream.
+    pub fn new<F, Carrying>(carry: F) -> Self
+    where
+        F: FnOnce(TunnelStream) -> Carrying + Send + 'static,
+        Carrying: Future<Output = ()> + Send + 'static,
+    {
+        Self(Box::new(move |stream| Box::pin(carry(stream))))
+    }
+}
 
 /// Decides about the streams that other nodes open.
 pub trait Accept: Send + Sync + 'static {
@@ -76,7 +87,7 @@ pub(crate) async fn serve(
     };
     metrics.accepted(stream.path());
     if wire::write_answer(&mut stream, Ok(())).await.is_ok() {
-        session(stream).await;
+        session.0(stream).await;
     }
 }
 

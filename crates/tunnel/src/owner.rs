@@ -32,6 +32,8 @@ use crate::{
 
 /// How often a draining owner looks whether the last stream has ended.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
+/// Time for closing connections in order.
+const GOODBYE: Duration = Duration::from_millis(500);
 /// The owner wakes at least this often.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -120,6 +122,22 @@ impl Owner {
                 () = stopping.cancelled(), if !stopping.is_cancelled() => {}
             }
         }
+        self.say_goodbye().await;
+    }
+
+    /// Closes every connection in order, so that the peers know at once and the sockets are free when this returns.
+    async fn say_goodbye(&mut self) {
+        let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            // An error means that it is gone already.
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let closing = async {
+            while self.swarm.network_info().num_peers() > 0 {
+                let _ = self.swarm.select_next_some().await;
+            }
+        };
+        let _ = tokio::time::timeout(GOODBYE, closing).await;
         tracing::debug!("the tunnel has drained");
     }
 

@@ -32,32 +32,28 @@ impl Accept for Dialer {
                     let mut upstream = TcpStream::connect(header.endpoint)
                         .await
                         .map_err(|error| Refusal::new(RefusalReason::DialFailed, error.to_string()))?;
-                    Ok(Box::new(move |mut stream| {
-                        Box::pin(async move {
-                            let _ = tokio::io::copy_bidirectional(&mut stream, &mut upstream).await;
-                        })
-                    }) as Session)
+                    Ok(Session::new(move |mut stream| async move {
+                        let _ = tokio::io::copy_bidirectional(&mut stream, &mut upstream).await;
+                    }))
                 }
                 Carried::Udp => {
                     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
                     socket.connect(header.endpoint).await.unwrap();
-                    Ok(Box::new(move |stream: edgemesh_tunnel::TunnelStream| {
-                        Box::pin(async move {
-                            let (mut sender, mut receiver) = stream.into_datagrams();
-                            let mut buffer = vec![0; 65536];
-                            loop {
-                                tokio::select! {
-                                    datagram = receiver.recv() => match datagram {
-                                        Ok(Some(datagram)) => { let _ = socket.send(&datagram).await; }
-                                        _ => break,
-                                    },
-                                    Ok(length) = socket.recv(&mut buffer) => {
-                                        if sender.send(&buffer[..length]).await.is_err() { break; }
-                                    }
+                    Ok(Session::new(move |stream| async move {
+                        let (mut sender, mut receiver) = stream.into_datagrams();
+                        let mut buffer = vec![0; 65536];
+                        loop {
+                            tokio::select! {
+                                datagram = receiver.recv() => match datagram {
+                                    Ok(Some(datagram)) => { let _ = socket.send(&datagram).await; }
+                                    _ => break,
+                                },
+                                Ok(length) = socket.recv(&mut buffer) => {
+                                    if sender.send(&buffer[..length]).await.is_err() { break; }
                                 }
                             }
-                        })
-                    }) as Session)
+                        }
+                    }))
                 }
             }
         })
@@ -95,6 +91,16 @@ impl Endpoint {
         self.config.listen = self.direct_addresses(2).await.iter().map(|address| address.parse().unwrap()).collect();
         let folder = self._folder.take();
         self.stop().await;
+        // The sockets are free once the last QUIC connection has said its goodbye.
+        let free = async {
+            for address in &self.config.listen {
+                let port: u16 = address.to_string().split('/').nth(4).unwrap().parse().unwrap();
+                while UdpSocket::bind(("127.0.0.1", port)).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        };
+        within("the sockets to be free", free).await;
         Self::start_with(self.config, folder)
     }
 
