@@ -1,1 +1,255 @@
 #![no_std]
+//! What the eBPF programs and the agent agree on: the maps' keys and values. Each is packed into 64-bit words without
+//! padding, so that a value is read and written as a whole, and addresses and ports stay in network byte order, as
+//! sockets have them.
+
+/// Name of the map `FrontendKey -> Frontend` (hash).
+pub const FRONTENDS: &str = "FRONTENDS";
+/// Name of the map `slot -> Backend` (array).
+pub const BACKENDS: &str = "BACKENDS";
+/// Name of the map `PeerKey -> SocketAddress` (LRU hash).
+pub const PEERS: &str = "PEERS";
+/// Name of the map `Counter -> u64` (per-CPU array).
+pub const COUNTERS: &str = "COUNTERS";
+
+/// How many frontends there can be, unless the loader sets another size.
+pub const MAX_FRONTENDS: u32 = 65_536;
+/// How many backend slots there are, unless the loader sets another size; at most [`Frontend::MAX_SLOT`] + 1.
+pub const MAX_BACKENDS: u32 = 262_144;
+/// How many translated peers are remembered, unless the loader sets another size; the least used is forgotten first.
+pub const MAX_PEERS: u32 = 65_536;
+
+/// IANA protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IANA protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// An IPv4 address and port, both in network byte order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(transparent)]
+pub struct SocketAddress(u64);
+
+impl SocketAddress {
+    /// From an address and a port whose bytes are in network order, as `struct sockaddr_in` has them.
+    #[inline(always)]
+    pub const fn from_network(address: u32, port: u16) -> Self {
+        Self(address as u64 | (port as u64) << 32)
+    }
+
+    /// From the octets of an address and a port number.
+    #[inline(always)]
+    pub const fn new(octets: [u8; 4], port: u16) -> Self {
+        Self::from_network(u32::from_ne_bytes(octets), port.to_be())
+    }
+
+    /// The address, bytes in network order.
+    #[inline(always)]
+    pub const fn network_address(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The port, bytes in network order.
+    #[inline(always)]
+    pub const fn network_port(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+
+    /// The address' octets.
+    pub const fn octets(self) -> [u8; 4] {
+        self.network_address().to_ne_bytes()
+    }
+
+    /// The port number.
+    pub const fn port(self) -> u16 {
+        u16::from_be(self.network_port())
+    }
+
+    /// The word in the map.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// From the word in the map.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
+/// A Service's address, port and protocol: bits 0–47 [`SocketAddress`], 48–55 protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct FrontendKey(u64);
+
+impl FrontendKey {
+    /// The key of an address with the protocol [`TCP`] or [`UDP`].
+    #[inline(always)]
+    pub const fn new(address: SocketAddress, protocol: u8) -> Self {
+        Self(address.0 | (protocol as u64) << 48)
+    }
+
+    /// The word in the map.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// The address and port.
+    pub const fn address(self) -> SocketAddress {
+        SocketAddress(self.0 & 0xffff_ffff_ffff)
+    }
+
+    /// The protocol number.
+    pub const fn protocol(self) -> u8 {
+        (self.0 >> 48) as u8
+    }
+
+    /// From the word in the map.
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
+/// Where a frontend leads: bits 0–23 first slot, 24–31 flags (none yet, zero), 32–47 number of slots, 48–63 generation.
+///
+/// The generation is also in each of the slots. A program that finds another one there has an old frontend in hand, whose
+/// slots were given to another one meanwhile, and looks the frontend up again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Frontend(u64);
+
+impl Frontend {
+    /// The highest slot that can be named.
+    pub const MAX_SLOT: u32 = (1 << 24) - 1;
+
+    /// A frontend with `count` backends from slot `first` on. With none, connections are refused.
+    #[inline(always)]
+    pub const fn new(first: u32, count: u16, generation: u16) -> Self {
+        Self((first & Self::MAX_SLOT) as u64 | (count as u64) << 32 | (generation as u64) << 48)
+    }
+
+    /// The first slot.
+    #[inline(always)]
+    pub const fn first(self) -> u32 {
+        self.0 as u32 & Self::MAX_SLOT
+    }
+
+    /// How many slots follow one another; zero refuses.
+    #[inline(always)]
+    pub const fn count(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+
+    /// The generation that its slots carry.
+    #[inline(always)]
+    pub const fn generation(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+
+    /// The word in the map.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// From the word in the map.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
+/// One slot: bits 0–47 [`SocketAddress`] of the backend, 48–63 generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Backend(u64);
+
+impl Backend {
+    /// A backend in a slot of the generation.
+    #[inline(always)]
+    pub const fn new(address: SocketAddress, generation: u16) -> Self {
+        Self(address.0 | (generation as u64) << 48)
+    }
+
+    /// Where it is.
+    #[inline(always)]
+    pub const fn address(self) -> SocketAddress {
+        SocketAddress(self.0 & 0xffff_ffff_ffff)
+    }
+
+    /// The generation of the frontend to which the slot belongs.
+    #[inline(always)]
+    pub const fn generation(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+
+    /// The word in the map.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    /// From the word in the map.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
+/// A socket, by its cookie, and the backend to which it talks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct PeerKey {
+    /// The kernel's cookie of the socket: never used twice while the host is up.
+    pub cookie: u64,
+    /// The backend's address.
+    pub backend: SocketAddress,
+}
+
+/// What the programs count, by index in the counters' map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Counter {
+    /// TCP connections that were sent to a backend.
+    TcpConnects = 0,
+    /// UDP sockets that were connected to a backend.
+    UdpConnects = 1,
+    /// Datagrams of unconnected UDP sockets that were sent to a backend.
+    UdpDatagrams = 2,
+    /// Connections and datagrams refused because the Service port has no backend.
+    Refused = 3,
+    /// Connections and datagrams to addresses that are not a Service's.
+    Misses = 4,
+    /// Lookups that met slots of another generation even when repeated, and were refused.
+    Inconsistent = 5,
+}
+
+impl Counter {
+    /// All of them, in the order of their indexes.
+    pub const ALL: [Self; 6] = [
+        Self::TcpConnects,
+        Self::UdpConnects,
+        Self::UdpDatagrams,
+        Self::Refused,
+        Self::Misses,
+        Self::Inconsistent,
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_words_give_back_what_was_put_in() {
+        let address = SocketAddress::new([10, 96, 0, 10], 53);
+        assert_eq!((address.octets(), address.port()), ([10, 96, 0, 10], 53));
+        let key = FrontendKey::new(address, UDP);
+        assert_eq!((key.address(), key.protocol()), (address, UDP));
+        let frontend = Frontend::new(Frontend::MAX_SLOT, u16::MAX, 0xabcd);
+        assert_eq!((frontend.first(), frontend.count(), frontend.generation()), (Frontend::MAX_SLOT, u16::MAX, 0xabcd));
+        let backend = Backend::new(address, u16::MAX);
+        assert_eq!((backend.address(), backend.generation()), (address, u16::MAX));
+    }
+}

@@ -1,0 +1,83 @@
+#![no_std]
+#![no_main]
+//! Socket load balancing: Service addresses become backend addresses when a socket connects or sends, and turn back
+//! into Service addresses where a program asks who its peer is. Packets are never touched.
+//!
+//! IPv6 sockets are served when they talk to IPv4 addresses (`::ffff:a.b.c.d`).
+
+mod maps;
+mod sockets;
+mod translate;
+
+use aya_ebpf::{
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
+};
+use sockets::{Ipv4, MappedIpv6};
+
+/// The kernel goes on with the call.
+const PROCEED: i32 = 1;
+
+/// TCP connects and UDP sockets that fix their peer.
+#[cgroup_sock_addr(connect4)]
+fn connect4(ctx: SockAddrContext) -> i32 {
+    translate::to_backend(&Ipv4(ctx), true)
+}
+
+/// As `connect4`, for IPv4 addresses on IPv6 sockets.
+#[cgroup_sock_addr(connect6)]
+fn connect6(ctx: SockAddrContext) -> i32 {
+    translate::to_backend(&MappedIpv6(ctx), true)
+}
+
+/// Datagrams that carry their destination. The kernel comes here for mapped addresses on IPv6 sockets too.
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    translate::to_backend(&Ipv4(ctx), false)
+}
+
+/// The source of a received datagram.
+#[cgroup_sock_addr(recvmsg4)]
+fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    translate::to_service(&Ipv4(ctx));
+    PROCEED
+}
+
+/// As `recvmsg4`, for IPv4 addresses on IPv6 sockets.
+#[cgroup_sock_addr(recvmsg6)]
+fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    translate::to_service(&MappedIpv6(ctx));
+    PROCEED
+}
+
+/// The peer of a connected socket.
+#[cgroup_sock_addr(getpeername4)]
+fn getpeername4(ctx: SockAddrContext) -> i32 {
+    translate::to_service(&Ipv4(ctx));
+    PROCEED
+}
+
+/// As `getpeername4`, for IPv4 addresses on IPv6 sockets.
+#[cgroup_sock_addr(getpeername6)]
+fn getpeername6(ctx: SockAddrContext) -> i32 {
+    translate::to_service(&MappedIpv6(ctx));
+    PROCEED
+}
+
+/// A closed socket needs no translation any more.
+#[cgroup_sock(sock_release)]
+fn sock_release(ctx: SockContext) -> i32 {
+    translate::forget(&ctx);
+    PROCEED
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The helpers that the programs call are for programs under a licence that is compatible with the GPL.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";

@@ -1,0 +1,37 @@
+//! The maps that the agent fills and reads.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+};
+use edgemesh_ebpf_abi::{
+    Counter, Frontend, FrontendKey, MAX_BACKENDS, MAX_FRONTENDS, MAX_PEERS, PeerKey, SocketAddress,
+};
+
+/// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
+const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// Service addresses.
+#[map]
+pub static FRONTENDS: HashMap<FrontendKey, Frontend> = HashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+
+/// Backends of all frontends, in [`edgemesh_ebpf_abi::Backend`]'s form; a frontend names its first and how many follow.
+#[map]
+pub static BACKENDS: Array<u64> = Array::with_max_entries(MAX_BACKENDS, 0);
+
+/// The Service address that a socket named when it was sent to a backend.
+#[map]
+pub static PEERS: LruHashMap<PeerKey, SocketAddress> = LruHashMap::with_max_entries(MAX_PEERS, 0);
+
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+
+/// Counts one.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the pointer is to this CPU's own value, and a program is not moved to another CPU while it runs. A
+        // program that preempts it on the same CPU can lose a count, which does no harm.
+        unsafe { *value += 1 };
+    }
+}

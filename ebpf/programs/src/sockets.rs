@@ -1,0 +1,101 @@
+//! The socket addresses of a call, as the kernel shows them to cgroup programs.
+
+use aya_ebpf::{EbpfContext, bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie, programs::SockAddrContext};
+use edgemesh_ebpf_abi::SocketAddress;
+
+/// A call with a socket address that a program may read and change.
+pub trait SocketCall {
+    /// The call's context.
+    fn context(&self) -> &SockAddrContext;
+    /// The address of the call; none if it is not IPv4.
+    fn address(&self) -> Option<SocketAddress>;
+    /// Puts another address into the call.
+    fn set_address(&self, address: SocketAddress);
+
+    /// The socket's protocol number.
+    #[inline(always)]
+    fn protocol(&self) -> u32 {
+        read(&raw const raw(self.context()).protocol)
+    }
+
+    /// The socket's cookie.
+    #[inline(always)]
+    fn cookie(&self) -> u64 {
+        // SAFETY: the helper takes the context of these program types.
+        unsafe { bpf_get_socket_cookie(self.context().as_ptr()) }
+    }
+}
+
+/// A call of an IPv4 socket.
+pub struct Ipv4(pub SockAddrContext);
+
+impl SocketCall for Ipv4 {
+    #[inline(always)]
+    fn context(&self) -> &SockAddrContext {
+        &self.0
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Option<SocketAddress> {
+        let address = raw(&self.0);
+        Some(SocketAddress::from_network(read(&raw const address.user_ip4), read(&raw const address.user_port) as u16))
+    }
+
+    #[inline(always)]
+    fn set_address(&self, address: SocketAddress) {
+        let raw = self.0.sock_addr;
+        // SAFETY: the kernel lets programs of these types write the two fields.
+        unsafe {
+            (&raw mut (*raw).user_ip4).write_volatile(address.network_address());
+            (&raw mut (*raw).user_port).write_volatile(u32::from(address.network_port()));
+        }
+    }
+}
+
+/// A call of an IPv6 socket with an IPv4-mapped address (RFC 4291, section 2.5.5.2).
+pub struct MappedIpv6(pub SockAddrContext);
+
+impl SocketCall for MappedIpv6 {
+    #[inline(always)]
+    fn context(&self) -> &SockAddrContext {
+        &self.0
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Option<SocketAddress> {
+        let address = raw(&self.0);
+        let mapped = read(&raw const address.user_ip6[0]) == 0
+            && read(&raw const address.user_ip6[1]) == 0
+            && read(&raw const address.user_ip6[2]) == 0xffff_u32.to_be();
+        mapped.then(|| {
+            SocketAddress::from_network(
+                read(&raw const address.user_ip6[3]),
+                read(&raw const address.user_port) as u16,
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn set_address(&self, address: SocketAddress) {
+        let raw = self.0.sock_addr;
+        // SAFETY: the kernel lets programs of these types write the two fields.
+        unsafe {
+            (&raw mut (*raw).user_ip6[3]).write_volatile(address.network_address());
+            (&raw mut (*raw).user_port).write_volatile(u32::from(address.network_port()));
+        }
+    }
+}
+
+#[inline(always)]
+fn raw(context: &SockAddrContext) -> &bpf_sock_addr {
+    // SAFETY: the kernel gives a valid context for the length of the program.
+    unsafe { &*context.sock_addr }
+}
+
+/// Reads one field of a context by itself. The verifier refuses the wider loads into which the compiler could merge
+/// neighbouring fields.
+#[inline(always)]
+pub fn read<T: Copy>(field: *const T) -> T {
+    // SAFETY: the pointer is to a field of a valid context.
+    unsafe { field.read_volatile() }
+}
