@@ -6,6 +6,7 @@ use std::{
 };
 
 use edgemesh_api::names;
+use edgemesh_mesh::{Catalog, Viewpoint};
 use edgemesh_telemetry::{Problems, Validate, logging::LogFormat};
 use serde::{Deserialize, Serialize};
 
@@ -168,6 +169,15 @@ impl Config {
     pub fn dns_listen(&self) -> SocketAddr {
         let address = self.dns.listen_address.unwrap_or(IpAddr::V4(self.node_local_cidr.dns_address()));
         SocketAddr::new(address, self.dns.port)
+    }
+
+    /// From where endpoints are chosen: this node, in the configured network or else in the one of its Node.
+    pub fn viewpoint(&self, catalog: &Catalog) -> Viewpoint {
+        let viewpoint = Viewpoint::of(catalog, &self.node_name);
+        match &self.network {
+            Some(network) => Viewpoint { network: network.as_str().into(), ..viewpoint },
+            None => viewpoint,
+        }
     }
 
     /// URL of the Kubernetes API when there is no kubeconfig.

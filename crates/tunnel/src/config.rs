@@ -22,8 +22,6 @@ pub struct TunnelConfig {
     pub exclude: Vec<(IpAddr, u8)>,
     /// Whether to relay for other nodes. A relay must be reachable by them, and keeps no reservations itself.
     pub relay_server: bool,
-    /// Whether relayed connections are upgraded to direct ones by hole punching (DCUtR).
-    pub hole_punching: bool,
     /// Overall limit for [`crate::Tunnel::open`].
     pub open_deadline: Duration,
     /// Connections that carry no stream are closed after this time, except those to relays.
@@ -48,7 +46,6 @@ impl TunnelConfig {
             advertise: Vec::new(),
             exclude: Vec::new(),
             relay_server: false,
-            hole_punching: true,
             open_deadline: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(600),
             max_inbound_streams: 16 * 1024,
@@ -59,5 +56,8 @@ impl TunnelConfig {
 fn listen_on_all(port: u16) -> Vec<Multiaddr> {
     use libp2p::multiaddr::Protocol;
     let all = Multiaddr::from(std::net::Ipv4Addr::UNSPECIFIED);
-    vec![all.clone().with(Protocol::Udp(port)).with(Protocol::QuicV1), all.with(Protocol::Tcp(port))]
+    vec![
+        all.clone().with(Protocol::Udp(port)).with(Protocol::QuicV1),
+        all.with(Protocol::Tcp(port)),
+    ]
 }

@@ -1,4 +1,0 @@
-//! The node's daemon as a library, so that tests start its parts.
-
-pub mod pods;
-pub mod runtime;

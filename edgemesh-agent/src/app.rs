@@ -1,0 +1,112 @@
+//! Builds the agent's parts in order, and ends them in order.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use edgemesh_discovery::{Discovery, DiscoveryConfig, api_client};
+use edgemesh_mesh::CatalogStore;
+use edgemesh_telemetry::{Admin, AdminRoutes, Readiness, Shutdown};
+use parking_lot::RwLock;
+use prometheus_client::registry::Registry;
+use tokio::task::JoinHandle;
+
+use crate::{
+    config::Config,
+    datapath::Datapath,
+    metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
+    node_local::Allocator,
+    routes::{HostRoutes, enable_forwarding},
+};
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Bound {
+    /// Where the admin endpoint listens.
+    pub admin: SocketAddr,
+    /// What must happen before it is ready.
+    pub readiness: Readiness,
+    /// The catalog.
+    pub catalog: Arc<CatalogStore>,
+    shutdown: Shutdown,
+    drain: Duration,
+    datapath: Datapath,
+    admin_task: JoinHandle<()>,
+}
+
+/// Starts the agent: everything is bound and attached when this returns, though not yet ready.
+///
+/// # Errors
+/// When a part can't start; the message says which and why.
+pub async fn build(config: Config) -> anyhow::Result<Bound> {
+    let config = Arc::new(config);
+    let shutdown = Shutdown::default();
+    match assemble(config, &shutdown).await {
+        Ok(bound) => Ok(bound),
+        Err(error) => {
+            // What has begun must not outlive the failure.
+            shutdown.drain(Duration::ZERO).await;
+            Err(error)
+        }
+    }
+}
+
+async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bound> {
+    let registry: Arc<RwLock<Registry>> = Arc::default();
+    let readiness = Readiness::default();
+    let admin = Admin::bind(config.admin.listen).await?;
+    tokio::fs::create_dir_all(&config.data_dir)
+        .await
+        .with_context(|| format!("dataDir {}", config.data_dir.display()))?;
+
+    let api_url = config.kubeconfig.is_none().then(|| config.api_url());
+    let client = api_client(config.kubeconfig.as_deref(), api_url.as_deref()).await?;
+    let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")) };
+    let catalog = Discovery::start(client, discovery, shutdown, readiness.task("catalog"));
+
+    let allocator = Arc::new(Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?);
+    let routes = HostRoutes::open(shutdown)?;
+    routes.deliver_locally(config.node_local_cidr).await?;
+    if config.routes {
+        enable_forwarding();
+        let metrics = RouteMetrics::new(&mut registry.write());
+        shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
+    }
+
+    let metrics = DatapathMetrics::new(&mut registry.write());
+    let datapath = Datapath::start(
+        Arc::clone(&config),
+        Arc::clone(&catalog),
+        Arc::clone(&allocator),
+        metrics,
+        shutdown,
+        readiness.task("datapath"),
+    )?;
+    registry.write().register_collector(Box::new(ProgramMetrics(datapath.counters())));
+
+    let debug_catalog = Arc::clone(&catalog);
+    let pages = AdminRoutes::default()
+        .page("/debug/catalog", move || edgemesh_mesh::debug::view(&debug_catalog.snapshot()))
+        .page("/debug/datapath", datapath.debug_page());
+    let address = admin.address();
+    let admin_task = tokio::spawn(admin.serve(registry, readiness.clone(), pages, shutdown.clone()));
+    Ok(Bound {
+        admin: address,
+        readiness,
+        catalog,
+        shutdown: shutdown.clone(),
+        drain: Duration::from_secs(config.drain_seconds),
+        datapath,
+        admin_task,
+    })
+}
+
+impl Bound {
+    /// Stops: nothing new is accepted, what is in flight may end within `drainSeconds`, and then the programs are detached.
+    pub async fn stop(self) {
+        self.shutdown.drain(self.drain).await;
+        self.datapath.ended().await;
+        if let Err(error) = self.admin_task.await {
+            tracing::error!(%error, "the admin endpoint failed");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Keeps what sockets see equal to the catalog: plans it, and programs the differences.
+
+pub mod ebpf;
+pub mod plan;
+mod slots;
+
+use std::{
+    fmt,
+    net::SocketAddrV4,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use edgemesh_mesh::{CatalogStore, Viewpoint, model::Protocol};
+use edgemesh_telemetry::{ReadinessTask, Shutdown};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+use crate::{config::Config, metrics::DatapathMetrics, node_local::Allocator};
+use ebpf::{Counters, EbpfDatapathError, Programs};
+use plan::{Frontend, Plan, Surroundings, Target};
+
+/// Changes that come close together are programmed together.
+const DEBOUNCE: Duration = Duration::from_millis(5);
+/// How long to wait before what could not be programmed is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What is programmed, for `/debug/datapath`.
+#[derive(Debug, Clone, Default)]
+pub struct State {
+    /// Generation of the catalog from which it was planned.
+    pub generation: u64,
+    /// From where endpoints were chosen; none before the first plan.
+    pub viewpoint: Option<Viewpoint>,
+    /// Every frontend.
+    pub plan: Arc<Plan>,
+}
+
+/// The running datapath.
+#[derive(Debug)]
+pub struct Datapath {
+    state: Arc<ArcSwap<State>>,
+    counters: Arc<Counters>,
+    cgroup: PathBuf,
+    task: JoinHandle<()>,
+}
+
+impl Datapath {
+    /// Attaches the programs and keeps them up to date. They stay until the shutdown is forced, because connections
+    /// need them while the agent drains. `readiness` is released when a complete catalog is programmed.
+    ///
+    /// # Errors
+    /// When the kernel can't or may not run the programs.
+    pub fn start(
+        config: Arc<Config>,
+        catalog: Arc<CatalogStore>,
+        allocator: Arc<Allocator>,
+        metrics: DatapathMetrics,
+        shutdown: &Shutdown,
+        readiness: ReadinessTask,
+    ) -> Result<Self, EbpfDatapathError> {
+        let (programs, counters) = Programs::start(&config.cgroup)?;
+        let cgroup = programs.cgroup().to_owned();
+        tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
+        let state = Arc::<ArcSwap<State>>::default();
+        let worker = Worker { programs, plan: Arc::default(), metrics, state: Arc::clone(&state), config, allocator };
+        let task = tokio::spawn(worker.run(catalog, shutdown.clone(), readiness));
+        Ok(Self { state, counters: Arc::new(counters), cgroup, task })
+    }
+
+    /// What is programmed now, as JSON.
+    pub fn debug_page(&self) -> impl Fn() -> Value + Send + Sync + 'static {
+        let (state, counters, cgroup) = (Arc::clone(&self.state), Arc::clone(&self.counters), self.cgroup.clone());
+        move || view(&state.load(), &counters, &cgroup)
+    }
+
+    /// What the programs count.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Waits until the programs are detached, after the shutdown was forced.
+    pub async fn ended(self) {
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "the datapath's task failed");
+        }
+    }
+}
+
+struct Worker {
+    programs: Programs,
+    /// What is in the maps.
+    plan: Arc<Plan>,
+    metrics: DatapathMetrics,
+    state: Arc<ArcSwap<State>>,
+    config: Arc<Config>,
+    allocator: Arc<Allocator>,
+}
+
+impl Worker {
+    async fn run(mut self, catalog: Arc<CatalogStore>, shutdown: Shutdown, readiness: ReadinessTask) {
+        let mut generations = catalog.subscribe();
+        let mut readiness = Some(readiness);
+        loop {
+            generations.mark_unchanged();
+            let mut retry = false;
+            // From half a catalog, Services would be refused whose endpoints were only not read yet.
+            if catalog.is_synced() {
+                let snapshot = catalog.snapshot();
+                let round = tokio::task::spawn_blocking(move || {
+                    let done = self.program(&snapshot);
+                    (self, done)
+                });
+                match round.await {
+                    Ok((worker, done)) => {
+                        self = worker;
+                        retry = !done;
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "programming failed; the programs are detached");
+                        return;
+                    }
+                }
+                if !retry && let Some(readiness) = readiness.take() {
+                    readiness.ready();
+                }
+            }
+            tokio::select! {
+                changed = generations.changed() => if changed.is_err() {
+                    // Discovery has ended: what is programmed stays until the end.
+                    shutdown.forced().cancelled().await;
+                    return;
+                },
+                () = tokio::time::sleep(RETRY), if retry => {}
+                () = shutdown.forced().cancelled() => return,
+            }
+            tokio::time::sleep(DEBOUNCE).await;
+        }
+    }
+
+    /// Plans and writes the differences. Returns whether all of them could be written.
+    fn program(&mut self, catalog: &edgemesh_mesh::Catalog) -> bool {
+        let started = Instant::now();
+        let viewpoint = self.config.viewpoint(catalog);
+        let dns = match self.config.dns_listen() {
+            std::net::SocketAddr::V4(listener) => {
+                Some((SocketAddrV4::new(self.config.dns.cluster_address, plan::DNS_PORT), listener))
+            }
+            std::net::SocketAddr::V6(_) => None,
+        };
+        let surroundings = Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, dns };
+        let wanted = plan::plan(catalog, surroundings);
+        // Before sockets are sent there, so that an address means the same Service port after a crash.
+        if let Err(error) = self.allocator.save() {
+            tracing::warn!(%error, "node-local addresses can't be saved: after a restart they may be others");
+        }
+        let planned = started.elapsed();
+        let mut failed = Vec::new();
+        let changes = plan::changes(&self.plan, &wanted);
+        let count = changes.len();
+        for change in changes {
+            if let Err(error) = self.programs.apply(&change) {
+                if failed.is_empty() {
+                    tracing::warn!(frontend = %change.frontend, %error, "can't be programmed; trying again");
+                }
+                failed.push(change.frontend);
+            }
+        }
+        let written = started.elapsed() - planned;
+        if count > 0 {
+            tracing::debug!(generation = catalog.generation(), changes = count, ?planned, ?written, "programmed");
+        }
+        self.metrics.record(planned, written, count - failed.len(), failed.len());
+        self.plan = Arc::new(self.in_maps(wanted, &failed));
+        self.metrics.frontends(self.plan.values());
+        self.state.store(Arc::new(State {
+            generation: catalog.generation(),
+            viewpoint: Some(viewpoint),
+            plan: Arc::clone(&self.plan),
+        }));
+        failed.is_empty()
+    }
+
+    /// What is in the maps when some frontends stayed as they were.
+    fn in_maps(&self, mut wanted: Plan, failed: &[Frontend]) -> Plan {
+        for frontend in failed {
+            match self.plan.get(frontend) {
+                Some(old) => drop(wanted.insert(*frontend, old.clone())),
+                None => drop(wanted.remove(frontend)),
+            }
+        }
+        wanted
+    }
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        };
+        write!(f, "{}/{protocol}", self.address)
+    }
+}
+
+fn view(state: &State, counters: &Counters, cgroup: &std::path::Path) -> Value {
+    let frontends: Vec<Value> = state
+        .plan
+        .iter()
+        .map(|(frontend, target)| {
+            let kind = match target {
+                Target::Direct(_) => "direct",
+                Target::Listener(_) => "listener",
+                Target::Refuse => "refuse",
+            };
+            json!({"frontend": frontend.to_string(), "target": kind, "backends": target.backends()})
+        })
+        .collect();
+    json!({
+        "datapath": "ebpf",
+        "cgroup": cgroup,
+        "rememberedPeers": counters.remembered_peers(),
+        "generation": state.generation,
+        "network": state.viewpoint.as_ref().map(|viewpoint| &viewpoint.network),
+        "frontends": frontends,
+    })
+}

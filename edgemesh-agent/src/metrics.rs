@@ -1,0 +1,128 @@
+//! The agent's metrics about the datapath and the host's routes. Each begins with `edgemesh_agent_`.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use edgemesh_ebpf_abi::Counter as ProgramCounter;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::Registry,
+};
+
+use crate::datapath::{ebpf::Counters, plan::Target};
+
+/// What a frontend leads to, as a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TargetLabel {
+    target: &'static str,
+}
+
+/// The user side of the datapath.
+#[derive(Debug, Clone)]
+pub struct DatapathMetrics {
+    frontends: Family<TargetLabel, Gauge>,
+    changes: Counter,
+    failures: Counter,
+    plan_seconds: Histogram,
+    write_seconds: Histogram,
+}
+
+impl DatapathMetrics {
+    /// Registers them.
+    pub fn new(registry: &mut Registry) -> Self {
+        let seconds = || Histogram::new(exponential_buckets(0.000_05, 4.0, 9));
+        let metrics = Self {
+            frontends: Family::default(),
+            changes: Counter::default(),
+            failures: Counter::default(),
+            plan_seconds: seconds(),
+            write_seconds: seconds(),
+        };
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_datapath");
+        registry.register("frontends", "Service addresses that are programmed", metrics.frontends.clone());
+        registry.register("changes", "Frontends that were written or removed", metrics.changes.clone());
+        registry.register("failures", "Frontends that could not be written", metrics.failures.clone());
+        registry.register("plan_seconds", "Time to plan after a change of the catalog", metrics.plan_seconds.clone());
+        registry.register("write_seconds", "Time to write a plan's changes", metrics.write_seconds.clone());
+        metrics
+    }
+
+    /// One round of programming.
+    pub(crate) fn record(&self, planned: Duration, written: Duration, changes: usize, failures: usize) {
+        self.plan_seconds.observe(planned.as_secs_f64());
+        if changes + failures > 0 {
+            self.write_seconds.observe(written.as_secs_f64());
+        }
+        self.changes.inc_by(changes as u64);
+        self.failures.inc_by(failures as u64);
+    }
+
+    /// What is programmed now.
+    pub(crate) fn frontends<'a>(&self, targets: impl Iterator<Item = &'a Target>) {
+        let mut counts = [("direct", 0_i64), ("listener", 0), ("refuse", 0)];
+        for target in targets {
+            let at = match target {
+                Target::Direct(_) => 0,
+                Target::Listener(_) => 1,
+                Target::Refuse => 2,
+            };
+            counts[at].1 += 1;
+        }
+        for (target, count) in counts {
+            self.frontends.get_or_create(&TargetLabel { target }).set(count);
+        }
+    }
+}
+
+/// Reads the programs' own counters at each scrape.
+#[derive(Debug)]
+pub struct ProgramMetrics(pub Arc<Counters>);
+
+impl Collector for ProgramMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for counter in ProgramCounter::ALL {
+            let (name, help) = match counter {
+                ProgramCounter::TcpConnects => ("tcp_connects", "TCP connections sent to a backend"),
+                ProgramCounter::UdpConnects => ("udp_connects", "UDP sockets connected to a backend"),
+                ProgramCounter::UdpDatagrams => ("udp_datagrams", "Datagrams of unconnected sockets sent to a backend"),
+                ProgramCounter::Refused => ("refused", "Connections and datagrams refused for want of an endpoint"),
+                ProgramCounter::Misses => ("misses", "Connections and datagrams to addresses that are no Service's"),
+                ProgramCounter::Inconsistent => {
+                    ("inconsistent", "Lookups that met slots of another generation, and were refused")
+                }
+            };
+            let Ok(value) = self.0.get(counter) else { continue };
+            let name = format!("edgemesh_agent_socket_{name}");
+            let metric = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+            ConstCounter::new(value).encode(metric)?;
+        }
+        Ok(())
+    }
+}
+
+/// The host's routes.
+#[derive(Debug, Clone)]
+pub struct RouteMetrics {
+    /// Routes to pod ranges that are in place.
+    pub(crate) present: Gauge,
+    /// Routes that the kernel refuses.
+    pub(crate) failed: Gauge,
+}
+
+impl RouteMetrics {
+    /// Registers them.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self { present: Gauge::default(), failed: Gauge::default() };
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_routes");
+        registry.register("present", "Routes to pod ranges of nodes of this network", metrics.present.clone());
+        registry.register("failed", "Such routes that the kernel refuses", metrics.failed.clone());
+        metrics
+    }
+}

@@ -1,0 +1,229 @@
+//! Routes of the host: to the pod ranges of the other nodes of this network, and of the node-local addresses.
+//!
+//! Only routes that carry our protocol number are ever changed or removed. They stay when the agent ends, so that pods
+//! keep talking while it restarts; what is no longer wanted goes at the next start.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Duration,
+};
+
+use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr};
+use edgemesh_telemetry::Shutdown;
+use futures::TryStreamExt;
+use rtnetlink::{
+    Handle, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    },
+};
+
+use crate::{config::Config, metrics::RouteMetrics, node_local::Ipv4Range};
+
+/// Our routes' protocol number; the kernel and the routing daemons that iproute2 knows use others.
+pub const PROTOCOL: RouteProtocol = RouteProtocol::Other(176);
+/// Changes of the catalog that come close together are handled together.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+/// Routes vanish with a link that goes down: look again that often.
+const RESYNC: Duration = Duration::from_secs(10);
+/// Index of the loopback interface: the kernel gives each network namespace its own as the first.
+const LOOPBACK: u32 = 1;
+/// The routing table that says which addresses are this host's own (`RT_TABLE_LOCAL` of linux/rtnetlink.h).
+const LOCAL_TABLE: u32 = 255;
+const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// Pod ranges (address and prefix length) with the node address that leads there.
+pub type PodRoutes = BTreeMap<(Ipv4Addr, u8), Ipv4Addr>;
+
+/// Why a route can't be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// No netlink socket.
+    #[error("netlink: {0}")]
+    Socket(#[from] std::io::Error),
+    /// The kernel refuses the local route of the node-local range.
+    #[error("route `local {range} dev lo` (is the loopback interface up?): {source}")]
+    Local {
+        /// The range.
+        range: Ipv4Range,
+        /// Why.
+        source: Box<rtnetlink::Error>,
+    },
+    /// The kernel's routes can't be listed.
+    #[error("listing routes: {0}")]
+    List(Box<rtnetlink::Error>),
+}
+
+/// What a round of [`HostRoutes::sync`] did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Routes that are in place.
+    pub present: usize,
+    /// Routes that the kernel refused, with its reason.
+    pub failed: BTreeMap<(Ipv4Addr, u8), String>,
+}
+
+/// The routing table of this network namespace.
+#[derive(Debug, Clone)]
+pub struct HostRoutes(Handle);
+
+impl HostRoutes {
+    /// Opens a netlink socket; its task ends when the last clone is dropped.
+    ///
+    /// # Errors
+    /// When the socket can't be opened.
+    pub fn open(shutdown: &Shutdown) -> Result<Self, RouteError> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        shutdown.spawn(connection);
+        Ok(Self(handle))
+    }
+
+    /// Makes the kernel take every address of the range for its own, so that one listener serves them all.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn deliver_locally(&self, range: Ipv4Range) -> Result<(), RouteError> {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .table_id(LOCAL_TABLE)
+            .kind(RouteType::Local)
+            .scope(RouteScope::Host)
+            .protocol(PROTOCOL)
+            .destination_prefix(range.base(), range.prefix())
+            .output_interface(LOOPBACK)
+            .build();
+        let source = |source| RouteError::Local { range, source: Box::new(source) };
+        self.0.route().add(route).replace().execute().await.map_err(source)
+    }
+
+    /// Makes our routes to pod ranges equal to `wanted`.
+    ///
+    /// # Errors
+    /// When the routes can't be listed. A single route that is refused is in the outcome.
+    pub async fn sync(&self, wanted: &PodRoutes) -> Result<Outcome, RouteError> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = AddressFamily::Inet;
+        let list = |error| RouteError::List(Box::new(error));
+        let existing: Vec<RouteMessage> = self.0.route().get(filter).execute().try_collect().await.map_err(list)?;
+        let mut outcome = Outcome::default();
+        let mut present = BTreeSet::new();
+        for route in existing {
+            if route.header.protocol != PROTOCOL || route.header.table != RouteHeader::RT_TABLE_MAIN {
+                continue;
+            }
+            let range = destination(&route);
+            if range.is_some_and(|range| wanted.contains_key(&range) && wanted.get(&range).copied() == gateway(&route))
+            {
+                present.extend(range);
+            } else if range.is_none_or(|range| !wanted.contains_key(&range)) {
+                // A route that vanished by itself meanwhile is as good.
+                if let Err(error) = self.0.route().del(route).execute().await {
+                    tracing::debug!(?range, %error, "an old route was not removed");
+                }
+            }
+        }
+        for (&(address, prefix), &via) in wanted {
+            if !present.contains(&(address, prefix)) {
+                let route = RouteMessageBuilder::<Ipv4Addr>::new()
+                    .protocol(PROTOCOL)
+                    .destination_prefix(address, prefix)
+                    .gateway(via)
+                    .build();
+                if let Err(error) = self.0.route().add(route).replace().execute().await {
+                    outcome.failed.insert((address, prefix), format!("via {via}: {error}"));
+                    continue;
+                }
+                tracing::info!(range = %format_args!("{address}/{prefix}"), %via, "route to pods");
+            }
+            outcome.present += 1;
+        }
+        Ok(outcome)
+    }
+
+    /// Keeps the routes to pod ranges equal to the catalog until shutdown.
+    pub async fn keep(
+        self,
+        config: Arc<Config>,
+        catalog: Arc<CatalogStore>,
+        metrics: RouteMetrics,
+        shutdown: Shutdown,
+    ) {
+        let mut generations = catalog.subscribe();
+        let mut failed = BTreeMap::new();
+        loop {
+            generations.mark_unchanged();
+            if catalog.is_synced() {
+                let snapshot = catalog.snapshot();
+                match self.sync(&wanted(&snapshot, &config.viewpoint(&snapshot))).await {
+                    Ok(outcome) => {
+                        metrics.present.set(i64::try_from(outcome.present).unwrap_or(i64::MAX));
+                        metrics.failed.set(i64::try_from(outcome.failed.len()).unwrap_or(i64::MAX));
+                        // Once for each new reason: rounds repeat.
+                        for ((address, prefix), reason) in &outcome.failed {
+                            if failed.get(&(*address, *prefix)) != Some(reason) {
+                                tracing::warn!(range = %format_args!("{address}/{prefix}"), reason, "no route to pods");
+                            }
+                        }
+                        failed = outcome.failed;
+                    }
+                    Err(error) => tracing::warn!(%error, "routes to pods can't be kept"),
+                }
+            }
+            tokio::select! {
+                changed = generations.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(RESYNC) => {}
+                () = shutdown.stopping().cancelled() => return,
+            }
+            tokio::time::sleep(DEBOUNCE).await;
+        }
+    }
+}
+
+/// The routes that a node needs: to the pod ranges of all other nodes of its network.
+pub fn wanted(catalog: &Catalog, viewpoint: &Viewpoint) -> PodRoutes {
+    let mut routes = PodRoutes::new();
+    let own: Vec<IpAddr> = catalog.node(&viewpoint.node).map(|node| node.addresses.clone()).unwrap_or_default();
+    let peers = catalog.nodes().filter(|node| node.network == viewpoint.network && node.name != viewpoint.node);
+    for node in peers {
+        let via = node.addresses.iter().find_map(|address| match address {
+            IpAddr::V4(via) if !own.contains(address) => Some(*via),
+            _ => None,
+        });
+        let Some(via) = via else { continue };
+        for range in node.pod_cidrs.iter().filter_map(|range| Cidr::parse(range)) {
+            if let IpAddr::V4(address) = range.network() {
+                routes.insert((address, range.prefix()), via);
+            }
+        }
+    }
+    routes
+}
+
+/// Lets the host pass packets between its pods and other hosts.
+pub fn enable_forwarding() {
+    // Per network namespace. Written only when it is off: the folder is read-only in some containers.
+    if std::fs::read_to_string(FORWARDING).is_ok_and(|value| value.trim() == "1") {
+        return;
+    }
+    if let Err(error) = std::fs::write(FORWARDING, "1") {
+        tracing::warn!(%error, "{FORWARDING} can't be set to 1: pods reach only what is on this node");
+    }
+}
+
+fn destination(route: &RouteMessage) -> Option<(Ipv4Addr, u8)> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+            Some((*address, route.header.destination_prefix_length))
+        }
+        _ => None,
+    })
+}
+
+fn gateway(route: &RouteMessage) -> Option<Ipv4Addr> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
+        _ => None,
+    })
+}

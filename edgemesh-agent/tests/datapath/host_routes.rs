@@ -1,0 +1,80 @@
+//! Routes to pods of other nodes and of the node-local range, in the kernel's tables.
+
+use std::{
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
+    process::Command,
+    time::Duration,
+};
+
+use edgemesh_agent::{
+    node_local::Ipv4Range,
+    routes::{HostRoutes, PodRoutes},
+};
+use edgemesh_telemetry::Shutdown;
+
+use crate::sandbox::{Sandbox, ip};
+
+fn shown(table: &str) -> String {
+    let output = Command::new("ip").args(["-4", "route", "show", "table", table]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn routes(entries: &[(&str, u8, &str)]) -> PodRoutes {
+    entries.iter().map(|(range, prefix, via)| ((range.parse().unwrap(), *prefix), via.parse().unwrap())).collect()
+}
+
+#[test]
+fn only_our_own_routes_are_added_changed_and_removed() {
+    let _sandbox = Sandbox::new(&[]);
+    ip("link add lan type veth peer name other");
+    ip("address add 192.168.1.11/24 dev lan");
+    ip("link set lan up");
+    ip("link set other up");
+    ip("route add 10.244.9.0/24 via 192.168.1.99");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let shutdown = Shutdown::default();
+        let host = HostRoutes::open(&shutdown).unwrap();
+        let wanted = routes(&[("10.244.2.0", 24, "192.168.1.12"), ("10.244.3.0", 24, "192.168.1.13")]);
+        let outcome = host.sync(&wanted).await.unwrap();
+        assert_eq!((outcome.present, outcome.failed.len()), (2, 0), "{outcome:?}");
+        assert!(shown("main").contains("10.244.2.0/24 via 192.168.1.12 dev lan proto 176"), "{}", shown("main"));
+
+        // One moves, one goes, and one leads to where no link does.
+        let wanted = routes(&[("10.244.2.0", 24, "192.168.1.22"), ("10.244.4.0", 24, "172.16.0.1")]);
+        let outcome = host.sync(&wanted).await.unwrap();
+        assert_eq!((outcome.present, outcome.failed.len()), (1, 1), "{outcome:?}");
+        let table = shown("main");
+        assert!(table.contains("10.244.2.0/24 via 192.168.1.22"), "{table}");
+        assert!(!table.contains("192.168.1.12") && !table.contains("10.244.3.0"), "{table}");
+        assert!(table.contains("10.244.9.0/24 via 192.168.1.99"), "not ours: {table}");
+        assert_eq!(host.sync(&wanted).await.unwrap().present, 1, "a second round changes nothing");
+
+        host.sync(&PodRoutes::new()).await.unwrap();
+        assert!(!shown("main").contains("proto 176"));
+        drop(host);
+        shutdown.drain(Duration::from_secs(1)).await;
+    });
+}
+
+#[test]
+fn node_local_addresses_are_served_by_one_listener_that_sees_which_was_called() {
+    let _sandbox = Sandbox::new(&[]);
+    let range = Ipv4Range::default();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let shutdown = Shutdown::default();
+        let host = HostRoutes::open(&shutdown).unwrap();
+        host.deliver_locally(range).await.unwrap();
+        host.deliver_locally(range).await.unwrap();
+        drop(host);
+        shutdown.drain(Duration::from_secs(1)).await;
+    });
+    assert!(shown("local").contains("local 169.254.64.0/18 dev lo proto 176"), "{}", shown("local"));
+    let listener = TcpListener::bind("0.0.0.0:15001").unwrap();
+    for address in [Ipv4Addr::new(169, 254, 64, 2), Ipv4Addr::new(169, 254, 127, 254)] {
+        let _client = TcpStream::connect((address, 15001)).unwrap();
+        assert_eq!(listener.accept().unwrap().0.local_addr().unwrap().ip(), address);
+    }
+    UdpSocket::bind((range.dns_address(), 53)).unwrap();
+}

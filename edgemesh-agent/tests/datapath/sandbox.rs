@@ -1,0 +1,132 @@
+//! A network namespace for the thread of a test and a cgroup for its process. Tests take turns, because a process is in
+//! one cgroup at a time.
+
+use std::{
+    fs,
+    net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use edgemesh_agent::datapath::{
+    ebpf::{Counters, Programs},
+    plan::{Change, Frontend, Target},
+};
+use edgemesh_mesh::model::Protocol;
+use nix::sched::{CloneFlags, unshare};
+
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The process is in a cgroup of its own while this lives, and the thread in a network namespace of its own.
+pub(crate) struct Sandbox {
+    /// Relative to the cgroup2 mount.
+    pub(crate) cgroup: PathBuf,
+    mount: PathBuf,
+    before: PathBuf,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Sandbox {
+    /// With the addresses on the loopback interface, as a host's pods would have them.
+    pub(crate) fn new(addresses: &[&str]) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        ip("link set lo up");
+        for address in addresses {
+            ip(&format!("address add {address}/32 dev lo"));
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("no cgroup2 mount");
+        let mount = PathBuf::from(mount.split(' ').nth(1).unwrap());
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let before = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+        let sandbox = Self {
+            cgroup: PathBuf::from(format!("/datapath-{}", std::process::id())),
+            before: mount.join(before),
+            mount,
+            _turn: turn,
+        };
+        fs::create_dir_all(sandbox.folder()).unwrap();
+        enter(&sandbox.folder());
+        sandbox
+    }
+
+    /// The eBPF programs, attached to this cgroup.
+    pub(crate) fn programs(&self) -> (Programs, Counters) {
+        Programs::start(&self.cgroup).unwrap()
+    }
+
+    /// A cgroup below this one, in which no process is.
+    pub(crate) fn child_cgroup(&self) -> PathBuf {
+        fs::create_dir_all(self.folder().join("child")).unwrap();
+        self.cgroup.join("child")
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.mount.join(self.cgroup.strip_prefix("/").unwrap())
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        enter(&self.before);
+        let child = self.folder().join("child");
+        if child.exists() {
+            fs::remove_dir(child).unwrap();
+        }
+        fs::remove_dir(self.folder()).unwrap();
+    }
+}
+
+fn enter(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+}
+
+/// Runs `ip` in the thread's network namespace.
+pub(crate) fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+pub(crate) fn v4(text: &str) -> SocketAddrV4 {
+    text.parse().unwrap()
+}
+
+/// Programs one frontend, or takes it out with `None`.
+pub(crate) fn set(programs: &mut Programs, protocol: Protocol, frontend: &str, backends: Option<&[&str]>) {
+    let target = backends.map(|backends| match backends {
+        [] => Target::Refuse,
+        backends => Target::Direct(backends.iter().map(|backend| v4(backend)).collect()),
+    });
+    let frontend = Frontend { address: v4(frontend), protocol };
+    programs.apply(&Change { frontend, target: target.as_ref() }).unwrap();
+}
+
+/// A TCP server in the namespace that writes its own address to each connection and closes it.
+pub(crate) fn tcp_server(address: &str) -> SocketAddr {
+    let listener = TcpListener::bind(address).unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            use std::io::Write;
+            // A client that went away is not the server's trouble.
+            drop(stream.unwrap().write_all(address.to_string().as_bytes()));
+        }
+    });
+    address
+}
+
+/// A UDP server in the namespace that answers each datagram with its own address.
+pub(crate) fn udp_server(address: &str) -> SocketAddr {
+    let socket = UdpSocket::bind(address).unwrap();
+    let address = socket.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            socket.send_to(address.to_string().as_bytes(), from).unwrap();
+        }
+    });
+    address
+}

@@ -1,0 +1,315 @@
+//! What sockets see: connections, datagrams, peers' names, errors, and changes while all of that goes on.
+
+use std::{
+    collections::HashMap,
+    io::{ErrorKind, Read},
+    net::{SocketAddr, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use edgemesh_agent::datapath::plan::{Change, Frontend, Target};
+use edgemesh_ebpf_abi::Counter;
+use edgemesh_mesh::model::Protocol::{Tcp, Udp};
+
+use crate::sandbox::{Sandbox, set, tcp_server, udp_server, v4};
+
+const VIP: &str = "10.96.0.20:80";
+const PODS: [&str; 3] = ["10.244.1.5:8080", "10.244.1.6:8080", "10.244.2.7:8081"];
+const POD_ADDRESSES: [&str; 3] = ["10.244.1.5", "10.244.1.6", "10.244.2.7"];
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Connects and reads which backend answers.
+fn call_tcp(address: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn udp_client() -> UdpSocket {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// Receives one datagram: which backend sent it, and from which address it seems to come.
+fn receive(socket: &UdpSocket) -> (String, SocketAddr) {
+    let mut buffer = [0; 64];
+    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    (String::from_utf8_lossy(&buffer[..length]).into_owned(), from)
+}
+
+/// `connect` with `AF_UNSPEC`: the socket has no peer any more.
+fn disconnect(socket: &UdpSocket) {
+    let address = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the address is valid for the call.
+    assert_eq!(unsafe { libc::connect(socket.as_raw_fd(), &raw const address, length) }, 0);
+}
+
+#[test]
+fn a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    tcp_server(PODS[0]);
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    let mut stream = TcpStream::connect(VIP).unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), VIP.parse().unwrap());
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, PODS[0]);
+    assert_eq!(counters.get(Counter::TcpConnects).unwrap(), 1);
+    // The Service may go; the connection keeps its name.
+    set(&mut programs, Tcp, VIP, None);
+    assert_eq!(stream.peer_addr().unwrap(), VIP.parse().unwrap());
+    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable, "no longer a Service address");
+    assert_eq!(call_tcp(PODS[0]).unwrap(), PODS[0], "pods are reached by their own addresses");
+    assert_eq!(TcpStream::connect(PODS[0]).unwrap().peer_addr().unwrap(), PODS[0].parse().unwrap());
+}
+
+#[test]
+fn connections_spread_over_all_pods_of_a_service() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _) = sandbox.programs();
+    PODS.iter().for_each(|pod| drop(tcp_server(pod)));
+    set(&mut programs, Tcp, VIP, Some(&PODS));
+    let mut answers: HashMap<String, usize> = HashMap::new();
+    for _ in 0..600 {
+        *answers.entry(call_tcp(VIP).unwrap()).or_default() += 1;
+    }
+    // Three standard deviations are 35.
+    assert!(PODS.iter().all(|&pod| (150..250).contains(&answers[pod])), "{answers:?}");
+}
+
+#[test]
+fn udp_answers_come_from_the_service_address() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    PODS.iter().for_each(|pod| drop(udp_server(pod)));
+    set(&mut programs, Udp, VIP, Some(&PODS));
+    let service: SocketAddr = VIP.parse().unwrap();
+
+    let unconnected = udp_client();
+    let mut answers = Vec::new();
+    for _ in 0..20 {
+        unconnected.send_to(b"?", VIP).unwrap();
+        let (answer, from) = receive(&unconnected);
+        assert_eq!(from, service);
+        answers.push(answer);
+    }
+    answers.dedup();
+    assert_eq!(answers.len(), 1, "one socket talks to one pod");
+
+    let connected = udp_client();
+    connected.connect(VIP).unwrap();
+    connected.send(b"?").unwrap();
+    assert_eq!(receive(&connected).1, service);
+    assert_eq!(connected.peer_addr().unwrap(), service);
+
+    let mut pods: Vec<String> = (0..60)
+        .map(|_| {
+            let socket = udp_client();
+            socket.send_to(b"?", VIP).unwrap();
+            receive(&socket).0
+        })
+        .collect();
+    pods.sort();
+    pods.dedup();
+    assert_eq!(pods.len(), 3, "sockets spread over the pods");
+    assert_eq!(counters.get(Counter::UdpDatagrams).unwrap(), 80);
+    assert_eq!(counters.get(Counter::UdpConnects).unwrap(), 1);
+}
+
+#[test]
+fn a_service_without_endpoints_refuses_at_once() {
+    let sandbox = Sandbox::new(&[]);
+    let (mut programs, counters) = sandbox.programs();
+    set(&mut programs, Tcp, VIP, Some(&[]));
+    set(&mut programs, Udp, VIP, Some(&[]));
+    let started = Instant::now();
+    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(udp_client().connect(VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(udp_client().send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
+    assert_eq!(counters.get(Counter::Refused).unwrap(), 3);
+}
+
+#[test]
+fn tcp_and_udp_of_one_address_and_port_are_apart() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _) = sandbox.programs();
+    tcp_server(PODS[0]);
+    udp_server(PODS[1]);
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut programs, Udp, VIP, Some(&PODS[1..2]));
+    assert_eq!(call_tcp(VIP).unwrap(), PODS[0]);
+    let socket = udp_client();
+    socket.send_to(b"?", VIP).unwrap();
+    assert_eq!(receive(&socket).0, PODS[1]);
+}
+
+#[test]
+fn a_reconnected_udp_socket_is_not_translated_any_more() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _) = sandbox.programs();
+    let pod = udp_server(PODS[0]);
+    set(&mut programs, Udp, VIP, Some(&PODS[..1]));
+    let socket = udp_client();
+    socket.connect(VIP).unwrap();
+    assert_eq!(socket.peer_addr().unwrap(), VIP.parse().unwrap());
+    disconnect(&socket);
+    socket.connect(pod).unwrap();
+    assert_eq!(socket.peer_addr().unwrap(), pod, "it connected to the pod itself");
+    socket.send(b"?").unwrap();
+    assert_eq!(receive(&socket).1, pod);
+
+    let unconnected = udp_client();
+    unconnected.send_to(b"?", VIP).unwrap();
+    assert_eq!(receive(&unconnected).1, VIP.parse().unwrap());
+    unconnected.send_to(b"?", pod).unwrap();
+    assert_eq!(receive(&unconnected).1, pod, "it sent to the pod itself");
+}
+
+#[test]
+fn ipv6_sockets_reach_services_by_mapped_addresses() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _) = sandbox.programs();
+    tcp_server(PODS[0]);
+    udp_server(PODS[1]);
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut programs, Udp, VIP, Some(&PODS[1..2]));
+    let mapped: SocketAddr = "[::ffff:10.96.0.20]:80".parse().unwrap();
+    let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+    socket.set_only_v6(false).unwrap();
+    socket.connect(&mapped.into()).unwrap();
+    let mut stream = TcpStream::from(socket);
+    assert_eq!(stream.peer_addr().unwrap(), mapped);
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, PODS[0]);
+
+    let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
+    socket.set_only_v6(false).unwrap();
+    let socket = UdpSocket::from(socket);
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.send_to(b"?", mapped).unwrap();
+    assert_eq!(receive(&socket), (PODS[1].to_owned(), mapped));
+    socket.connect(mapped).unwrap();
+    assert_eq!(socket.peer_addr().unwrap(), mapped);
+}
+
+#[test]
+fn closed_sockets_leave_nothing_behind() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    tcp_server(PODS[0]);
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut programs, Udp, VIP, Some(&PODS[..1]));
+    let open: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(VIP).unwrap()).collect();
+    let connected = udp_client();
+    connected.connect(VIP).unwrap();
+    assert_eq!(counters.remembered_peers(), 51);
+    drop((open, connected));
+    assert_eq!(counters.remembered_peers(), 0);
+}
+
+#[test]
+fn endpoints_change_under_traffic_without_a_failed_connection() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    PODS.iter().for_each(|pod| drop(tcp_server(pod)));
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    let stop = AtomicBool::new(false);
+    let connections = AtomicUsize::new(0);
+    let own_netns = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                nix::sched::setns(&own_netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    let answer = call_tcp(VIP).unwrap();
+                    assert!(PODS.contains(&answer.as_str()), "{answer}");
+                    connections.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let until = Instant::now() + Duration::from_secs(2);
+        let mut round = 0_usize;
+        while Instant::now() < until {
+            round += 1;
+            let first = round % 3;
+            let pods = &PODS[first..=first + round % (3 - first)];
+            set(&mut programs, Tcp, VIP, Some(pods));
+            // Other Services come and go, and take the slots that became free.
+            let other = format!("10.96.1.{}:80", round % 200);
+            set(&mut programs, Tcp, &other, (round % 3 > 0).then_some(&["10.244.9.9:9"]));
+            if round % 100 == 0 {
+                let answer = call_tcp(VIP).unwrap();
+                assert!(pods.contains(&answer.as_str()), "an update holds from the moment it is written");
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(round > 1000, "only {round} updates");
+    });
+    assert!(connections.load(Ordering::Relaxed) > 100);
+    assert_eq!(counters.get(Counter::Inconsistent).unwrap(), 0);
+}
+
+#[test]
+fn ten_thousand_services_are_programmed_within_two_seconds_and_all_work() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _) = sandbox.programs();
+    PODS.iter().for_each(|pod| drop(tcp_server(pod)));
+    let target = Target::Direct(PODS.map(v4).to_vec());
+    let address = |i: u32| format!("10.96.{}.{}:80", i / 250, i % 250 + 1);
+    let started = Instant::now();
+    for i in 0..10_000 {
+        let frontend = Frontend { address: v4(&address(i)), protocol: Tcp };
+        programs.apply(&Change { frontend, target: Some(&target) }).unwrap();
+    }
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    println!("10,000 Services with 3 endpoints each: {took:?}");
+    for i in [0, 1, 4999, 9999] {
+        assert!(PODS.contains(&call_tcp(&address(i)).unwrap().as_str()));
+    }
+    assert_eq!(programs.len(), 10_000);
+    let started = Instant::now();
+    for i in 0..10_000 {
+        set(&mut programs, Tcp, &address(i), None);
+    }
+    assert!(programs.is_empty());
+    println!("removed in {:?}", started.elapsed());
+    assert_eq!(call_tcp(&address(17)).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+}
+
+#[test]
+fn detached_programs_leave_sockets_alone() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _) = sandbox.programs();
+    tcp_server(PODS[0]);
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    assert_eq!(call_tcp(VIP).unwrap(), PODS[0]);
+    drop(programs);
+    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+}
+
+#[test]
+fn sockets_outside_of_the_cgroup_are_not_touched() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    tcp_server(PODS[0]);
+    let (mut programs, counters) = edgemesh_agent::datapath::ebpf::Programs::start(&sandbox.child_cgroup()).unwrap();
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+    assert_eq!(counters.get(Counter::Misses).unwrap(), 0);
+}
+
+#[test]
+fn a_missing_cgroup_is_an_error_that_names_it() {
+    let missing = std::path::Path::new("/datapath-is-not-there");
+    let error = edgemesh_agent::datapath::ebpf::Programs::start(missing).err().unwrap().to_string();
+    assert!(error.contains("datapath-is-not-there"), "{error}");
+}

@@ -1,0 +1,116 @@
+//! The whole daemon, started as it is on a node: from its disk alone.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use edgemesh_agent::{app, config::Config};
+use serde_json::{Value, json};
+
+use crate::sandbox::{Sandbox, tcp_server};
+
+const POD: &str = "10.244.1.5:8080";
+
+fn catalog() -> Value {
+    let service = |name: &str, ip: &str, node_port: Option<u16>| {
+        let mut port = json!({"port": 80, "protocol": "TCP", "targetPort": 8080});
+        if let Some(node_port) = node_port {
+            port["nodePort"] = node_port.into();
+        }
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+            "spec": {"clusterIP": ip, "clusterIPs": [ip], "type": node_port.map_or("ClusterIP", |_| "NodePort"), "ports": [port]},
+        })
+    };
+    let slice = |service: &str, address: &str, node: &str| {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": format!("{service}-1"), "namespace": "default",
+                         "labels": {"kubernetes.io/service-name": service}},
+            "ports": [{"port": 8080, "protocol": "TCP", "name": ""}],
+            "endpoints": [{"addresses": [address], "nodeName": node, "conditions": {"ready": true}}],
+        })
+    };
+    let node = |name: &str, network: &str, address: &str, range: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": name, "labels": {"edgemesh.dev/network": network}},
+            "spec": {"podCIDR": range, "podCIDRs": [range]},
+            "status": {"addresses": [{"type": "InternalIP", "address": address}],
+                       "conditions": [{"type": "Ready", "status": "True"}]},
+        })
+    };
+    json!({"apiVersion": "v1", "kind": "List", "items": [
+        service("here", "10.96.0.20", Some(30080)), slice("here", "10.244.1.5", "edge-a1"),
+        service("there", "10.96.0.21", None), slice("there", "10.244.7.5", "edge-b1"),
+        service("nowhere", "10.96.0.22", None),
+        node("edge-a1", "site-a", "192.168.1.11", "10.244.1.0/24"),
+        node("edge-b1", "site-b", "192.168.2.11", "10.244.7.0/24"),
+    ]})
+}
+
+fn admin(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    // As main does; another test may have done so already.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    tcp_server(POD);
+    let data = tempfile::tempdir().unwrap();
+    std::fs::write(data.path().join("catalog.json"), catalog().to_string()).unwrap();
+    let mut config = Config {
+        data_dir: data.path().to_owned(),
+        node_name: "edge-a1".to_owned(),
+        api_server: Some("http://127.0.0.1:1".to_owned()),
+        cgroup: sandbox.cgroup.clone(),
+        ..Config::default()
+    };
+    config.admin.listen = "127.0.0.1:0".parse().unwrap();
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(async {
+        let agent = app::build(config).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    assert!(admin(agent.admin, "/readyz").starts_with("HTTP/1.1 200"));
+    for address in ["10.96.0.20:80", "192.168.1.11:30080", "127.0.0.1:30080"] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, POD, "{address}");
+    }
+    let refused = TcpStream::connect("10.96.0.22:80").unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+
+    let page = admin(agent.admin, "/debug/datapath");
+    let page: Value = serde_json::from_str(page.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let target = |frontend: &str| {
+        let frontends = page["frontends"].as_array().unwrap();
+        frontends.iter().find(|entry| entry["frontend"] == frontend).cloned().unwrap_or_default()
+    };
+    assert_eq!(page["network"], "site-a");
+    assert_eq!(target("10.96.0.20:80/tcp")["target"], "direct");
+    assert_eq!(target("10.96.0.21:80/tcp")["target"], "listener", "its pod is in another network");
+    assert_eq!(target("10.96.0.22:80/tcp")["target"], "refuse");
+    assert_eq!(target("10.96.0.10:53/udp")["backends"], json!(["169.254.64.1:53"]));
+    let metrics = admin(agent.admin, "/metrics");
+    for line in
+        ["edgemesh_agent_socket_tcp_connects_total 3", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
+    {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
+    }
+    runtime.block_on(agent.stop());
+    assert!(TcpStream::connect("10.96.0.20:80").is_err(), "the programs are gone");
+    assert!(data.path().join("node-local.json").exists());
+}
