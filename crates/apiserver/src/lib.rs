@@ -6,6 +6,8 @@
 pub mod context;
 pub mod error;
 mod fields;
+pub mod kubeconfig;
+pub mod pki;
 pub mod store;
 
 pub use context::{FieldValidation, Identity, RequestContext};

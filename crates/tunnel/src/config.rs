@@ -22,6 +22,8 @@ pub struct TunnelConfig {
     pub exclude: Vec<(IpAddr, u8)>,
     /// Whether to relay for other nodes. A relay must be reachable by them, and keeps no reservations itself.
     pub relay_server: bool,
+    /// Whether relayed connections are upgraded to direct ones by hole punching (DCUtR).
+    pub hole_punching: bool,
     /// Overall limit for [`crate::Tunnel::open`].
     pub open_deadline: Duration,
     /// Connections that carry no stream are closed after this time, except those to relays.
@@ -46,6 +48,7 @@ impl TunnelConfig {
             advertise: Vec::new(),
             exclude: Vec::new(),
             relay_server: false,
+            hole_punching: true,
             open_deadline: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(600),
             max_inbound_streams: 16 * 1024,
@@ -56,8 +59,5 @@ impl TunnelConfig {
 fn listen_on_all(port: u16) -> Vec<Multiaddr> {
     use libp2p::multiaddr::Protocol;
     let all = Multiaddr::from(std::net::Ipv4Addr::UNSPECIFIED);
-    vec![
-        all.clone().with(Protocol::Udp(port)).with(Protocol::QuicV1),
-        all.with(Protocol::Tcp(port)),
-    ]
+    vec![all.clone().with(Protocol::Udp(port)).with(Protocol::QuicV1), all.with(Protocol::Tcp(port))]
 }

@@ -1,0 +1,174 @@
+//! The table of live connections, shared by the swarm's task (which writes it) and by everyone who opens a stream.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use libp2p::{Multiaddr, PeerId, Stream, core::ConnectedPoint, multiaddr::Protocol, swarm::ConnectionId};
+use parking_lot::RwLock;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::peer::{DirectTransport, Path};
+
+/// Asks a connection for a new stream.
+pub(crate) type OpenRequest = oneshot::Sender<Result<Stream, String>>;
+
+/// One established connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) id: ConnectionId,
+    pub(crate) peer: PeerId,
+    pub(crate) route: Route,
+    pub(crate) opener: mpsc::Sender<OpenRequest>,
+    /// Bytes that streams received over it: a connection that receives is alive, whatever its pings say.
+    pub(crate) received: AtomicU64,
+    /// `received` at the last failed ping.
+    pub(crate) received_at_failure: AtomicU64,
+}
+
+/// How a connection goes. The better one orders first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Route {
+    Quic,
+    Tcp,
+    Relayed(Option<PeerId>),
+}
+
+impl Route {
+    pub(crate) fn of(endpoint: &ConnectedPoint) -> Self {
+        match endpoint {
+            ConnectedPoint::Dialer { address, .. } => Self::of_address(address),
+            ConnectedPoint::Listener { local_addr, .. } => Self::of_address(local_addr),
+        }
+    }
+
+    pub(crate) fn of_address(address: &Multiaddr) -> Self {
+        let mut relay = None;
+        let mut quic = false;
+        for part in address {
+            match part {
+                Protocol::P2p(peer) => relay = Some(peer),
+                Protocol::P2pCircuit => return Self::Relayed(relay),
+                Protocol::QuicV1 => quic = true,
+                _ => {}
+            }
+        }
+        if quic { Self::Quic } else { Self::Tcp }
+    }
+
+    pub(crate) fn is_relayed(self) -> bool {
+        matches!(self, Self::Relayed(_))
+    }
+
+    /// The public form, with the relay's name as `name_of` knows it.
+    pub(crate) fn path(self, name_of: impl FnOnce(&PeerId) -> Option<String>) -> Path {
+        match self {
+            Self::Quic => Path::Direct(DirectTransport::Quic),
+            Self::Tcp => Path::Direct(DirectTransport::Tcp),
+            Self::Relayed(relay) => Path::Relayed {
+                via: relay.map_or_else(|| "unknown".into(), |relay| name_of(&relay).unwrap_or(relay.to_string())),
+            },
+        }
+    }
+}
+
+impl Connection {
+    /// Whether streams received anything since the last failed ping; remembers the state for the next one.
+    pub(crate) fn received_since_failure(&self) -> bool {
+        let now = self.received.load(Ordering::Relaxed);
+        self.received_at_failure.swap(now, Ordering::Relaxed) != now
+    }
+}
+
+/// Connections by peer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Connections {
+    by_peer: Arc<RwLock<HashMap<PeerId, Vec<Arc<Connection>>>>>,
+}
+
+impl Connections {
+    pub(crate) fn add(&self, connection: Arc<Connection>) {
+        self.by_peer.write().entry(connection.peer).or_default().push(connection);
+    }
+
+    pub(crate) fn remove(&self, peer: &PeerId, id: ConnectionId) -> Option<Arc<Connection>> {
+        let mut by_peer = self.by_peer.write();
+        let list = by_peer.get_mut(peer)?;
+        let at = list.iter().position(|connection| connection.id == id)?;
+        let removed = list.swap_remove(at);
+        if list.is_empty() {
+            by_peer.remove(peer);
+        }
+        Some(removed)
+    }
+
+    pub(crate) fn get(&self, peer: &PeerId, id: ConnectionId) -> Option<Arc<Connection>> {
+        self.by_peer.read().get(peer)?.iter().find(|connection| connection.id == id).cloned()
+    }
+
+    /// The connection for a new stream: direct before relayed, QUIC before TCP, and of equals the newest, which after a
+    /// change of network is the one that still lives.
+    pub(crate) fn best(&self, peer: &PeerId) -> Option<Arc<Connection>> {
+        self.by_peer
+            .read()
+            .get(peer)?
+            .iter()
+            .filter(|connection| !connection.opener.is_closed())
+            .min_by_key(|connection| (rank(connection.route), std::cmp::Reverse(connection.id)))
+            .cloned()
+    }
+
+    pub(crate) fn is_direct(&self, peer: &PeerId) -> bool {
+        self.best(peer).is_some_and(|connection| !connection.route.is_relayed())
+    }
+}
+
+fn rank(route: Route) -> u8 {
+    match route {
+        Route::Quic => 0,
+        Route::Tcp => 1,
+        Route::Relayed(_) => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_route_is_read_from_the_address() {
+        let relay = PeerId::random();
+        let quic: Multiaddr = "/ip4/192.0.2.1/udp/4001/quic-v1".parse().unwrap();
+        let tcp: Multiaddr = "/ip4/192.0.2.1/tcp/4001".parse().unwrap();
+        assert_eq!(Route::of_address(&quic), Route::Quic);
+        assert_eq!(Route::of_address(&tcp), Route::Tcp);
+        let relayed = quic.with(Protocol::P2p(relay)).with(Protocol::P2pCircuit).with(Protocol::P2p(PeerId::random()));
+        assert_eq!(Route::of_address(&relayed), Route::Relayed(Some(relay)));
+    }
+
+    #[test]
+    fn a_direct_connection_is_preferred_to_a_relayed_one() {
+        let table = Connections::default();
+        let peer = PeerId::random();
+        let mut keep = Vec::new();
+        for (id, route) in [(1, Route::Relayed(None)), (2, Route::Tcp), (3, Route::Relayed(None))] {
+            let (opener, requests) = mpsc::channel(1);
+            keep.push(requests);
+            table.add(Arc::new(Connection {
+                id: ConnectionId::new_unchecked(id),
+                peer,
+                route,
+                opener,
+                received: AtomicU64::new(0),
+                received_at_failure: AtomicU64::new(0),
+            }));
+        }
+        assert_eq!(table.best(&peer).unwrap().route, Route::Tcp);
+        table.remove(&peer, ConnectionId::new_unchecked(2));
+        assert_eq!(table.best(&peer).unwrap().id, ConnectionId::new_unchecked(3));
+    }
+}

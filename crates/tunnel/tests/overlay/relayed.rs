@@ -1,0 +1,122 @@
+//! Paths through a relay: the peers know no direct address of each other.
+
+use edgemesh_tunnel::{Carried, Path, TunnelPeer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::rig::{Endpoint, echo, header, round_trip, udp_echo, within};
+
+struct Site {
+    relay: Endpoint,
+    a: Endpoint,
+    b: Endpoint,
+}
+
+/// What `endpoint` would publish if none of its own addresses could be reached.
+async fn hidden(endpoint: &Endpoint) -> TunnelPeer {
+    TunnelPeer { addresses: Vec::new(), ..endpoint.peer(2).await }
+}
+
+async fn site(hole_punching: bool) -> Site {
+    let relay = Endpoint::start("relay", |config| config.relay_server = true);
+    let a = Endpoint::start("a", |config| config.hole_punching = hole_punching);
+    let b = Endpoint::start("b", |config| config.hole_punching = hole_punching);
+    let relay_peer = relay.peer(2).await;
+    relay.tunnel.set_peers(&[hidden(&a).await, hidden(&b).await]);
+    a.tunnel.set_peers(&[relay_peer.clone(), hidden(&b).await]);
+    b.tunnel.set_peers(&[relay_peer, hidden(&a).await]);
+    a.circuits().await;
+    b.circuits().await;
+    Site { relay, a, b }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_without_direct_addresses_meet_at_the_relay() {
+    let site = site(false).await;
+    assert_eq!(round_trip(&site.a.tunnel, "b", echo().await, "hello").await, "relay");
+    assert_eq!(site.a.tunnel.path("b"), Path::Relayed { via: "relay".into() });
+    assert_eq!(site.b.metric("edgemesh_tunnel_streams_accepted_total{path=\"relay\"}"), 1);
+    assert_eq!(site.b.metric("edgemesh_tunnel_reservations"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn published_circuit_addresses_are_enough() {
+    let site = site(false).await;
+    let relay = site.relay.peer(2).await;
+    let peer = TunnelPeer { addresses: site.b.circuits().await, ..site.b.peer(2).await };
+    // The relay is allowed, but `a` isn't told that it relays.
+    site.a.tunnel.set_peers(&[TunnelPeer { relay: false, ..relay }, peer]);
+    assert_eq!(round_trip(&site.a.tunnel, "b", echo().await, "hello").await, "relay");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_relay_reaches_its_clients_over_the_connection_that_they_made() {
+    let site = site(false).await;
+    assert_eq!(round_trip(&site.relay.tunnel, "a", echo().await, "hello").await, "quic");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relayed_stream_has_no_data_cap() {
+    const TOTAL: usize = 64 << 20;
+    let site = site(false).await;
+    let stream = site.a.tunnel.open("b", &header(Carried::Tcp, echo().await)).await.unwrap();
+    assert_eq!(stream.path().label(), "relay");
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let sending = tokio::spawn(async move {
+        let block = vec![42; 64 * 1024];
+        for _ in 0..TOTAL / block.len() {
+            writer.write_all(&block).await.unwrap();
+        }
+        writer.shutdown().await.unwrap();
+    });
+    let begin = std::time::Instant::now();
+    let mut buffer = vec![0; 64 * 1024];
+    let mut total = 0;
+    while let read @ 1.. = within("data", reader.read(&mut buffer)).await.unwrap() {
+        total += read;
+    }
+    sending.await.unwrap();
+    assert_eq!(total, TOTAL);
+    eprintln!("relayed there and back: {:.0} MB/s", 2.0 * TOTAL as f64 / 1e6 / begin.elapsed().as_secs_f64());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn udp_goes_through_the_relay_too() {
+    let site = site(false).await;
+    let stream = site.a.tunnel.open("b", &header(Carried::Udp, udp_echo().await)).await.unwrap();
+    let (mut sender, mut receiver) = stream.into_datagrams();
+    sender.send(&[9; 65_507]).await.unwrap();
+    assert_eq!(within("the answer", receiver.recv()).await.unwrap().unwrap().len(), 65_507);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_return_to_a_restarted_relay() {
+    let mut site = site(false).await;
+    let server = echo().await;
+    round_trip(&site.a.tunnel, "b", server, "before").await;
+    site.relay = site.relay.restart().await;
+    site.relay.tunnel.set_peers(&[hidden(&site.a).await, hidden(&site.b).await]);
+    within("the path to return", async {
+        loop {
+            match site.a.tunnel.open("b", &header(Carried::Tcp, server)).await {
+                Ok(stream) if stream.path().label() == "relay" => break,
+                _ => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        }
+    })
+    .await;
+    round_trip(&site.a.tunnel, "b", server, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relayed_connection_is_upgraded_to_a_direct_one() {
+    let site = site(true).await;
+    let server = echo().await;
+    round_trip(&site.a.tunnel, "b", server, "hello").await;
+    within("the upgrade", async {
+        while matches!(site.a.tunnel.path("b"), Path::Relayed { .. } | Path::None) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_ne!(round_trip(&site.a.tunnel, "b", server, "hello").await, "relay");
+}

@@ -1,0 +1,4 @@
+//! The node's daemon as a library, so that tests start its parts.
+
+pub mod pods;
+pub mod runtime;
