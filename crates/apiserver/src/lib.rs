@@ -6,6 +6,7 @@
 pub mod context;
 pub mod error;
 mod fields;
+pub mod kinds;
 pub mod kubeconfig;
 pub mod pki;
 pub mod store;
