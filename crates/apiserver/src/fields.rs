@@ -17,11 +17,6 @@ pub(crate) fn meta<'a>(object: &'a Value, name: &str) -> &'a str {
     text(object, &["metadata", name])
 }
 
-/// `metadata.resourceVersion` as a number; 0 when it is missing.
-pub(crate) fn resource_version(object: &Value) -> u64 {
-    meta(object, "resourceVersion").parse().unwrap_or(0)
-}
-
 /// Whether deletion was asked for (`metadata.deletionTimestamp` is set).
 pub(crate) fn is_terminating(object: &Value) -> bool {
     at(object, &["metadata", "deletionTimestamp"]).is_some_and(|v| !v.is_null())

@@ -3,17 +3,21 @@
 //! `hub --standalone` serves it as the cluster's API ([`store::Mode::Authoritative`]), edgecore's metaserver as the node's
 //! view of the cluster ([`store::Mode::Replica`]).
 
+pub mod auth;
 pub mod context;
 pub mod error;
 mod fields;
 pub mod kinds;
 pub mod kubeconfig;
+pub mod patch;
 pub mod pki;
+pub mod server;
 pub mod store;
 
 pub use context::{FieldValidation, Identity, RequestContext};
 pub use error::{ApiError, Reason};
 pub use store::{
-    ClusterRanges, DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Propagation,
-    ReplicaChange, ReplicaVersion, StoreOptions, WatchEvent, WatchOptions, WriteOp,
+    ClusterRanges, DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Part,
+    Propagation, ReplicaChange, ReplicaVersion, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp,
+    Written,
 };

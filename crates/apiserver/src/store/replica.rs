@@ -1,0 +1,169 @@
+//! The node's side: changes that come from the cloud, and which local writes go back to it.
+
+use std::sync::Arc;
+
+use edgemesh_api::{ObjectKey, names::NODE_LEASE_NAMESPACE};
+use serde_json::{Value, json};
+
+use super::{
+    options::{ReplicaChange, WriteOp},
+    state::Stored,
+    transaction::Transaction,
+};
+use crate::{error::ApiError, fields};
+
+/// Whether this node may make this write. The rest is the cluster's to decide.
+pub(crate) fn admit(
+    node: &str,
+    op: WriteOp,
+    key: &ObjectKey,
+    old: Option<&Value>,
+    new: Option<&Value>,
+) -> Result<(), ApiError> {
+    let resource = (key.resource.group.as_str(), key.resource.plural.as_str());
+    // A new object may get its name from the server; nothing that a node owns does, except events.
+    let own_name = key.name == node;
+    let status_only = op == WriteOp::UpdateStatus;
+    let allowed = match resource {
+        ("" | "events.k8s.io", "events") => !status_only,
+        ("", "nodes") => own_name && op != WriteOp::Delete,
+        ("coordination.k8s.io", "leases") => own_name && key.namespace == NODE_LEASE_NAMESPACE,
+        ("edgemesh.dev", "meshnodes") => own_name,
+        ("", "pods") => {
+            let bound = |o: &Value| fields::text(o, &["spec", "nodeName"]) == node;
+            (status_only || op == WriteOp::Delete) && old.or(new).is_some_and(bound)
+        }
+        ("gateway.networking.k8s.io", "gatewayclasses" | "gateways" | "httproutes" | "grpcroutes") => status_only,
+        _ => false,
+    };
+    if allowed {
+        return Ok(());
+    }
+    let why = format!("node \"{node}\" holds a copy that it can't change; write to the cluster's API");
+    Err(ApiError::forbidden(key, &why))
+}
+
+/// Takes over what the cloud says, in one transaction.
+pub(crate) fn apply(
+    transaction: &mut Transaction<'_>,
+    node: &str,
+    changes: Vec<ReplicaChange>,
+) -> Result<(), ApiError> {
+    for change in changes {
+        match change {
+            ReplicaChange::Upsert { key, origin_version, object } => {
+                upsert(transaction, node, &key, &origin_version, object)?;
+            }
+            ReplicaChange::Delete { key, uid } => remove(transaction, &key, uid.as_deref())?,
+        }
+    }
+    Ok(())
+}
+
+fn upsert(
+    transaction: &mut Transaction<'_>,
+    node: &str,
+    key: &ObjectKey,
+    origin_version: &str,
+    mut object: Value,
+) -> Result<(), ApiError> {
+    let place = place(transaction, key, &mut object);
+    let uid = fields::meta(&object, "uid").to_owned();
+    let pending = transaction.database.outbox_of(key).map_err(ApiError::internal)?;
+    if pending.iter().any(|(op, of)| *op == WriteOp::Delete && *of == uid) {
+        // It ended here; the cloud just doesn't know yet. Taking it back would start it again.
+        return Ok(());
+    }
+    let origin: Arc<str> = origin_version.into();
+    let Some(Stored { object: local, origin_version: known }) = transaction.get(&place) else {
+        transaction.put(&place, object, Some(origin))?;
+        return Ok(());
+    };
+    let born_here = known.is_none();
+    let same = fields::meta(&local, "uid") == uid;
+    if !same && !born_here {
+        for op in [WriteOp::Update, WriteOp::UpdateStatus] {
+            transaction.database.outbox_drop(op, key).map_err(ApiError::internal)?;
+        }
+        transaction.remove(&place)?;
+        transaction.put(&place, object, Some(origin))?;
+        return Ok(());
+    }
+    keep_local(node, key, &pending, born_here, &local, &mut object);
+    let local_version = fields::meta(&local, "resourceVersion");
+    fields::map_in(&mut object, "metadata").insert("resourceVersion".to_owned(), json!(local_version));
+    if object == *local {
+        if known.as_deref() != Some(origin_version) {
+            transaction.set_origin(&place, origin_version)?;
+        }
+        return Ok(());
+    }
+    if !same {
+        // Watchers must see that it is another object now, as they would in the cloud.
+        transaction.remove(&place)?;
+    }
+    transaction.put(&place, object, Some(origin))?;
+    Ok(())
+}
+
+/// Local writes win until the hub has them; the status of what runs here always does.
+fn keep_local(
+    node: &str,
+    key: &ObjectKey,
+    pending: &[(WriteOp, String)],
+    born_here: bool,
+    local: &Value,
+    object: &mut Value,
+) {
+    let is_pending = |op: WriteOp| pending.iter().any(|(o, _)| *o == op);
+    let resource = (key.resource.group.as_str(), key.resource.plural.as_str());
+    let runs_here = resource == ("", "pods") || (resource == ("", "nodes") && key.name == node);
+    let take = |object: &mut Value, part: &str| {
+        if let Some(value) = local.get(part) {
+            fields::as_map(object).insert(part.to_owned(), value.clone());
+        }
+    };
+    if runs_here || born_here || is_pending(WriteOp::UpdateStatus) {
+        take(object, "status");
+    }
+    if !(is_pending(WriteOp::Update) || is_pending(WriteOp::Create)) {
+        return;
+    }
+    match resource {
+        ("edgemesh.dev", "meshnodes") | ("coordination.k8s.io", "leases") => take(object, "spec"),
+        ("", "nodes") => {
+            for part in ["labels", "annotations"] {
+                let Some(own) = fields::at(local, &["metadata", part]).and_then(Value::as_object) else { continue };
+                let merged = fields::as_map(fields::map_in(object, "metadata").entry(part).or_insert(Value::Null));
+                merged.extend(own.iter().map(|(k, v)| (k.clone(), v.clone())));
+            }
+        }
+        _ => {}
+    }
+}
+
+fn remove(transaction: &mut Transaction<'_>, key: &ObjectKey, uid: Option<&str>) -> Result<(), ApiError> {
+    let place = place(transaction, key, &mut Value::Null);
+    let Some(stored) = transaction.get(&place) else { return Ok(()) };
+    if uid.is_some_and(|uid| uid != fields::meta(&stored.object, "uid")) {
+        return Ok(());
+    }
+    for op in [WriteOp::Update, WriteOp::UpdateStatus] {
+        transaction.database.outbox_drop(op, key).map_err(ApiError::internal)?;
+    }
+    transaction.remove(&place)?;
+    Ok(())
+}
+
+/// Where an object is kept. Objects of kinds that aren't known (yet) are kept as they came.
+fn place(transaction: &Transaction<'_>, key: &ObjectKey, object: &mut Value) -> ObjectKey {
+    match transaction.kind(&key.resource) {
+        Ok(info) => {
+            if object.is_object() {
+                crate::kinds::to_storage(&info, object);
+            }
+            super::write::storage_key(&info, key)
+        }
+        Err(_) => key.clone(),
+    }
+}
