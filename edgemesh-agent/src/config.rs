@@ -79,8 +79,14 @@ pub struct DnsConfig {
     pub cluster_domain: String,
     /// Servers for all other names; those of the host's resolv.conf if empty.
     pub upstreams: Vec<SocketAddr>,
+    /// Where the host names its servers; read if `upstreams` is empty, and followed as it changes.
+    pub resolv_conf: PathBuf,
     /// How long clients may keep an answer about a cluster name, in seconds.
     pub ttl: u32,
+    /// Answers of upstreams that are kept; 1 KiB of memory each at most. 0 keeps none.
+    pub cache_entries: usize,
+    /// Queries that wait for upstreams at one time.
+    pub max_queries: usize,
 }
 
 /// The overlay to nodes of other networks.
@@ -142,7 +148,10 @@ impl Default for DnsConfig {
             port: 53,
             cluster_domain: names::DEFAULT_CLUSTER_DOMAIN.to_owned(),
             upstreams: Vec::new(),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
             ttl: 5,
+            cache_entries: 5_000,
+            max_queries: 1_000,
         }
     }
 }
@@ -214,6 +223,12 @@ impl Validate for Config {
         }
         if self.dns.cluster_domain.trim_matches('.').is_empty() {
             problems.add("dns.clusterDomain", "must be set, for example cluster.local");
+        }
+        if self.dns.cache_entries > 1_000_000 {
+            problems.add("dns.cacheEntries", "must be at most 1000000");
+        }
+        if !(1..=100_000).contains(&self.dns.max_queries) {
+            problems.add("dns.maxQueries", "must be between 1 and 100000");
         }
         if self.dns.ttl > 3600 {
             problems.add("dns.ttl", "must be at most 3600 seconds: endpoints change");

@@ -1,0 +1,111 @@
+//! What DNS counts. Every label has a fixed set of values: nothing that a client chooses becomes one.
+
+use std::sync::OnceLock;
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::Registry,
+};
+
+use super::wire::kind;
+
+/// Names of the record types that are counted by name.
+const KINDS: [(u16, &str); 10] = [
+    (kind::A, "A"),
+    (kind::AAAA, "AAAA"),
+    (kind::SRV, "SRV"),
+    (kind::PTR, "PTR"),
+    (kind::CNAME, "CNAME"),
+    (kind::TXT, "TXT"),
+    (kind::MX, "MX"),
+    (kind::NS, "NS"),
+    (kind::SOA, "SOA"),
+    (kind::HTTPS, "HTTPS"),
+];
+const RCODES: [&str; 6] = ["NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"];
+const SOURCES: [&str; 5] = ["cluster", "cache", "stale", "upstream", "refused"];
+
+/// Where an answer came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// The catalog.
+    Cluster,
+    /// The cache, within the TTL.
+    Cache,
+    /// The cache, past the TTL: no upstream answered.
+    Stale,
+    /// An upstream, or the failure to get an answer from any.
+    Upstream,
+    /// Nowhere: the query can't be answered by this server.
+    Refused,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QueryLabels {
+    r#type: &'static str,
+    rcode: &'static str,
+    source: &'static str,
+}
+
+/// The metrics.
+#[derive(Debug)]
+pub(super) struct Metrics {
+    queries: Family<QueryLabels, Counter>,
+    /// Counters of the family by type, rcode and source: found by index in the hot path.
+    found: Box<[OnceLock<Counter>]>,
+    /// Seconds until an upstream answered.
+    pub(super) upstream_seconds: Histogram,
+    /// Queries that no upstream answered.
+    pub(super) upstream_failures: Counter,
+    /// Upstreams that answer.
+    pub(super) upstreams_alive: Gauge,
+    /// Entries in the cache.
+    pub(super) cache_entries: Gauge,
+    /// Queries and connections refused by a limit.
+    pub(super) limited: Counter,
+}
+
+impl Metrics {
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            queries: Family::default(),
+            found: (0..(KINDS.len() + 1) * (RCODES.len() + 1) * SOURCES.len()).map(|_| OnceLock::new()).collect(),
+            upstream_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 13)),
+            upstream_failures: Counter::default(),
+            upstreams_alive: Gauge::default(),
+            cache_entries: Gauge::default(),
+            limited: Counter::default(),
+        };
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_dns");
+        registry.register("queries", "DNS queries answered", metrics.queries.clone());
+        registry.register("upstream_seconds", "Time until an upstream answered", metrics.upstream_seconds.clone());
+        registry.register("upstream_failures", "Queries that no upstream answered", metrics.upstream_failures.clone());
+        registry.register("upstreams_alive", "Upstreams that answer", metrics.upstreams_alive.clone());
+        registry.register("cache_entries", "Answers in the cache", metrics.cache_entries.clone());
+        registry.register("limited", "Queries and connections refused by a limit", metrics.limited.clone());
+        metrics
+    }
+
+    /// Counts an answer.
+    pub(super) fn answered(&self, asked: u16, rcode: u8, source: Source) {
+        let kind = KINDS.iter().position(|(number, _)| *number == asked).unwrap_or(KINDS.len());
+        let code = usize::from(rcode).min(RCODES.len());
+        let at = (kind * (RCODES.len() + 1) + code) * SOURCES.len() + source as usize;
+        let Some(cell) = self.found.get(at) else { return };
+        let counter = cell.get_or_init(|| {
+            let labels = QueryLabels {
+                r#type: KINDS.get(kind).map_or("other", |(_, name)| name),
+                rcode: RCODES.get(code).copied().unwrap_or("other"),
+                source: SOURCES[source as usize],
+            };
+            self.queries.get_or_create_owned(&labels)
+        });
+        counter.inc();
+    }
+}

@@ -1,0 +1,225 @@
+//! Takes a query to an answer: the cluster's names at once from the catalog, others from the cache or upstream.
+
+use std::{net::Ipv4Addr, net::Ipv6Addr, sync::Arc, time::Instant};
+
+use edgemesh_mesh::{Catalog, CatalogStore};
+
+use super::{
+    cache::{Entry, Freshness, Key},
+    forward::{Forwarder, Found},
+    metrics::{Metrics, Source},
+    reply::{Data, Record, Reply, Section, Transport, format_error},
+    wire::{self, CLASS_IN, HEADER, Name, Query, Unreadable, kind, rcode},
+    zone::{Answer, Zone},
+};
+
+/// Longest chain of aliases in the cluster zone.
+const MAX_ALIASES: usize = 8;
+
+/// What became of a query without waiting.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// The answer is written.
+    Done,
+    /// There is nothing to answer.
+    Ignore,
+    /// An upstream must be asked: call [`Resolver::later`].
+    Later,
+}
+
+/// Answers queries, however they came.
+pub(super) struct Resolver {
+    pub(super) zone: Zone,
+    pub(super) catalog: Arc<CatalogStore>,
+    pub(super) forwarder: Arc<Forwarder>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl Resolver {
+    /// Writes the answer to `out` if no upstream is needed for it.
+    pub(super) fn at_once(&self, message: &[u8], transport: Transport, out: &mut Vec<u8>) -> Step {
+        let query = match wire::read_query(message) {
+            Ok(query) => query,
+            Err(Unreadable::Ignore) => return Step::Ignore,
+            Err(Unreadable::FormErr { id, flags }) => {
+                format_error(id, flags, out);
+                self.metrics.answered(0, rcode::FORMERR, Source::Refused);
+                return Step::Done;
+            }
+        };
+        let refusal = if query.edns.is_some_and(|edns| edns.version != 0) {
+            Some(rcode::BADVERS)
+        } else if query.opcode() != 0 {
+            Some(rcode::NOTIMP)
+        } else if query.class != CLASS_IN || matches!(query.kind, kind::AXFR | kind::IXFR | kind::OPT) {
+            Some(rcode::REFUSED)
+        } else {
+            None
+        };
+        if let Some(code) = refusal {
+            self.empty(&query, transport, code, Source::Refused, out);
+            return Step::Done;
+        }
+        let catalog = self.catalog.peek();
+        if let Some(zone_at) = self.zone.holds(&query.name) {
+            if !catalog.is_synced() {
+                self.empty(&query, transport, rcode::SERVFAIL, Source::Cluster, out);
+                return Step::Done;
+            }
+            let mut answer = self.zone.answer(&catalog, &query.name, zone_at, query.kind);
+            if self.chase(&catalog, &mut answer, query.kind).is_some() && is_address(query.kind) {
+                return Step::Later;
+            }
+            self.cluster(&catalog, &query, transport, &answer, out);
+            return Step::Done;
+        }
+        if let Some(answer) = self.zone.reverse(&catalog, &query.name, query.kind) {
+            self.cluster(&catalog, &query, transport, &answer, out);
+            return Step::Done;
+        }
+        if self.forwarder.is_our_own(&query.name) {
+            self.empty(&query, transport, rcode::SERVFAIL, Source::Refused, out);
+            return Step::Done;
+        }
+        let now = Instant::now();
+        match self.forwarder.cached(&Key::of(&query), now) {
+            Some(entry) => {
+                self.forwarded(&query, transport, &entry, Freshness::Fresh, Source::Cache, out);
+                Step::Done
+            }
+            None => Step::Later,
+        }
+    }
+
+    /// Writes the answer to a query for which [`Resolver::at_once`] said [`Step::Later`]. False if there is none.
+    pub(super) async fn later(&self, message: &[u8], transport: Transport, out: &mut Vec<u8>) -> bool {
+        let Ok(query) = wire::read_query(message) else { return false };
+        if let Some(zone_at) = self.zone.holds(&query.name) {
+            let catalog = self.catalog.snapshot();
+            let mut answer = self.zone.answer(&catalog, &query.name, zone_at, query.kind);
+            if let Some(target) = self.chase(&catalog, &mut answer, query.kind) {
+                let key = Key::new(&target, query.kind, false, query.checking_disabled());
+                let found = self.forwarder.resolve(key.clone()).await;
+                match found.entry {
+                    Some(entry) => {
+                        answer.rcode = entry.rcode;
+                        answer.answers.extend(records(&key, &entry, found.freshness));
+                    }
+                    None => answer.rcode = rcode::SERVFAIL,
+                }
+            }
+            self.cluster(&catalog, &query, transport, &answer, out);
+            return true;
+        }
+        let Found { entry, freshness, source } = self.forwarder.resolve(Key::of(&query)).await;
+        match entry {
+            Some(entry) => self.forwarded(&query, transport, &entry, freshness, source, out),
+            None => self.empty(&query, transport, rcode::SERVFAIL, Source::Upstream, out),
+        }
+        true
+    }
+
+    /// Writes the answer to a query that a limit keeps from being resolved.
+    pub(super) fn overloaded(&self, message: &[u8], transport: Transport, out: &mut Vec<u8>) -> bool {
+        self.metrics.limited.inc();
+        let Ok(query) = wire::read_query(message) else { return false };
+        self.empty(&query, transport, rcode::SERVFAIL, Source::Upstream, out);
+        true
+    }
+
+    /// Follows aliases inside the zone. Returns the name at which the answer goes on outside, if it does.
+    fn chase(&self, catalog: &Catalog, answer: &mut Answer, asked: u16) -> Option<Name> {
+        for _ in 0..MAX_ALIASES {
+            let target = answer.chase.take()?;
+            let Some(zone_at) = self.zone.holds(&target) else { return Some(target) };
+            let next = self.zone.answer(catalog, &target, zone_at, asked);
+            let owned = |record: Record| Record { owner: record.owner.or_else(|| Some(target.clone())), ..record };
+            answer.rcode = next.rcode;
+            answer.answers.extend(next.answers.into_iter().map(owned));
+            answer.additional.extend(next.additional);
+            answer.chase = next.chase;
+        }
+        if answer.chase.take().is_some() {
+            answer.rcode = rcode::SERVFAIL;
+        }
+        None
+    }
+
+    fn cluster(&self, catalog: &Catalog, query: &Query<'_>, transport: Transport, answer: &Answer, out: &mut Vec<u8>) {
+        let mut reply = Reply::new(query, transport, answer.rcode, out);
+        reply.authoritative();
+        let mut whole = true;
+        for record in &answer.answers {
+            whole = reply.record(Section::Answer, query, record);
+            if !whole {
+                break;
+            }
+        }
+        let negative = answer.answers.is_empty() || answer.rcode == rcode::NXDOMAIN;
+        if negative && answer.rcode != rcode::SERVFAIL {
+            whole = whole && reply.record(Section::Authority, query, &self.zone.soa(catalog));
+        }
+        if whole {
+            for record in &answer.additional {
+                if !reply.record(Section::Additional, query, record) {
+                    break;
+                }
+            }
+        }
+        reply.finish();
+        self.metrics.answered(query.kind, answer.rcode, Source::Cluster);
+    }
+
+    fn forwarded(
+        &self,
+        query: &Query<'_>,
+        transport: Transport,
+        entry: &Entry,
+        freshness: Freshness,
+        source: Source,
+        out: &mut Vec<u8>,
+    ) {
+        let mut reply = Reply::new(query, transport, entry.rcode, out);
+        let at = reply.position();
+        if reply.raw(&entry.body, entry.counts) {
+            entry.age_ttls(&mut reply.bytes()[at..], Instant::now(), freshness);
+        }
+        reply.finish();
+        self.metrics.answered(query.kind, entry.rcode, source);
+    }
+
+    fn empty(&self, query: &Query<'_>, transport: Transport, code: u8, source: Source, out: &mut Vec<u8>) {
+        Reply::new(query, transport, code, out).finish();
+        self.metrics.answered(query.kind, code, source);
+    }
+}
+
+fn is_address(asked: u16) -> bool {
+    matches!(asked, kind::A | kind::AAAA)
+}
+
+/// The addresses and aliases of an upstream's answer, to be put behind an alias of the cluster zone.
+fn records(key: &Key, entry: &Entry, freshness: Freshness) -> Vec<Record> {
+    // Pointers in the body count from the begin of a message with that question.
+    let question = key.question();
+    let body_at = HEADER + question.len();
+    let mut message = vec![0; HEADER];
+    message.extend_from_slice(&question);
+    message.extend_from_slice(&entry.body);
+    entry.age_ttls(&mut message[body_at..], Instant::now(), freshness);
+    let mut found = Vec::new();
+    let mut at = body_at;
+    for _ in 0..entry.counts[0] {
+        let (Ok((owner, _)), Ok(record)) = (Name::read(&message, at), wire::read_record(&message, at)) else { break };
+        let bytes = &message[record.data.clone()];
+        let data = match record.kind {
+            kind::A => <[u8; 4]>::try_from(bytes).ok().map(|octets| Data::A(Ipv4Addr::from(octets))),
+            kind::AAAA => <[u8; 16]>::try_from(bytes).ok().map(|octets| Data::Aaaa(Ipv6Addr::from(octets))),
+            kind::CNAME => Name::read(&message, record.data.start).ok().map(|(name, _)| Data::Cname(name)),
+            _ => None,
+        };
+        found.extend(data.map(|data| Record { owner: Some(owner), ttl: record.ttl, data }));
+        at = record.data.end;
+    }
+    found
+}

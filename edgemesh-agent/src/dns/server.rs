@@ -1,0 +1,296 @@
+//! The listeners: UDP on several sockets, TCP with pipelining (RFC 7766).
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use edgemesh_mesh::CatalogStore;
+use edgemesh_telemetry::Shutdown;
+use parking_lot::RwLock;
+use prometheus_client::registry::Registry;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
+
+use super::{
+    cache::Lifetimes,
+    forward::{Forwarder, Limits, Upstreams},
+    metrics::Metrics,
+    reply::Transport,
+    resolver::{Resolver, Step},
+    wire::Name,
+    zone::Zone,
+};
+use crate::config::DnsConfig;
+
+/// Queries are short; a longer datagram isn't one.
+const MAX_QUERY: usize = 4096;
+/// Datagrams that one socket takes before others get their turn.
+const BATCH: usize = 64;
+/// TCP connections at one time.
+const MAX_CONNECTIONS: usize = 256;
+/// Queries of one TCP connection at one time.
+const MAX_PIPELINED: usize = 32;
+/// A TCP connection without a query for this long is closed; so is one that doesn't take its answers.
+const IDLE: Duration = Duration::from_secs(10);
+/// Longest that answers past their lifetime are used (RFC 8767 suggests one to three days).
+const STALE: Duration = Duration::from_secs(24 * 3600);
+/// Caps on what upstreams say.
+const MAX_POSITIVE: Duration = Duration::from_secs(3600);
+const MAX_NEGATIVE: Duration = Duration::from_secs(60);
+
+/// Why DNS can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum DnsError {
+    /// The address can't be listened on.
+    #[error("DNS can't listen on {address}: {error}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's reason.
+        error: io::Error,
+    },
+    /// The cluster domain is no DNS name.
+    #[error("clusterDomain {0:?} is no DNS name")]
+    ClusterDomain(String),
+}
+
+/// A DNS server with its sockets bound, not yet serving.
+pub struct Server {
+    address: SocketAddr,
+    udp: Vec<UdpSocket>,
+    tcp: TcpListener,
+    zone: Name,
+    catalog: Arc<CatalogStore>,
+    upstreams: Upstreams,
+    config: DnsConfig,
+    metrics: Arc<Metrics>,
+}
+
+impl Server {
+    /// Binds UDP and TCP to one address; port 0 takes a free one. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// When the address can't be listened on, or the cluster domain is no name.
+    pub fn bind(
+        address: SocketAddr,
+        catalog: Arc<CatalogStore>,
+        config: &DnsConfig,
+        registry: &RwLock<Registry>,
+    ) -> Result<Self, DnsError> {
+        let zone = Name::from_text(&config.cluster_domain)
+            .filter(|zone| zone.wire().len() > 1)
+            .ok_or_else(|| DnsError::ClusterDomain(config.cluster_domain.clone()))?;
+        let (address, udp, tcp) = listen(address).map_err(|error| DnsError::Listen { address, error })?;
+        let upstreams = if config.upstreams.is_empty() {
+            Upstreams::ResolvConf(config.resolv_conf.clone())
+        } else {
+            Upstreams::Listed(config.upstreams.clone())
+        };
+        let metrics = Arc::new(Metrics::new(&mut registry.write()));
+        Ok(Self { address, udp, tcp, zone, catalog, upstreams, config: config.clone(), metrics })
+    }
+
+    /// Where it listens, UDP and TCP.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers queries until shutdown, in tasks of the shutdown's.
+    pub fn serve(self, shutdown: &Shutdown) {
+        let limits = Limits {
+            lifetimes: Lifetimes { positive: MAX_POSITIVE, negative: MAX_NEGATIVE, stale: STALE },
+            cache_entries: self.config.cache_entries,
+            // Answers take 300 bytes on average with all that belongs to them.
+            cache_bytes: self.config.cache_entries.saturating_mul(1024),
+            flights: self.config.max_queries,
+        };
+        let metrics = self.metrics;
+        let forwarder = Forwarder::start(self.upstreams, self.address, limits, Arc::clone(&metrics), shutdown.clone());
+        let zone = Zone::new(self.zone, self.address.ip(), self.config.ttl);
+        let resolver = Arc::new(Resolver { zone, catalog: self.catalog, forwarder, metrics });
+        let queries = Arc::new(Semaphore::new(self.config.max_queries));
+        for socket in self.udp {
+            let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
+            shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
+        }
+        let stop = shutdown.clone();
+        shutdown.spawn(async move { serve_tcp(self.tcp, resolver, queries, stop).await });
+        tracing::info!(address = %self.address, "DNS is served");
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<(SocketAddr, Vec<UdpSocket>, TcpListener)> {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let first = udp_socket(address)?;
+        let bound = first.local_addr()?;
+        let tcp = match tcp_socket(bound) {
+            Ok(tcp) => tcp,
+            // A free UDP port may be taken for TCP: try another.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && address.port() == 0 && tries < 16 => continue,
+            Err(error) => return Err(error),
+        };
+        let mut udp = vec![UdpSocket::from_std(first)?];
+        while udp.len() < workers {
+            udp.push(UdpSocket::from_std(udp_socket(bound)?)?);
+        }
+        return Ok((bound, udp, TcpListener::from_std(tcp)?));
+    }
+}
+
+fn udp_socket(address: SocketAddr) -> io::Result<StdUdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    // The kernel spreads clients over the sockets, so that each worker has its own queue.
+    socket.set_reuse_port(true)?;
+    socket.set_recv_buffer_size(1 << 20)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<StdTcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(1024)?;
+    Ok(socket.into())
+}
+
+async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
+    let mut buffer = vec![0; MAX_QUERY + 1];
+    let mut out = Vec::with_capacity(2048);
+    loop {
+        let readable = shutdown.stopping().run_until_cancelled(socket.readable()).await;
+        match readable {
+            None => return,
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                tracing::warn!(%error, "DNS socket");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        }
+        for _ in 0..BATCH {
+            // Errors here belong to single datagrams: sockets that aren't connected get no others.
+            let Ok((length, client)) = socket.try_recv_from(&mut buffer) else { break };
+            if length > MAX_QUERY {
+                continue;
+            }
+            let message = &buffer[..length];
+            let answered = match resolver.at_once(message, Transport::Udp, &mut out) {
+                Step::Done => true,
+                Step::Ignore => false,
+                Step::Later => match Arc::clone(&queries).try_acquire_owned() {
+                    Err(_) => resolver.overloaded(message, Transport::Udp, &mut out),
+                    Ok(permit) => {
+                        let (socket, resolver, message) =
+                            (Arc::clone(&socket), Arc::clone(&resolver), message.to_vec());
+                        shutdown.spawn(async move {
+                            let _permit = permit;
+                            let mut out = Vec::new();
+                            if resolver.later(&message, Transport::Udp, &mut out).await {
+                                // A client that is gone needs no answer.
+                                drop(socket.send_to(&out, client).await);
+                            }
+                        });
+                        false
+                    }
+                },
+            };
+            if answered
+                && socket.try_send_to(&out, client).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+            {
+                drop(socket.send_to(&out, client).await);
+            }
+        }
+        // A flood on this socket must not starve the runtime's other tasks.
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    while let Some(accepted) = shutdown.stopping().run_until_cancelled(listener.accept()).await {
+        match accepted {
+            Ok((stream, _)) => match Arc::clone(&connections).try_acquire_owned() {
+                Ok(permit) => {
+                    let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
+                    shutdown.spawn(async move {
+                        let _permit = permit;
+                        serve_connection(stream, resolver, queries, stop).await;
+                    });
+                }
+                Err(_) => drop(resolver.metrics.limited.inc()),
+            },
+            Err(error) => {
+                tracing::warn!(%error, "DNS connection not accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
+    let (mut incoming, mut outgoing) = stream.into_split();
+    let (answers, mut waiting) = mpsc::channel::<Vec<u8>>(MAX_PIPELINED);
+    // It drops its end of the channel when it is done; the answers still under way are written.
+    let reading = async move {
+        let pipelined = Arc::new(Semaphore::new(MAX_PIPELINED));
+        loop {
+            let Ok(slot) = Arc::clone(&pipelined).acquire_owned().await else { return };
+            let read = async {
+                let length = usize::from(incoming.read_u16().await?);
+                let mut message = vec![0; length.min(MAX_QUERY)];
+                incoming.read_exact(&mut message).await?;
+                // What is too long to be a query ends the connection: there is no way to go on.
+                io::Result::Ok((length <= MAX_QUERY).then_some(message))
+            };
+            let message = match shutdown.stopping().run_until_cancelled(timeout(IDLE, read)).await {
+                Some(Ok(Ok(Some(message)))) => message,
+                _ => return,
+            };
+            let mut out = Vec::new();
+            let answered = match resolver.at_once(&message, Transport::Tcp, &mut out) {
+                Step::Done => true,
+                Step::Ignore => return,
+                Step::Later => match Arc::clone(&queries).try_acquire_owned() {
+                    Err(_) => resolver.overloaded(&message, Transport::Tcp, &mut out),
+                    Ok(permit) => {
+                        let (resolver, answers) = (Arc::clone(&resolver), answers.clone());
+                        shutdown.spawn(async move {
+                            let _held = (permit, slot);
+                            let mut out = Vec::new();
+                            if resolver.later(&message, Transport::Tcp, &mut out).await {
+                                drop(answers.send(out).await);
+                            }
+                        });
+                        continue;
+                    }
+                },
+            };
+            if answered && answers.send(out).await.is_err() {
+                return;
+            }
+        }
+    };
+    let writing = async {
+        while let Some(answer) = waiting.recv().await {
+            let framed = [&(answer.len() as u16).to_be_bytes(), &answer[..]].concat();
+            if !matches!(timeout(IDLE, outgoing.write_all(&framed)).await, Ok(Ok(()))) {
+                return;
+            }
+        }
+    };
+    tokio::join!(reading, writing);
+}

@@ -1,0 +1,198 @@
+//! One upstream server: asking it over UDP and TCP, and whether it is alive.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpStream, UdpSocket},
+    time::timeout,
+};
+
+use super::{
+    cache::Key,
+    reply::MAX_UDP,
+    wire::{HEADER, word},
+};
+
+/// How long a probe waits at least. A server in reach answers the probe from what it has at hand.
+const PROBE_WAIT: Duration = Duration::from_millis(350);
+/// How long a probe of a server that is taken for dead waits: distant ones may come back too.
+const REVIVE_WAIT: Duration = Duration::from_secs(2);
+/// An answer this young proves that the server is alive.
+const RECENT: Duration = Duration::from_millis(500);
+/// Deadline of an exchange over TCP.
+const TCP_DEADLINE: Duration = Duration::from_secs(3);
+
+/// An upstream server and its health.
+#[derive(Debug)]
+pub(super) struct Upstream {
+    pub(super) address: SocketAddr,
+    dead: AtomicBool,
+    looped: AtomicBool,
+    /// Smoothed time of answers, in microseconds; 0 while unknown.
+    round_trip: AtomicU64,
+    /// Of the last answer, in milliseconds since `born`; 0 if there was none.
+    last_answer: AtomicU64,
+    born: Instant,
+    /// One probe at a time.
+    probing: tokio::sync::Mutex<()>,
+}
+
+impl Upstream {
+    pub(super) fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            dead: AtomicBool::new(false),
+            looped: AtomicBool::new(false),
+            round_trip: AtomicU64::new(0),
+            last_answer: AtomicU64::new(0),
+            born: Instant::now(),
+            probing: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Whether it is worth asking.
+    pub(super) fn is_usable(&self) -> bool {
+        !self.dead.load(Ordering::Relaxed) && !self.is_looped()
+    }
+
+    /// Whether its queries come back to this server.
+    pub(super) fn is_looped(&self) -> bool {
+        self.looped.load(Ordering::Relaxed)
+    }
+
+    /// Takes it for dead; true if it wasn't before.
+    pub(super) fn set_dead(&self) -> bool {
+        !self.dead.swap(true, Ordering::Relaxed)
+    }
+
+    pub(super) fn set_alive(&self) {
+        self.dead.store(false, Ordering::Relaxed);
+    }
+
+    /// Never asks it again; true if it was asked so far.
+    pub(super) fn set_looped(&self) -> bool {
+        !self.looped.swap(true, Ordering::Relaxed)
+    }
+
+    /// Asks over UDP, and over TCP if the answer was too long. Waits as long as the caller lets it.
+    pub(super) async fn ask(&self, key: &Key) -> io::Result<Vec<u8>> {
+        let question = key.question();
+        let flags = 0x0100 | if key.checking_disabled() { 0x0010 } else { 0 };
+        let started = Instant::now();
+        let answer = self.exchange(&query(&question, flags, Some(key.dnssec_ok()))).await?;
+        self.answered(started.elapsed());
+        if word(&answer, 2) & 0x0200 == 0 {
+            return Ok(answer);
+        }
+        let again = query(&question, flags, Some(key.dnssec_ok()));
+        match timeout(TCP_DEADLINE, self.exchange_tcp(&again, question.len())).await {
+            Ok(Ok(answer)) => Ok(answer),
+            // The client gets the truncated answer and can try TCP itself.
+            Ok(Err(_)) | Err(_) => Ok(answer),
+        }
+    }
+
+    /// Whether it answers now. Found without a probe if it answered a moment ago.
+    pub(super) async fn is_alive(&self) -> bool {
+        let _one = self.probing.lock().await;
+        let last = self.last_answer.load(Ordering::Relaxed);
+        if last != 0 && self.born.elapsed() < Duration::from_millis(last) + RECENT {
+            return true;
+        }
+        let usual = Duration::from_micros(self.round_trip.load(Ordering::Relaxed));
+        self.probe(PROBE_WAIT.max(usual * 2)).await
+    }
+
+    /// Whether a server that was taken for dead answers again.
+    pub(super) async fn is_back(&self) -> bool {
+        self.probe(REVIVE_WAIT).await
+    }
+
+    /// Asks for the root's servers, without recursion: any server has an answer, or a refusal, at once.
+    async fn probe(&self, wait: Duration) -> bool {
+        let started = Instant::now();
+        let root = [0, 0, 2, 0, 1];
+        let answered = matches!(timeout(wait, self.exchange(&query(&root, 0, None))).await, Ok(Ok(_)));
+        if answered {
+            self.answered(started.elapsed());
+        }
+        answered
+    }
+
+    fn answered(&self, took: Duration) {
+        let took = took.as_micros() as u64;
+        let before = self.round_trip.load(Ordering::Relaxed);
+        // Recursion makes single answers slow; the smoothing keeps them from mattering much.
+        let now = if before == 0 { took } else { before - before / 8 + took / 8 };
+        self.round_trip.store(now.max(1), Ordering::Relaxed);
+        self.last_answer.store(self.born.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
+    }
+
+    /// Sends a message from a port of its own, and waits for the answer that belongs to it.
+    async fn exchange(&self, message: &[u8]) -> io::Result<Vec<u8>> {
+        let any = match self.address {
+            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        // A new socket gets an unpredictable port from the kernel, and being connected takes only the server's datagrams.
+        let socket = UdpSocket::bind((any, 0)).await?;
+        socket.connect(self.address).await?;
+        socket.send(message).await?;
+        let question = HEADER..message.len() - if message[11] == 0 { 0 } else { 11 };
+        let mut buffer = vec![0; 4096];
+        loop {
+            let length = socket.recv(&mut buffer).await?;
+            if belongs(&buffer[..length], message, question.clone()) {
+                buffer.truncate(length);
+                return Ok(buffer);
+            }
+        }
+    }
+
+    async fn exchange_tcp(&self, message: &[u8], question: usize) -> io::Result<Vec<u8>> {
+        let mut stream = TcpStream::connect(self.address).await?;
+        let framed = [&(message.len() as u16).to_be_bytes(), message].concat();
+        stream.write_all(&framed).await?;
+        let length = usize::from(stream.read_u16().await?);
+        let mut answer = vec![0; length];
+        stream.read_exact(&mut answer).await?;
+        if belongs(&answer, message, HEADER..HEADER + question) {
+            Ok(answer)
+        } else {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "an answer to another question"))
+        }
+    }
+}
+
+/// A query message. `edns` is whether DNSSEC records are wanted; without it there is no OPT record.
+fn query(question: &[u8], flags: u16, edns: Option<bool>) -> Vec<u8> {
+    let mut message = Vec::with_capacity(HEADER + question.len() + 11);
+    message.extend_from_slice(&rand::random::<[u8; 2]>());
+    message.extend_from_slice(&flags.to_be_bytes());
+    message.extend_from_slice(&[0, 1, 0, 0, 0, 0, 0, u8::from(edns.is_some())]);
+    message.extend_from_slice(question);
+    if let Some(dnssec_ok) = edns {
+        let payload = (MAX_UDP as u16).to_be_bytes();
+        let flags = if dnssec_ok { 0x80 } else { 0 };
+        message.extend_from_slice(&[0, 0, 41, payload[0], payload[1], 0, 0, flags, 0, 0, 0]);
+    }
+    message
+}
+
+/// Whether a datagram answers a query: same id, a response, the same question. Errors may come without the question.
+fn belongs(answer: &[u8], asked: &[u8], question: std::ops::Range<usize>) -> bool {
+    if answer.len() < HEADER || answer[..2] != asked[..2] || answer[2] & 0x80 == 0 {
+        return false;
+    }
+    if word(answer, 4) == 0 {
+        return answer[3] & 0x0f != 0 && answer.len() == HEADER;
+    }
+    word(answer, 4) == 1
+        && answer.get(question.clone()).is_some_and(|theirs| theirs.eq_ignore_ascii_case(&asked[question]))
+}
