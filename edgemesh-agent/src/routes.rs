@@ -227,3 +227,34 @@ fn gateway(route: &RouteMessage) -> Option<Ipv4Addr> {
         _ => None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use edgemesh_mesh::CatalogStore;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn pods_of_the_own_network_get_routes_and_no_others() {
+        let store = CatalogStore::new();
+        for (name, network, address, range) in [
+            ("a1", "site-a", "192.168.1.11", "10.244.1.0/24"),
+            ("a2", "site-a", "192.168.1.12", "10.244.2.0/24"),
+            ("b1", "site-b", "192.168.2.11", "10.244.3.0/24"),
+            ("a3", "site-a", "fd00::3", "10.244.4.0/24"),
+        ] {
+            let node = json!({
+                "metadata": {"name": name, "labels": {"edgemesh.dev/network": network}},
+                "spec": {"podCIDR": range, "podCIDRs": [range]},
+                "status": {"addresses": [{"type": "InternalIP", "address": address}]},
+            });
+            store.apply_node(&serde_json::from_value(node).unwrap());
+        }
+        store.publish();
+        let catalog = store.snapshot();
+        let routes = wanted(&catalog, &Viewpoint::of(&catalog, "a1"));
+        let expected = [((Ipv4Addr::new(10, 244, 2, 0), 24), Ipv4Addr::new(192, 168, 1, 12))];
+        assert_eq!(routes, PodRoutes::from(expected));
+    }
+}

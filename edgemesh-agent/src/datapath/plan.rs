@@ -143,3 +143,143 @@ fn own_addresses(catalog: &Catalog, node: &str) -> Vec<Ipv4Addr> {
     });
     [Ipv4Addr::LOCALHOST].into_iter().chain(v4).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use edgemesh_mesh::CatalogStore;
+    use k8s_openapi::api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    };
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::node_local::Ipv4Range;
+
+    const VIP: &str = "10.96.0.20:80";
+
+    /// Two nodes of site-a, one of site-b, and a Service with a NodePort.
+    fn cluster() -> Arc<CatalogStore> {
+        let store = CatalogStore::new();
+        for (name, network, address) in
+            [("a1", "site-a", "192.168.1.11"), ("a2", "site-a", "192.168.1.12"), ("b1", "site-b", "192.168.2.11")]
+        {
+            store.apply_node(&object::<Node>(json!({
+                "metadata": {"name": name, "labels": {"edgemesh.dev/network": network}},
+                "status": {"addresses": [{"type": "InternalIP", "address": address}],
+                           "conditions": [{"type": "Ready", "status": "True"}]},
+            })));
+        }
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20"], "type": "NodePort",
+                     "ports": [{"port": 80, "nodePort": 30080, "protocol": "TCP"}]},
+        })));
+        store
+    }
+
+    fn object<T: serde::de::DeserializeOwned>(value: Value) -> T {
+        serde_json::from_value(value).unwrap()
+    }
+
+    /// Gives the Service endpoints: address, node, ready.
+    fn endpoints(store: &CatalogStore, endpoints: &[(&str, &str, bool)]) {
+        let endpoints: Vec<Value> = endpoints
+            .iter()
+            .map(|(address, node, ready)| {
+                json!({"addresses": [address], "nodeName": node, "conditions": {"ready": ready}})
+            })
+            .collect();
+        store.apply_endpoint_slice(&object::<EndpointSlice>(json!({
+            "metadata": {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": "IPv4", "ports": [{"port": 8080, "protocol": "TCP", "name": ""}], "endpoints": endpoints,
+        })));
+        store.publish();
+    }
+
+    fn plan_at(store: &CatalogStore, node: &str, allocator: &Allocator) -> Plan {
+        let catalog = store.snapshot();
+        let viewpoint = Viewpoint::of(&catalog, node);
+        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, dns: None })
+    }
+
+    fn tcp(address: &str) -> Frontend {
+        Frontend { address: address.parse().unwrap(), protocol: Protocol::Tcp }
+    }
+
+    fn direct(backends: &[&str]) -> Target {
+        Target::Direct(backends.iter().map(|backend| backend.parse().unwrap()).collect())
+    }
+
+    #[test]
+    fn near_endpoints_are_reached_directly_and_far_ones_through_the_agent() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        let all = [("10.244.1.5", "a1", true), ("10.244.2.5", "a2", true), ("10.244.3.5", "b1", true)];
+        endpoints(&store, &all);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], direct(&["10.244.1.5:8080"]), "own node first");
+        assert_eq!(plan_at(&store, "b1", &allocator)[&tcp(VIP)], direct(&["10.244.3.5:8080"]));
+        endpoints(&store, &all[1..]);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], direct(&["10.244.2.5:8080"]), "then own network");
+        endpoints(&store, &all[2..]);
+        let plan = plan_at(&store, "a1", &allocator);
+        let Target::Listener(listener) = plan[&tcp(VIP)] else { panic!("{plan:?}") };
+        assert_eq!(&*allocator.service_of(*listener.ip()).unwrap().service.name, "web");
+        endpoints(&store, &[("10.244.1.5", "a1", false)]);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
+    }
+
+    #[test]
+    fn node_ports_are_called_at_the_nodes_own_addresses() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        endpoints(&store, &[("10.244.1.5", "a1", true)]);
+        let plan = plan_at(&store, "a1", &allocator);
+        let frontends: Vec<String> = plan.keys().map(Frontend::to_string).collect();
+        assert_eq!(frontends, ["10.96.0.20:80/tcp", "127.0.0.1:30080/tcp", "192.168.1.11:30080/tcp"]);
+        assert!(plan.values().all(|target| *target == direct(&["10.244.1.5:8080"])));
+    }
+
+    #[test]
+    fn the_cluster_dns_address_leads_to_this_node_whatever_service_has_it() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "kube-dns", "namespace": "kube-system"},
+            "spec": {"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"],
+                     "ports": [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "metrics", "port": 9153}]},
+        })));
+        store.publish();
+        let (address, listener) = ("10.96.0.10:53".parse().unwrap(), "169.254.64.1:53".parse().unwrap());
+        let catalog = store.snapshot();
+        let viewpoint = Viewpoint::of(&catalog, "a1");
+        let plan = plan(
+            &catalog,
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, dns: Some((address, listener)) },
+        );
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            assert_eq!(plan[&Frontend { address, protocol }], Target::Listener(listener));
+        }
+        assert_eq!(plan[&tcp("10.96.0.10:9153")], Target::Refuse, "the Service's other ports are its own");
+    }
+
+    #[test]
+    fn only_what_differs_is_changed_and_what_is_new_comes_first() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        endpoints(&store, &[("10.244.1.5", "a1", true)]);
+        let before = plan_at(&store, "a1", &allocator);
+        assert!(changes(&before, &before).is_empty());
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20"], "type": "NodePort",
+                     "ports": [{"port": 81, "nodePort": 30080, "protocol": "TCP"}]},
+        })));
+        store.publish();
+        let after = plan_at(&store, "a1", &allocator);
+        let target = direct(&["10.244.1.5:8080"]);
+        let expected = [
+            Change { frontend: tcp("10.96.0.20:81"), target: Some(&target) },
+            Change { frontend: tcp(VIP), target: None },
+        ];
+        assert_eq!(changes(&before, &after), expected);
+    }
+}

@@ -74,7 +74,9 @@ fn a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service() {
 fn connections_spread_over_all_pods_of_a_service() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     let (mut programs, _) = sandbox.programs();
-    PODS.iter().for_each(|pod| drop(tcp_server(pod)));
+    for pod in PODS {
+        tcp_server(pod);
+    }
     set(&mut programs, Tcp, VIP, Some(&PODS));
     let mut answers: HashMap<String, usize> = HashMap::new();
     for _ in 0..600 {
@@ -88,7 +90,9 @@ fn connections_spread_over_all_pods_of_a_service() {
 fn udp_answers_come_from_the_service_address() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     let (mut programs, counters) = sandbox.programs();
-    PODS.iter().for_each(|pod| drop(udp_server(pod)));
+    for pod in PODS {
+        udp_server(pod);
+    }
     set(&mut programs, Udp, VIP, Some(&PODS));
     let service: SocketAddr = VIP.parse().unwrap();
 
@@ -220,7 +224,9 @@ fn closed_sockets_leave_nothing_behind() {
 fn endpoints_change_under_traffic_without_a_failed_connection() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     let (mut programs, counters) = sandbox.programs();
-    PODS.iter().for_each(|pod| drop(tcp_server(pod)));
+    for pod in PODS {
+        tcp_server(pod);
+    }
     set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
     let stop = AtomicBool::new(false);
     let connections = AtomicUsize::new(0);
@@ -262,7 +268,9 @@ fn endpoints_change_under_traffic_without_a_failed_connection() {
 fn ten_thousand_services_are_programmed_within_two_seconds_and_all_work() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     let (mut programs, _) = sandbox.programs();
-    PODS.iter().for_each(|pod| drop(tcp_server(pod)));
+    for pod in PODS {
+        tcp_server(pod);
+    }
     let target = Target::Direct(PODS.map(v4).to_vec());
     let address = |i: u32| format!("10.96.{}.{}:80", i / 250, i % 250 + 1);
     let started = Instant::now();
