@@ -41,15 +41,13 @@ impl OwnAddresses {
 
     /// Direct addresses for others to dial.
     pub(crate) fn direct(&self) -> Vec<Multiaddr> {
-        if !self.advertise.is_empty() {
-            return self.advertise.clone();
-        }
-        self.listening
+        let found = self
+            .listening
             .iter()
             .filter(|address| !Route::of_address(address).is_relayed())
             .filter(|address| ip_of(address).is_some_and(|ip| self.is_publishable(ip)))
-            .cloned()
-            .collect()
+            .filter(|address| !self.advertise.contains(address));
+        self.advertise.iter().chain(found).cloned().collect()
     }
 
     /// Everything to publish: direct addresses, then circuits.
@@ -131,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configured_list_replaces_the_addresses_found_but_not_the_circuits() {
+    fn configured_addresses_come_first_and_circuits_last() {
         let config = TunnelConfig {
             advertise: vec!["/ip4/203.0.113.9/tcp/4001".parse().unwrap()],
             ..TunnelConfig::new("/unused", "a", "agent", 4001)
@@ -139,7 +137,10 @@ mod tests {
         let mut own = addresses(&config);
         let circuit = format!("/ip4/203.0.113.11/tcp/4001/p2p/{}/p2p-circuit", PeerId::random());
         own.add(format!("{circuit}/p2p/{}", own.own).parse().unwrap());
-        assert_eq!(own.published(), ["/ip4/203.0.113.9/tcp/4001".to_owned(), circuit]);
+        let found = own.published();
+        assert_eq!(found.first().unwrap(), "/ip4/203.0.113.9/tcp/4001");
+        assert!(found.contains(&"/ip4/192.168.1.5/tcp/4001".to_owned()));
+        assert_eq!(*found.last().unwrap(), circuit);
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub struct TunnelConfig {
     pub component: String,
     /// Where to listen, for example `/ip4/0.0.0.0/udp/4001/quic-v1` and `/ip4/0.0.0.0/tcp/4001`.
     pub listen: Vec<Multiaddr>,
-    /// Addresses to publish in place of the ones found on the interfaces; empty: those found.
+    /// Further addresses to publish, for example of a public address in front of the node.
     pub advertise: Vec<Multiaddr>,
     /// Ranges whose addresses are never published (address, prefix length), such as pod networks. Loopback and link-local
     /// addresses found on interfaces are never published either.

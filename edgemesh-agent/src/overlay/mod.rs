@@ -1,1 +1,155 @@
-//! Service ports that are reached through the tunnel.
+//! The way to nodes of other networks: the tunnel, who its peers are, what this node publishes about itself, the streams
+//! that it accepts, and the listener for the Service ports that go through it.
+
+mod accept;
+mod metrics;
+mod peers;
+mod proxied;
+mod proxied_udp;
+mod publish;
+mod upstream;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use edgemesh_api::names;
+use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr};
+use edgemesh_telemetry::Shutdown;
+use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
+use parking_lot::RwLock;
+use prometheus_client::registry::Registry;
+
+use crate::{
+    config::Config,
+    node_local::{Allocator, PROXIED_PORT},
+};
+
+/// The name of this component in MeshNodes.
+const COMPONENT: &str = "agent";
+
+/// From where the agent sees the mesh.
+#[derive(Debug, Clone)]
+struct Standpoint {
+    node: Arc<str>,
+    /// Overrides the network of the Node's label.
+    network: Option<Arc<str>>,
+}
+
+impl Standpoint {
+    fn viewpoint(&self, catalog: &Catalog) -> Viewpoint {
+        let mut viewpoint = Viewpoint::of(catalog, &self.node);
+        if let Some(network) = &self.network {
+            viewpoint.network = network.clone();
+        }
+        viewpoint
+    }
+}
+
+/// The running overlay.
+#[derive(Debug, Clone)]
+pub struct Overlay {
+    tunnel: Tunnel,
+    proxied: SocketAddr,
+}
+
+impl Overlay {
+    /// Starts the tunnel and the proxied listener; everything is bound when this returns. Needs a Tokio runtime.
+    ///
+    /// # Errors
+    /// When an address or the identity can't be used.
+    pub fn start(
+        config: &Config,
+        catalog: Arc<CatalogStore>,
+        client: kube::Client,
+        allocator: Arc<Allocator>,
+        registry: &RwLock<Registry>,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<Self> {
+        let proxied = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PROXIED_PORT));
+        Self::start_at(proxied, config, catalog, client, allocator, registry, shutdown)
+    }
+
+    /// Like [`Overlay::start`], with another address for the proxied listener.
+    ///
+    /// # Errors
+    /// When an address or the identity can't be used.
+    pub fn start_at(
+        proxied: SocketAddr,
+        config: &Config,
+        catalog: Arc<CatalogStore>,
+        client: kube::Client,
+        allocator: Arc<Allocator>,
+        registry: &RwLock<Registry>,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<Self> {
+        let standpoint =
+            Standpoint { node: config.node_name.as_str().into(), network: config.network.as_deref().map(Into::into) };
+        let acceptor = Arc::new(accept::Acceptor::new(standpoint.node.clone(), catalog.clone(), shutdown.clone()));
+        let tunnel_config = tunnel_config(config)?;
+        let tunnel = Tunnel::start(&tunnel_config, acceptor, registry, shutdown).context("starting the tunnel")?;
+
+        let dialer = upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone());
+        let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
+        let parts = proxied::Parts { dialer: Arc::new(dialer), allocator, metrics, shutdown: shutdown.clone() };
+        let listener = proxied::Proxied::bind(proxied, parts)
+            .with_context(|| format!("listening on {proxied} for proxied Service ports"))?;
+        let proxied = listener.address();
+        listener.start();
+
+        let node = standpoint.node;
+        spawn_until_stopping(shutdown, peers::follow(node.clone(), catalog.clone(), tunnel.clone()));
+        let publisher = publish::Publisher::new(node, config.tunnel.relay, catalog, client, &tunnel);
+        spawn_until_stopping(shutdown, publisher.run());
+        Ok(Self { tunnel, proxied })
+    }
+
+    /// The tunnel.
+    pub fn tunnel(&self) -> &Tunnel {
+        &self.tunnel
+    }
+
+    /// Where proxied Service ports are listened for, TCP and UDP.
+    pub fn proxied_address(&self) -> SocketAddr {
+        self.proxied
+    }
+}
+
+/// Runs work that ends when the agent begins to stop.
+fn spawn_until_stopping(shutdown: &Shutdown, work: impl Future<Output = ()> + Send + 'static) {
+    let stopping = shutdown.stopping().clone();
+    shutdown.spawn(async move {
+        tokio::select! {
+            () = work => {}
+            () = stopping.cancelled() => {}
+        }
+    });
+}
+
+fn tunnel_config(config: &Config) -> anyhow::Result<TunnelConfig> {
+    let settings = &config.tunnel;
+    let mut tunnel =
+        TunnelConfig::new(config.data_dir.join("identity.key"), config.node_name.as_str(), COMPONENT, settings.port);
+    tunnel.listen = settings.listen.iter().flat_map(|ip| listen_addresses(*ip, settings.port)).collect();
+    tunnel.advertise = settings
+        .advertise
+        .iter()
+        .map(|text| text.parse().with_context(|| format!("tunnel.advertise: `{text}` is not a multiaddr")))
+        .collect::<anyhow::Result<_>>()?;
+    tunnel.relay_server = settings.relay;
+    // Addresses of bridges to this node's pods lead nowhere elsewhere.
+    tunnel.exclude = Cidr::parse(names::DEFAULT_POD_CIDR).map(|cidr| (cidr.network(), cidr.prefix())).into_iter().collect();
+    Ok(tunnel)
+}
+
+/// QUIC and TCP at one address.
+fn listen_addresses(ip: IpAddr, port: u16) -> [Multiaddr; 2] {
+    let base = match ip {
+        IpAddr::V4(ip) => format!("/ip4/{ip}"),
+        IpAddr::V6(ip) => format!("/ip6/{ip}"),
+    };
+    [format!("{base}/udp/{port}/quic-v1"), format!("{base}/tcp/{port}")]
+        .map(|text| text.parse().unwrap_or_else(|_| Multiaddr::empty()))
+}

@@ -1,0 +1,4 @@
+//! Proxying of TCP connections and UDP flows.
+
+pub mod copy;
+pub mod udp;

@@ -1,0 +1,86 @@
+//! Counters of the proxied path.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+/// The `path` label: `direct` to the pod's own address, `tunnel` to its node, `relay` through another one, `none` if it never got that far.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    protocol: &'static str,
+    path: &'static str,
+    result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Direction {
+    protocol: &'static str,
+    direction: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ProtocolLabel {
+    protocol: &'static str,
+}
+
+/// The metrics; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ProxiedMetrics {
+    connections: Family<Outcome, Counter>,
+    bytes: Family<Direction, Counter>,
+    active: Family<ProtocolLabel, Gauge>,
+    dropped: Counter,
+}
+
+impl ProxiedMetrics {
+    pub(super) fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_proxied");
+        registry.register(
+            "connections",
+            "Connections and UDP flows to Service ports that the agent proxies",
+            metrics.connections.clone(),
+        );
+        registry.register("bytes", "Bytes of proxied TCP connections", metrics.bytes.clone());
+        registry.register("active", "Proxied connections and UDP flows open now", metrics.active.clone());
+        registry.register("dropped_datagrams", "Datagrams dropped: too many flows, or too fast", metrics.dropped.clone());
+        for path in ["direct", "tunnel", "relay"] {
+            for protocol in ["tcp", "udp"] {
+                drop(metrics.connections.get_or_create(&Outcome { protocol, path, result: "ok" }));
+            }
+        }
+        metrics
+    }
+
+    pub(super) fn connection(&self, protocol: &'static str, path: &'static str, result: &'static str) {
+        self.connections.get_or_create(&Outcome { protocol, path, result }).inc();
+    }
+
+    pub(super) fn tcp_bytes(&self, to_endpoint: u64, to_client: u64) {
+        self.bytes.get_or_create(&Direction { protocol: "tcp", direction: "to_endpoint" }).inc_by(to_endpoint);
+        self.bytes.get_or_create(&Direction { protocol: "tcp", direction: "to_client" }).inc_by(to_client);
+    }
+
+    pub(super) fn dropped(&self) {
+        self.dropped.inc();
+    }
+
+    /// Counts as active until it is dropped.
+    pub(super) fn active(&self, protocol: &'static str) -> Active {
+        let gauge = self.active.get_or_create_owned(&ProtocolLabel { protocol });
+        gauge.inc();
+        Active(gauge)
+    }
+}
+
+/// An active connection or flow.
+#[derive(Debug)]
+pub(super) struct Active(Gauge);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

@@ -1,0 +1,228 @@
+//! From a Service port to a connected endpoint: the choice, and what to do when the chosen one doesn't answer.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use edgemesh_mesh::{
+    CatalogStore, Reach,
+    l4::udp::{DatagramSink, DatagramSource, FlowEnd, socket},
+    model::{Endpoint, Protocol},
+};
+use edgemesh_tunnel::{Carried, DatagramReceiver, DatagramSender, Path, StreamHeader, Tunnel, TunnelStream};
+use futures::future::BoxFuture;
+use tokio::{
+    net::{TcpStream, UdpSocket},
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::Standpoint;
+use crate::node_local::ServicePortName;
+
+/// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
+pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+/// Time for all attempts of one connection together.
+const OVERALL_DEADLINE: Duration = Duration::from_secs(15);
+/// Endpoints that are tried for one connection.
+const MAX_ATTEMPTS: usize = 4;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum UpstreamError {
+    /// The Service or its port is gone.
+    #[error("the Service port is gone")]
+    NoService,
+    /// It has no endpoint that may be used.
+    #[error("it has no usable endpoint")]
+    NoEndpoint,
+    /// None of those tried answered.
+    #[error("no endpoint answers: {0}")]
+    Unreachable(String),
+}
+
+impl UpstreamError {
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::NoService => "no_service",
+            Self::NoEndpoint => "no_endpoint",
+            Self::Unreachable(_) => "unreachable",
+        }
+    }
+}
+
+/// A connected endpoint.
+pub(super) enum Upstream<Direct> {
+    Direct(Direct),
+    Tunnel(TunnelStream),
+}
+
+impl<Direct> Upstream<Direct> {
+    /// The `path` label of metrics.
+    pub(super) fn path(&self) -> &'static str {
+        match self {
+            Self::Direct(_) => "direct",
+            Self::Tunnel(stream) => match stream.path() {
+                Path::Relayed { .. } => "relay",
+                _ => "tunnel",
+            },
+        }
+    }
+}
+
+/// Chooses and connects.
+#[derive(Debug)]
+pub(super) struct Dialer {
+    standpoint: Standpoint,
+    catalog: Arc<CatalogStore>,
+    tunnel: Tunnel,
+}
+
+impl Dialer {
+    pub(super) fn new(standpoint: Standpoint, catalog: Arc<CatalogStore>, tunnel: Tunnel) -> Self {
+        Self { standpoint, catalog, tunnel }
+    }
+
+    /// A TCP connection to an endpoint of the Service port.
+    pub(super) async fn tcp(
+        &self,
+        port: &ServicePortName,
+        client: SocketAddr,
+    ) -> Result<Upstream<TcpStream>, UpstreamError> {
+        self.first_that_answers(port, client, |address| {
+            Box::pin(async move {
+                let connection = timeout(DIAL_DEADLINE, TcpStream::connect(address)).await??;
+                connection.set_nodelay(true)?;
+                Ok(connection)
+            })
+        })
+        .await
+    }
+
+    /// The remote end of a UDP flow.
+    pub(super) async fn udp(
+        &self,
+        port: &ServicePortName,
+        client: SocketAddr,
+    ) -> Result<(FlowEnd, &'static str), UpstreamError> {
+        let upstream =
+            self.first_that_answers(port, client, |address| Box::pin(connected_socket(address))).await?;
+        let path = upstream.path();
+        Ok(match upstream {
+            Upstream::Direct(socket) => (socket::flow_end(socket), path),
+            Upstream::Tunnel(stream) => (tunnel_end(stream), path),
+        })
+    }
+
+    async fn first_that_answers<Direct>(
+        &self,
+        port: &ServicePortName,
+        client: SocketAddr,
+        dial: impl Fn(SocketAddr) -> BoxFuture<'static, io::Result<Direct>>,
+    ) -> Result<Upstream<Direct>, UpstreamError> {
+        let deadline = Instant::now() + OVERALL_DEADLINE;
+        let mut failures = Vec::new();
+        for (endpoint, reach) in self.endpoints(port, client)? {
+            let address = SocketAddr::new(endpoint.address, endpoint.port);
+            let attempt = async {
+                match &reach {
+                    Reach::Local | Reach::Direct => {
+                        dial(address).await.map(Upstream::Direct).map_err(|error| error.to_string())
+                    }
+                    Reach::Tunnel { node } => self
+                        .tunnel
+                        .open(node, &header(port, address, client))
+                        .await
+                        .map(Upstream::Tunnel)
+                        .map_err(|error| error.to_string()),
+                }
+            };
+            match timeout_at(deadline, attempt).await {
+                Ok(Ok(upstream)) => return Ok(upstream),
+                Ok(Err(failure)) => failures.push(format!("{address}: {failure}")),
+                Err(_) => {
+                    failures.push(format!("{address}: no time left"));
+                    break;
+                }
+            }
+        }
+        Err(UpstreamError::Unreachable(failures.join("; ")))
+    }
+
+    /// The endpoints to try, in order.
+    fn endpoints(
+        &self,
+        name: &ServicePortName,
+        client: SocketAddr,
+    ) -> Result<Vec<(Arc<Endpoint>, Reach)>, UpstreamError> {
+        let catalog = self.catalog.snapshot();
+        let service = catalog.service_named(&name.service).ok_or(UpstreamError::NoService)?;
+        let port = service
+            .ports
+            .iter()
+            .find(|port| port.name == name.port && port.protocol == name.protocol)
+            .ok_or(UpstreamError::NoService)?;
+        let viewpoint = self.standpoint.viewpoint(&catalog);
+        let candidates = viewpoint.candidates(&catalog, port);
+        let first = match service.client_ip_affinity {
+            Some(_) => candidates.pick_for_client(client.ip()),
+            None => candidates.pick(rand::random()),
+        }
+        .ok_or(UpstreamError::NoEndpoint)?;
+        let at = candidates.endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, first)).unwrap_or(0);
+        let (before, from) = candidates.endpoints.split_at(at);
+        Ok(from
+            .iter()
+            .chain(before)
+            .take(MAX_ATTEMPTS)
+            .map(|endpoint| (endpoint.clone(), viewpoint.reach(&catalog, endpoint)))
+            .collect())
+    }
+}
+
+fn header(port: &ServicePortName, endpoint: SocketAddr, client: SocketAddr) -> StreamHeader {
+    StreamHeader {
+        namespace: port.service.namespace.to_string(),
+        service: port.service.name.to_string(),
+        port_name: port.port.to_string(),
+        protocol: match port.protocol {
+            Protocol::Tcp => Carried::Tcp,
+            Protocol::Udp => Carried::Udp,
+        },
+        endpoint,
+        source: client.to_string(),
+    }
+}
+
+/// A UDP socket that speaks with one address only.
+pub(super) async fn connected_socket(address: SocketAddr) -> io::Result<UdpSocket> {
+    let any: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(address).await?;
+    Ok(socket)
+}
+
+/// A tunnel stream as one end of a UDP flow.
+pub(super) fn tunnel_end(stream: TunnelStream) -> FlowEnd {
+    let (sender, receiver) = stream.into_datagrams();
+    FlowEnd { sink: Box::new(ToTunnel(sender)), source: Box::new(FromTunnel(receiver)) }
+}
+
+struct ToTunnel(DatagramSender);
+
+impl DatagramSink for ToTunnel {
+    fn send<'a>(&'a mut self, datagram: &'a [u8]) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(self.0.send(datagram))
+    }
+}
+
+struct FromTunnel(DatagramReceiver);
+
+impl DatagramSource for FromTunnel {
+    fn recv(&mut self) -> BoxFuture<'_, io::Result<Option<bytes::Bytes>>> {
+        Box::pin(self.0.recv())
+    }
+}
