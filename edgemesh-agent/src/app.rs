@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use crate::{
     config::Config,
     datapath::Datapath,
+    dns,
     metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
     routes::{HostRoutes, enable_forwarding},
@@ -66,6 +67,9 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let allocator = Arc::new(Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?);
     let routes = HostRoutes::open(shutdown)?;
     routes.deliver_locally(config.node_local_cidr).await?;
+    let dns = dns::Server::bind(config.dns_listen(), Arc::clone(&catalog), &config.dns, &registry)?;
+    let dns_address = dns.address();
+    dns.serve(shutdown);
     if config.routes {
         enable_forwarding();
         let metrics = RouteMetrics::new(&mut registry.write());
@@ -77,6 +81,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         Arc::clone(&config),
         Arc::clone(&catalog),
         Arc::clone(&allocator),
+        dns_address,
         metrics,
         shutdown,
         readiness.task("datapath"),

@@ -6,7 +6,7 @@ mod slots;
 
 use std::{
     fmt,
-    net::SocketAddrV4,
+    net::{SocketAddr, SocketAddrV4},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -49,7 +49,7 @@ pub struct Datapath {
 
 impl Datapath {
     /// Attaches the programs and keeps them up to date. They stay until the shutdown is forced, because connections
-    /// need them while the agent drains. `readiness` is released when a complete catalog is programmed.
+    /// need them while the agent drains. `dns` is where this node answers for the cluster DNS address. `readiness` is released when a complete catalog is programmed.
     ///
     /// # Errors
     /// When the kernel can't or may not run the programs.
@@ -57,6 +57,7 @@ impl Datapath {
         config: Arc<Config>,
         catalog: Arc<CatalogStore>,
         allocator: Arc<Allocator>,
+        dns: SocketAddr,
         metrics: DatapathMetrics,
         shutdown: &Shutdown,
         readiness: ReadinessTask,
@@ -65,7 +66,8 @@ impl Datapath {
         let cgroup = programs.cgroup().to_owned();
         tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
         let state = Arc::<ArcSwap<State>>::default();
-        let worker = Worker { programs, plan: Arc::default(), metrics, state: Arc::clone(&state), config, allocator };
+        let worker =
+            Worker { programs, plan: Arc::default(), metrics, state: Arc::clone(&state), config, allocator, dns };
         let task = tokio::spawn(worker.run(catalog, shutdown.clone(), readiness));
         Ok(Self { state, counters: Arc::new(counters), cgroup, task })
     }
@@ -97,6 +99,8 @@ struct Worker {
     state: Arc<ArcSwap<State>>,
     config: Arc<Config>,
     allocator: Arc<Allocator>,
+    /// Where this node answers DNS.
+    dns: SocketAddr,
 }
 
 impl Worker {
@@ -144,11 +148,11 @@ impl Worker {
     fn program(&mut self, catalog: &edgemesh_mesh::Catalog) -> bool {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
-        let dns = match self.config.dns_listen() {
-            std::net::SocketAddr::V4(listener) => {
+        let dns = match self.dns {
+            SocketAddr::V4(listener) => {
                 Some((SocketAddrV4::new(self.config.dns.cluster_address, plan::DNS_PORT), listener))
             }
-            std::net::SocketAddr::V6(_) => None,
+            SocketAddr::V6(_) => None,
         };
         let surroundings = Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, dns };
         let wanted = plan::plan(catalog, surroundings);

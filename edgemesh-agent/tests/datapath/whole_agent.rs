@@ -2,11 +2,15 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream, UdpSocket},
     time::Duration,
 };
 
 use edgemesh_agent::{app, config::Config};
+use hickory_proto::{
+    op::{Message, Query},
+    rr::RecordType,
+};
 use serde_json::{Value, json};
 
 use crate::sandbox::{Sandbox, tcp_server};
@@ -60,6 +64,20 @@ fn admin(address: SocketAddr, path: &str) -> String {
     answer
 }
 
+/// The IPv4 addresses of a name, as a pod asks for them.
+fn lookup(name: &str) -> Vec<String> {
+    let mut query = Message::query();
+    query.add_query(Query::query(name.parse().unwrap(), RecordType::A));
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").unwrap();
+    let mut buffer = [0; 1500];
+    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!(from, "10.96.0.10:53".parse().unwrap());
+    let answer = Message::from_vec(&buffer[..length]).unwrap();
+    answer.answers.iter().map(|record| record.data.to_string()).collect()
+}
+
 #[test]
 fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
     let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
@@ -90,6 +108,7 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
         stream.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, POD, "{address}");
     }
+    assert_eq!(lookup("here.default.svc.cluster.local."), ["10.96.0.20"], "by the cluster DNS address");
     let refused = TcpStream::connect("10.96.0.22:80").unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
 
