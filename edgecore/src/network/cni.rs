@@ -41,7 +41,7 @@ pub fn parse_range(text: &str) -> Result<Range, NetworkError> {
     let (network, prefix) = text.split_once('/').ok_or_else(invalid)?;
     let network: Ipv4Addr = network.parse().map_err(|_| invalid())?;
     let prefix: u8 = prefix.parse().map_err(|_| invalid())?;
-    let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
+    let mask = u32::MAX.checked_shl(32u32.saturating_sub(u32::from(prefix))).unwrap_or(0);
     if !(8..=30).contains(&prefix) || network.to_bits() & !mask != 0 {
         return Err(invalid());
     }

@@ -12,7 +12,7 @@ use super::{
     relist::Seen,
     sandbox::spec_grace_seconds,
     volumes,
-    worker::{Desired, Shared, Worker},
+    worker::{Desired, Shared, Worker, until},
 };
 use crate::runtime::{LABEL_POD_UID, Runtime, RuntimeError};
 
@@ -76,13 +76,11 @@ impl Worker {
         let mut told = false;
         loop {
             let actual = self.reader.read(&self.shared.runtime, &self.identity.uid).await?;
-            let alive: Vec<(&str, &str)> = actual
-                .runs
-                .iter()
-                .flat_map(|(name, runs)| runs.iter().map(move |run| (name.as_str(), run)))
-                .filter(|(_, run)| matches!(run.state, RunState::Running | RunState::Unknown))
-                .map(|(name, run)| (name, run.id.as_str()))
-                .collect();
+            let mut alive: Vec<(String, String)> = Vec::new();
+            for (name, runs) in &actual.runs {
+                let running = runs.iter().filter(|run| matches!(run.state, RunState::Running | RunState::Unknown));
+                alive.extend(running.map(|run| (name.clone(), run.id.clone())));
+            }
             if alive.is_empty() {
                 return Ok(());
             }
@@ -93,24 +91,32 @@ impl Worker {
                 told = true;
             }
             let left = grace(&desired).saturating_sub(begun.elapsed());
-            let runtime = &self.shared.runtime;
-            let stops = join_all(alive.iter().map(|(_, id)| runtime.stop_container(id, left)));
+            let stops = stop_all(&self.shared.runtime, alive.into_iter().map(|(_, id)| id), left);
             let mut watcher = self.desired.clone();
-            let shorter = watcher.wait_for(|new| grace(new) < grace(&desired));
-            let renewed = tokio::select! {
-                stopped = stops => {
-                    for result in stopped {
-                        result?;
-                    }
-                    None
+            let allowed = grace(&desired);
+            tokio::select! {
+                stopped = stops => stopped?,
+                () = until(&mut watcher, move |new: &Desired| grace(new) < allowed) => {
+                    desired = watcher.borrow().clone();
                 }
-                new = shorter => new.ok().map(|new| new.clone()),
-            };
-            if let Some(new) = renewed {
-                desired = new;
             }
         }
     }
+}
+
+/// Stops containers at the same time, each with the same grace period.
+async fn stop_all(
+    runtime: &Runtime,
+    ids: impl Iterator<Item = String>,
+    grace: Duration,
+) -> Result<(), RuntimeError> {
+    let stops: Vec<_> = ids
+        .map(|id| {
+            let runtime = runtime.clone();
+            async move { runtime.stop_container(&id, grace).await }
+        })
+        .collect();
+    join_all(stops).await.into_iter().collect()
 }
 
 async fn remove_sandboxes(runtime: &Runtime, actual: &Actual) -> Result<(), RuntimeError> {
@@ -146,10 +152,7 @@ pub(crate) async fn end_orphan(shared: &Shared, seen: &Seen) -> Result<(), EndEr
     let runtime = &shared.runtime;
     let grace = seen.grace.min(MAX_ORPHAN_GRACE);
     let containers = runtime.containers(Some(uid)).await?;
-    let stops = containers.iter().map(|container| runtime.stop_container(&container.id, grace));
-    for result in join_all(stops).await {
-        result?;
-    }
+    stop_all(runtime, containers.into_iter().map(|container| container.id), grace).await?;
     for sandbox in runtime.sandboxes(Some(uid)).await? {
         runtime.stop_sandbox(&sandbox.id).await?;
         runtime.remove_sandbox(&sandbox.id).await?;

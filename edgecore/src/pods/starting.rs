@@ -61,7 +61,10 @@ impl Worker {
             self.all_wait(pod, "ContainerCreating", message);
             return Ok(Step::Wait(CONFIG_RETRY));
         }
-        for run in actual.all_runs().filter(|run| !run.ended()) {
+        for run in actual.all_runs() {
+            if run.ended() {
+                continue;
+            }
             let grace = Duration::from_secs(spec_grace_seconds(pod).unsigned_abs());
             self.shared.runtime.stop_container(&run.id, grace).await?;
         }
@@ -136,8 +139,7 @@ impl Worker {
         actual: &Actual,
         sandbox: &Sandbox,
     ) -> Result<Step, RuntimeError> {
-        let mut all = pod.spec.iter().flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers));
-        let Some(container) = all.find(|c| c.name == name) else { return Ok(Step::Wait(CONFIG_RETRY)) };
+        let Some(container) = find_container(pod, name) else { return Ok(Step::Wait(CONFIG_RETRY)) };
         let remaining = self.backoff.remaining(name, Instant::now());
         if !remaining.is_zero() {
             let wait = self.backoff.wait(name);
@@ -363,6 +365,11 @@ impl Worker {
         let statuses = [&self.status.container_statuses, &self.status.init_container_statuses];
         statuses.into_iter().flatten().flatten().any(|status| status.name == name && !status.image_id.is_empty())
     }
+}
+
+fn find_container<'p>(pod: &'p Pod, name: &str) -> Option<&'p Container> {
+    let spec = pod.spec.as_ref()?;
+    spec.init_containers.iter().flatten().chain(&spec.containers).find(|container| container.name == name)
 }
 
 fn config_error(message: String) -> Obstacle {

@@ -190,7 +190,7 @@ impl Worker {
                 tokio::select! {
                     wait = Box::pin(self.sync(desired.pod())) => wait,
                     // Whatever is under way, a slow pull for example, is given up: the pod must end.
-                    _ = watcher.wait_for(Desired::ends) => continue,
+                    () = until(&mut watcher, Desired::ends) => continue,
                     () = stopping.cancelled() => return false,
                 }
             };
@@ -426,10 +426,26 @@ impl Worker {
 
     /// Stops a finished pod's sandboxes: its address is free again, its logs stay.
     async fn close_sandboxes(&mut self, actual: &Actual) -> Result<(), RuntimeError> {
-        for sandbox in actual.sandboxes.iter().filter(|sandbox| sandbox.ready) {
-            self.shared.runtime.stop_sandbox(&sandbox.id).await?;
+        for sandbox in &actual.sandboxes {
+            if sandbox.ready {
+                self.shared.runtime.stop_sandbox(&sandbox.id).await?;
+            }
         }
         Ok(())
+    }
+}
+
+/// Waits until the pod's object passes a test; for ever if it never does.
+pub(crate) async fn until<F: Fn(&Desired) -> bool>(desired: &mut watch::Receiver<Desired>, test: F) {
+    loop {
+        let passed = test(&desired.borrow_and_update());
+        if passed {
+            return;
+        }
+        if desired.changed().await.is_err() {
+            // The runner is going down, and with it this worker.
+            std::future::pending::<()>().await;
+        }
     }
 }
 

@@ -285,7 +285,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name).display().to_string();
         fs::write(at("file"), "").unwrap();
-        let mut check = |path: &str, kind: &str| {
+        let check = |path: &str, kind: &str| {
             prepared(folder.path(), json!([{"name": "h", "hostPath": {"path": at(path), "type": kind}}])).map(|_| ())
         };
         check("file", "File").unwrap();
