@@ -1,9 +1,10 @@
 //! The shape of a built-in kind: its names and the functions that hold its rules.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use jiff::Timestamp;
-use schemars::{Schema, SchemaGenerator};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::Value;
 
 use super::decode::DecodeError;
@@ -67,7 +68,7 @@ pub(crate) struct BuiltIn {
     pub(crate) merge_keys: MergeKeys,
     /// The object through its typed form and back: wrong types are errors, unknown fields vanish.
     pub(crate) typed: fn(&Value) -> Result<Value, DecodeError>,
-    pub(crate) schema: fn(&mut SchemaGenerator) -> Schema,
+    pub(crate) schema: TypeSchema,
     pub(crate) default: fn(&mut Value),
     pub(crate) validate: fn(&Value, &mut Errors),
     /// What an update keeps from the old object (arguments: old, new).
@@ -80,6 +81,19 @@ impl fmt::Debug for BuiltIn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("BuiltIn").field(&self.kind).finish()
     }
+}
+
+/// The OpenAPI schema of a kind's Rust type.
+pub(crate) struct TypeSchema {
+    /// Its name among the definitions.
+    pub(crate) name: fn() -> Cow<'static, str>,
+    /// Adds it, and all that it refers to, to the generator's definitions.
+    pub(crate) generate: fn(&mut SchemaGenerator) -> Schema,
+}
+
+/// The schema of the type `T`.
+pub(crate) const fn schema<T: JsonSchema>() -> TypeSchema {
+    TypeSchema { name: T::schema_name, generate: |generator| generator.subschema_for::<T>() }
 }
 
 /// For kinds that have nothing to default.

@@ -2,12 +2,11 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ConfigMap;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_default, no_prepare};
 use super::field_error::Errors;
-use super::{decode, merge_keys, names, tables};
+use super::{built_in, decode, merge_keys, names, tables};
 
 /// What all values of one ConfigMap or Secret may hold together, in bytes.
 pub(crate) const DATA_LIMIT: usize = 1 << 20;
@@ -30,7 +29,7 @@ pub(crate) static CONFIG_MAP: BuiltIn = BuiltIn {
     selectable: &[],
     merge_keys: merge_keys::PLAIN,
     typed: decode::typed::<ConfigMap>,
-    schema: ConfigMap::json_schema,
+    schema: built_in::schema::<ConfigMap>(),
     default: no_default,
     validate,
     prepare_update: no_prepare,

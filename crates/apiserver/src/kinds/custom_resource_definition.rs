@@ -2,7 +2,6 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{BuiltIn, NAME, column, no_prepare};
@@ -10,7 +9,7 @@ use super::field_error::Errors;
 use super::json_path::JsonPath;
 use super::structural::check_patterns;
 use super::tables::{self, text};
-use super::{decode, merge_keys, names};
+use super::{built_in, decode, merge_keys, names};
 
 pub(crate) static CUSTOM_RESOURCE_DEFINITION: BuiltIn = BuiltIn {
     group: "apiextensions.k8s.io",
@@ -30,7 +29,7 @@ pub(crate) static CUSTOM_RESOURCE_DEFINITION: BuiltIn = BuiltIn {
     selectable: &[],
     merge_keys: merge_keys::PLAIN,
     typed: decode::typed::<CustomResourceDefinition>,
-    schema: CustomResourceDefinition::json_schema,
+    schema: built_in::schema::<CustomResourceDefinition>(),
     default,
     validate,
     prepare_update: no_prepare,

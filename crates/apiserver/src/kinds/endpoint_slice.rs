@@ -4,12 +4,11 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use jiff::Timestamp;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_prepare};
 use super::field_error::Errors;
-use super::{decode, merge_keys, names, tables};
+use super::{built_in, decode, merge_keys, names, tables};
 
 pub(crate) static ENDPOINT_SLICE: BuiltIn = BuiltIn {
     group: "discovery.k8s.io",
@@ -35,7 +34,7 @@ pub(crate) static ENDPOINT_SLICE: BuiltIn = BuiltIn {
     selectable: &[],
     merge_keys: merge_keys::PLAIN,
     typed: decode::typed::<EndpointSlice>,
-    schema: EndpointSlice::json_schema,
+    schema: built_in::schema::<EndpointSlice>(),
     default,
     validate,
     prepare_update: no_prepare,

@@ -3,12 +3,11 @@
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event as CoreEvent;
 use k8s_openapi::api::events::v1::Event as EventsEvent;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{BuiltIn, ColumnDef, NAME, column, no_prepare, no_validate_update, wide};
 use super::field_error::Errors;
-use super::{decode, merge_keys, names, tables};
+use super::{built_in, decode, merge_keys, names, tables};
 
 const COLUMNS: &[ColumnDef] = &[
     column("Last Seen", "string", "Time since it was last seen."),
@@ -53,7 +52,7 @@ pub(crate) static EVENT: BuiltIn = BuiltIn {
     ],
     merge_keys: merge_keys::PLAIN,
     typed: decode::typed::<CoreEvent>,
-    schema: CoreEvent::json_schema,
+    schema: built_in::schema::<CoreEvent>(),
     default: default_type,
     validate: |object, errors| validate(object, "involvedObject", errors),
     prepare_update: no_prepare,
@@ -65,7 +64,7 @@ pub(crate) static EVENTS_VIEW: BuiltIn = BuiltIn {
     group: "events.k8s.io",
     selectable: &["reason", "type", "regarding.kind", "regarding.namespace", "regarding.name", "regarding.uid"],
     typed: decode::typed::<EventsEvent>,
-    schema: EventsEvent::json_schema,
+    schema: built_in::schema::<EventsEvent>(),
     validate: |object, errors| validate(object, "regarding", errors),
     cells: |object, now| {
         let mut core = object.clone();

@@ -2,12 +2,11 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_default, no_prepare, no_validate_update};
 use super::field_error::Errors;
-use super::{decode, merge_keys, tables};
+use super::{built_in, decode, merge_keys, tables};
 
 pub(crate) static LEASE: BuiltIn = BuiltIn {
     group: "coordination.k8s.io",
@@ -27,7 +26,7 @@ pub(crate) static LEASE: BuiltIn = BuiltIn {
     selectable: &[],
     merge_keys: merge_keys::PLAIN,
     typed: decode::typed::<Lease>,
-    schema: Lease::json_schema,
+    schema: built_in::schema::<Lease>(),
     default: no_default,
     validate,
     prepare_update: no_prepare,

@@ -21,6 +21,7 @@ mod metadata;
 mod names;
 mod namespace;
 mod node;
+mod openapi;
 mod pod;
 mod quantity;
 mod registry;
@@ -42,12 +43,16 @@ use serde_json::{Value, json};
 pub use decode::{DecodeError, Decoded};
 pub use field_error::{FieldError, FieldErrorKind};
 pub use merge_keys::{MergeKeys, MergeRule};
+pub use openapi::{openapi_v2, openapi_v2_protobuf, openapi_v3, openapi_v3_index};
 pub use registry::Registry;
 pub use tables::human_duration;
 
 use built_in::BuiltIn;
 use custom_resource::CustomVersion;
 use field_error::Errors;
+
+/// The Kubernetes version whose behaviour this follows, as `/version` and the OpenAPI documents say it.
+pub const VERSION: &str = "v1.32.0";
 
 /// Everything that the API server knows about one kind in one version.
 #[derive(Debug, Clone)]

@@ -2,11 +2,10 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Namespace;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_validate, no_validate_update};
-use super::{decode, merge_keys, tables};
+use super::{built_in, decode, merge_keys, tables};
 
 pub(crate) static NAMESPACE: BuiltIn = BuiltIn {
     group: "",
@@ -26,7 +25,7 @@ pub(crate) static NAMESPACE: BuiltIn = BuiltIn {
     selectable: &["status.phase"],
     merge_keys: merge_keys::CONDITIONED,
     typed: decode::typed::<Namespace>,
-    schema: Namespace::json_schema,
+    schema: built_in::schema::<Namespace>(),
     default,
     validate: no_validate,
     prepare_update,

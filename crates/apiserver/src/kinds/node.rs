@@ -2,12 +2,11 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, wide};
 use super::field_error::Errors;
-use super::{decode, merge_keys, names, quantity, tables};
+use super::{built_in, decode, merge_keys, names, quantity, tables};
 
 pub(crate) static NODE: BuiltIn = BuiltIn {
     group: "",
@@ -38,7 +37,7 @@ pub(crate) static NODE: BuiltIn = BuiltIn {
     selectable: &["spec.unschedulable"],
     merge_keys: merge_keys::NODE,
     typed: decode::typed::<Node>,
-    schema: Node::json_schema,
+    schema: built_in::schema::<Node>(),
     default,
     validate,
     prepare_update: super::built_in::no_prepare,

@@ -2,12 +2,11 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::ReplicaSet;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_prepare, wide};
 use super::field_error::Errors;
-use super::{decode, merge_keys, tables, workload};
+use super::{built_in, decode, merge_keys, tables, workload};
 
 pub(crate) static REPLICA_SET: BuiltIn = BuiltIn {
     group: "apps",
@@ -36,7 +35,7 @@ pub(crate) static REPLICA_SET: BuiltIn = BuiltIn {
     selectable: &["status.replicas"],
     merge_keys: merge_keys::WORKLOAD,
     typed: decode::typed::<ReplicaSet>,
-    schema: ReplicaSet::json_schema,
+    schema: built_in::schema::<ReplicaSet>(),
     default: workload::default,
     validate: workload::validate,
     prepare_update: no_prepare,

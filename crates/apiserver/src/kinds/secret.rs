@@ -4,13 +4,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_prepare};
 use super::config_map::{DATA_LIMIT, immutable_data};
 use super::field_error::Errors;
-use super::{decode, merge_keys, names, tables};
+use super::{built_in, decode, merge_keys, names, tables};
 
 pub(crate) static SECRET: BuiltIn = BuiltIn {
     group: "",
@@ -35,7 +34,7 @@ pub(crate) static SECRET: BuiltIn = BuiltIn {
     selectable: &["type"],
     merge_keys: merge_keys::PLAIN,
     typed: decode::typed::<Secret>,
-    schema: Secret::json_schema,
+    schema: built_in::schema::<Secret>(),
     default,
     validate,
     prepare_update: no_prepare,

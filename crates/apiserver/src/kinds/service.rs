@@ -4,13 +4,12 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Service;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, wide};
 use super::field_error::Errors;
 use super::tables::{text, text_or_none};
-use super::{decode, merge_keys, metadata, names, tables};
+use super::{built_in, decode, merge_keys, metadata, names, tables};
 
 pub(crate) static SERVICE: BuiltIn = BuiltIn {
     group: "",
@@ -38,7 +37,7 @@ pub(crate) static SERVICE: BuiltIn = BuiltIn {
     selectable: &["spec.clusterIP", "spec.type"],
     merge_keys: merge_keys::SERVICE,
     typed: decode::typed::<Service>,
-    schema: Service::json_schema,
+    schema: built_in::schema::<Service>(),
     default,
     validate,
     prepare_update,

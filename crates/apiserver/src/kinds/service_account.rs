@@ -2,11 +2,10 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ServiceAccount;
-use schemars::JsonSchema;
 use serde_json::{Value, json};
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_default, no_prepare, no_validate, no_validate_update};
-use super::{decode, merge_keys, tables};
+use super::{built_in, decode, merge_keys, tables};
 
 pub(crate) static SERVICE_ACCOUNT: BuiltIn = BuiltIn {
     group: "",
@@ -26,7 +25,7 @@ pub(crate) static SERVICE_ACCOUNT: BuiltIn = BuiltIn {
     selectable: &[],
     merge_keys: merge_keys::SERVICE_ACCOUNT,
     typed: decode::typed::<ServiceAccount>,
-    schema: ServiceAccount::json_schema,
+    schema: built_in::schema::<ServiceAccount>(),
     default: no_default,
     validate: no_validate,
     prepare_update: no_prepare,

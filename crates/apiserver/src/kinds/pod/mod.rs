@@ -5,10 +5,9 @@ mod table;
 mod validate;
 
 use k8s_openapi::api::core::v1::Pod;
-use schemars::JsonSchema;
 
 use super::built_in::{AGE, BuiltIn, NAME, column, no_prepare, wide};
-use super::{decode, merge_keys};
+use super::{built_in, decode, merge_keys};
 
 pub(crate) use defaults::default_spec;
 pub(crate) use validate::{port_reference, validate_spec};
@@ -50,7 +49,7 @@ pub(crate) static POD: BuiltIn = BuiltIn {
     ],
     merge_keys: merge_keys::POD,
     typed: decode::typed::<Pod>,
-    schema: Pod::json_schema,
+    schema: built_in::schema::<Pod>(),
     default: defaults::default,
     validate: validate::validate,
     prepare_update: no_prepare,
