@@ -143,10 +143,6 @@ impl<K: Cached> Cache<K> {
         self.contents.read().objects.values().cloned().collect()
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.contents.read().objects.len()
-    }
-
     pub(crate) fn in_namespace(&self, namespace: &str) -> Vec<Arc<K>> {
         let contents = self.contents.read();
         contents

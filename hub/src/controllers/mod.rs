@@ -4,12 +4,27 @@
 //! repeated until nothing is left to do. `docs/controllers.md` says what each one does and what not.
 
 mod cache;
+mod deployment_status;
+mod deployments;
 mod endpoint_slices;
 mod events;
+mod fit;
+mod garbage_collector;
 mod metrics;
+mod namespaces;
 mod node_ipam;
+mod node_lifecycle;
+mod owner_graph;
+mod ownership;
+mod placement;
+mod pod_gc;
 mod pod_state;
+mod pod_template;
 mod queue;
+mod replica_sets;
+mod rollout;
+mod scheduler;
+mod served;
 mod slice_plan;
 mod worker;
 
@@ -98,10 +113,18 @@ pub async fn run(client: Client, config: ControllerConfig, shutdown: Shutdown) {
     });
     let mut tasks: Vec<JoinHandle<()>> = Vec::new();
     tasks.push(shutdown.spawn(event_task.run(shutdown.clone())));
+    let served = served::watch(&context, &mut tasks);
 
     // Controllers first: they register for changes before the caches begin to fill.
     tasks.extend(endpoint_slices::start(&context));
+    tasks.extend(deployments::start(&context));
+    tasks.extend(replica_sets::start(&context));
+    tasks.extend(scheduler::start(&context));
+    tasks.extend(node_lifecycle::start(&context));
     tasks.extend(node_ipam::start(&context));
+    tasks.extend(pod_gc::start(&context));
+    tasks.extend(namespaces::start(&context, served.clone()));
+    tasks.extend(garbage_collector::start(&context, served));
 
     tasks.push(context.pods.fill(Api::all(client.clone()), &shutdown));
     tasks.push(context.services.fill(Api::all(client.clone()), &shutdown));

@@ -49,7 +49,7 @@ pub(crate) fn watch(context: &Arc<Context>, tasks: &mut Vec<JoinHandle<()>>) -> 
                 () = stopping.cancelled() => return,
                 read = read => match read {
                     Ok(Ok(list)) => {
-                        sender.send_if_modified(|known| {
+                        sender.send_if_modified(|known: &mut Option<Arc<Vec<ServedResource>>>| {
                             let new = known.as_ref().is_none_or(|known| **known != list);
                             if new {
                                 *known = Some(Arc::new(list));
