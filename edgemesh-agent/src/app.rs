@@ -16,6 +16,7 @@ use crate::{
     dns,
     metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
+    overlay::Overlay,
     routes::{HostRoutes, enable_forwarding},
 };
 
@@ -62,7 +63,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let api_url = config.kubeconfig.is_none().then(|| config.api_url());
     let client = api_client(config.kubeconfig.as_deref(), api_url.as_deref()).await?;
     let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")) };
-    let catalog = Discovery::start(client, discovery, shutdown, readiness.task("catalog"));
+    let catalog = Discovery::start(client.clone(), discovery, shutdown, readiness.task("catalog"));
 
     let allocator = Arc::new(Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?);
     let routes = HostRoutes::open(shutdown)?;
@@ -75,6 +76,9 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         let metrics = RouteMetrics::new(&mut registry.write());
         shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
     }
+
+    let overlay = Overlay::start(&config, Arc::clone(&catalog), client, Arc::clone(&allocator), &registry, shutdown)?;
+    tracing::info!(peer = %overlay.tunnel().peer_id(), proxied = %overlay.proxied_address(), "overlay started");
 
     let metrics = DatapathMetrics::new(&mut registry.write());
     let datapath = Datapath::start(

@@ -109,6 +109,10 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
         assert_eq!(answer, POD, "{address}");
     }
     assert_eq!(lookup("here.default.svc.cluster.local."), ["10.96.0.20"], "by the cluster DNS address");
+    // The pod's node has published no peer: the agent takes the connection for it, and ends it.
+    let mut far = TcpStream::connect("10.96.0.21:80").unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
+    assert!(matches!(far.read(&mut [0; 1]), Ok(0) | Err(_)));
     let refused = TcpStream::connect("10.96.0.22:80").unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
 
@@ -125,7 +129,7 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
     assert_eq!(target("10.96.0.10:53/udp")["backends"], json!(["169.254.64.1:53"]));
     let metrics = admin(agent.admin, "/metrics");
     for line in
-        ["edgemesh_agent_socket_tcp_connects_total 3", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
+        ["edgemesh_agent_socket_tcp_connects_total 4", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
     {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
