@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use edgemesh_api::{ObjectKey, ResourceName};
 use edgemesh_apiserver::{
-    ApiError, ClusterRanges, DeleteOptions, EventKind, ListOptions, Mode, OutboxEntry, Part, Propagation, Reason, ReplicaChange,
-    RequestContext, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp,
+    ApiError, ClusterRanges, DeleteOptions, EventKind, ListOptions, Mode, OutboxEntry, Part, Propagation, Reason,
+    ReplicaChange, RequestContext, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp,
 };
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -47,7 +47,10 @@ async fn replica(folder: &tempfile::TempDir) -> Store {
 }
 
 async fn next(watch: &mut WatchStream) -> Result<WatchEvent, ApiError> {
-    tokio::time::timeout(Duration::from_secs(10), watch.next()).await.expect("no event in 10 s").expect("the watch ended")
+    tokio::time::timeout(Duration::from_secs(10), watch.next())
+        .await
+        .expect("no event in 10 s")
+        .expect("the watch ended")
 }
 
 async fn pending(store: &Store) -> Vec<OutboxEntry> {
@@ -94,7 +97,8 @@ async fn a_stale_update_is_a_conflict_and_an_equal_one_changes_nothing() {
 async fn invalid_objects_name_every_wrong_field() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder).await;
-    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"selector": {"a": "b"}}});
+    let service =
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"selector": {"a": "b"}}});
     let error = store.create(&core("services"), "default", service, &system()).await.unwrap_err();
     assert_eq!(error.code(), 422);
     let status = error.to_status();
@@ -162,12 +166,17 @@ async fn a_watch_resumes_without_gaps_and_says_when_it_cannot() {
     let mut watch = store.watch(&core("configmaps"), &from).unwrap();
     for n in 0..5 {
         let event = next(&mut watch).await.unwrap();
-        assert_eq!((event.kind, event.object["data"]["k"].as_str()), (EventKind::Modified, Some(format!("x{n}").as_str())));
+        assert_eq!(
+            (event.kind, event.object["data"]["k"].as_str()),
+            (EventKind::Modified, Some(format!("x{n}").as_str()))
+        );
     }
     store.delete(&key("configmaps", "a"), DeleteOptions::default(), &system()).await.unwrap();
     assert_eq!(next(&mut watch).await.unwrap().kind, EventKind::Deleted);
     // Nobody reads this one while more happens than is remembered.
-    let mut slow = store.watch(&core("configmaps"), &WatchOptions { since: Some(store.resource_version()), ..from.clone() }).unwrap();
+    let mut slow = store
+        .watch(&core("configmaps"), &WatchOptions { since: Some(store.resource_version()), ..from.clone() })
+        .unwrap();
     for n in 0..20 {
         store.create(&core("configmaps"), "default", config_map(&format!("c{n}"), "1"), &system()).await.unwrap();
     }
@@ -212,7 +221,11 @@ async fn pages_of_a_list_show_one_state() {
     while options.continue_token.is_some() {
         let page = store.list(&core("configmaps"), &options).await.unwrap();
         assert_eq!(page.resource_version, first.resource_version);
-        names.extend(page.items.iter().map(|o| format!("{}={}", o["metadata"]["name"].as_str().unwrap(), o["data"]["k"].as_str().unwrap())));
+        names.extend(
+            page.items
+                .iter()
+                .map(|o| format!("{}={}", o["metadata"]["name"].as_str().unwrap(), o["data"]["k"].as_str().unwrap())),
+        );
         options.continue_token = page.continue_token;
     }
     assert_eq!(names, ["c4=1", "c5=1", "c6=1", "c7=1", "c8=1", "c9=1"]);
@@ -235,7 +248,8 @@ async fn pods_end_gracefully_when_they_run_somewhere_and_at_once_when_not() {
     let shorter = DeleteOptions { grace_period_seconds: Some(5), ..DeleteOptions::default() };
     let outcome = store.delete(&key("pods", "busy"), shorter, &system()).await.unwrap();
     assert_eq!(outcome.object["metadata"]["deletionGracePeriodSeconds"], 5);
-    let wrong = DeleteOptions { grace_period_seconds: Some(0), uid: Some("other".to_owned()), ..DeleteOptions::default() };
+    let wrong =
+        DeleteOptions { grace_period_seconds: Some(0), uid: Some("other".to_owned()), ..DeleteOptions::default() };
     assert!(store.delete(&key("pods", "busy"), wrong, &system()).await.unwrap_err().is_conflict());
     let now = DeleteOptions { grace_period_seconds: Some(0), ..DeleteOptions::default() };
     assert!(store.delete(&key("pods", "busy"), now, &system()).await.unwrap().removed);
@@ -268,10 +282,15 @@ async fn a_definition_serves_its_kind_at_once_and_takes_its_objects_with_it() {
                 "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": {"type": "object", "properties": {"size": {"type": "integer"}}}}}}}]}});
     let definitions = ResourceName::new("apiextensions.k8s.io", "v1", "customresourcedefinitions");
     let widgets = ResourceName::new("example.com", "v1", "widgets");
-    let widget = json!({"apiVersion": "example.com/v1", "kind": "Widget", "metadata": {"name": "w"}, "spec": {"size": 1}});
+    let widget =
+        json!({"apiVersion": "example.com/v1", "kind": "Widget", "metadata": {"name": "w"}, "spec": {"size": 1}});
     assert_eq!(store.create(&widgets, "default", widget.clone(), &system()).await.unwrap_err().code(), 404);
     let made = store.create(&definitions, "", definition, &system()).await.unwrap();
-    let established = made["status"]["conditions"].as_array().unwrap().iter().any(|c| c["type"] == "Established" && c["status"] == "True");
+    let established = made["status"]["conditions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|c| c["type"] == "Established" && c["status"] == "True");
     assert!(established, "{made}");
     store.create(&widgets, "default", widget.clone(), &system()).await.unwrap();
     drop(store);
@@ -305,7 +324,10 @@ async fn writers_at_the_same_time_all_get_their_own_version() {
         .map(|n| {
             let store = store.clone();
             tokio::spawn(async move {
-                let made = store.create(&core("configmaps"), "default", config_map(&format!("c{n}"), "1"), &system()).await.unwrap();
+                let made = store
+                    .create(&core("configmaps"), "default", config_map(&format!("c{n}"), "1"), &system())
+                    .await
+                    .unwrap();
                 made["metadata"]["resourceVersion"].as_str().unwrap().to_owned()
             })
         })
@@ -320,7 +342,11 @@ async fn writers_at_the_same_time_all_get_their_own_version() {
 fn upsert(plural: &str, version: &str, object: Value) -> ReplicaChange {
     let name = object["metadata"]["name"].as_str().unwrap().to_owned();
     let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
-    ReplicaChange::Upsert { key: ObjectKey::new(core(plural), namespace, name), origin_version: version.to_owned(), object }
+    ReplicaChange::Upsert {
+        key: ObjectKey::new(core(plural), namespace, name),
+        origin_version: version.to_owned(),
+        object,
+    }
 }
 
 fn cloud_pod(uid: &str) -> Value {
@@ -344,14 +370,20 @@ async fn a_replica_keeps_the_status_of_its_pods_and_sends_only_the_latest() {
     assert!(outbox.has_changed().unwrap());
     let entries = pending(&store).await;
     assert_eq!(entries.len(), 1, "{entries:?}");
-    assert_eq!((entries[0].op, entries[0].object["status"]["phase"].as_str()), (WriteOp::UpdateStatus, Some("Running")));
+    assert_eq!(
+        (entries[0].op, entries[0].object["status"]["phase"].as_str()),
+        (WriteOp::UpdateStatus, Some("Running"))
+    );
     // The cloud's newer copy must not turn the clock back, acknowledged or not.
     store.outbox_done(entries[0].seq).await.unwrap();
     let mut newer = cloud_pod("u1");
     newer["metadata"]["labels"] = json!({"new": "label"});
     store.apply_replica(vec![upsert("pods", "8", newer)]).await.unwrap();
     let now = store.get(&key("pods", "p")).await.unwrap();
-    assert_eq!((now["status"]["phase"].as_str(), now["metadata"]["labels"]["new"].as_str()), (Some("Running"), Some("label")));
+    assert_eq!(
+        (now["status"]["phase"].as_str(), now["metadata"]["labels"]["new"].as_str()),
+        (Some("Running"), Some("label"))
+    );
     let versions = store.replica_versions().await.unwrap();
     assert_eq!((versions.len(), versions[0].origin_version.as_str(), versions[0].uid.as_str()), (1, "8", "u1"));
     // Another pod of the same name starts from nothing.
@@ -422,7 +454,10 @@ async fn the_outbox_survives_a_restart() {
     let changes = vec![ReplicaChange::Delete { key: key("pods", "p"), uid: Some("other".to_owned()) }];
     store.apply_replica(changes).await.unwrap();
     assert!(store.get(&key("pods", "p")).await.is_ok(), "another uid is another pod");
-    store.apply_replica(vec![ReplicaChange::Delete { key: key("pods", "p"), uid: Some("u1".to_owned()) }]).await.unwrap();
+    store
+        .apply_replica(vec![ReplicaChange::Delete { key: key("pods", "p"), uid: Some("u1".to_owned()) }])
+        .await
+        .unwrap();
     assert!(store.get(&key("pods", "p")).await.is_err());
     assert!(pending(&store).await.is_empty(), "the status of what is gone is of no use");
 }

@@ -340,4 +340,61 @@ mod tests {
             assert!(found.iter().any(|f| f.starts_with(expected)), "{expected}: {found:?}");
         }
     }
+
+    /// The definitions that the hub installs are derived from Rust types: they must be good ones, and their objects must
+    /// come through.
+    #[test]
+    fn the_definitions_of_the_mesh_and_the_gateway_api_are_good() {
+        use kube::CustomResourceExt as _;
+        let info = Registry::built_in().lookup("apiextensions.k8s.io", "v1", "customresourcedefinitions").unwrap();
+        let mut registry = Registry::built_in();
+        for definition in [
+            edgemesh_api::MeshNode::crd(),
+            gateway_api::gatewayclasses::GatewayClass::crd(),
+            gateway_api::gateways::Gateway::crd(),
+            gateway_api::httproutes::HttpRoute::crd(),
+            gateway_api::referencegrants::ReferenceGrant::crd(),
+        ] {
+            let decoded = decode(&info, serde_json::to_value(definition).unwrap()).unwrap();
+            assert_eq!(decoded.unknown_fields, Vec::<String>::new());
+            let mut object = decoded.object;
+            default_object(&info, &mut object);
+            assert_eq!(validate_create(&info, &object), []);
+            registry = registry.with_crd(&object);
+        }
+        for (group, version, plural, spec) in [
+            (
+                "edgemesh.dev",
+                "v1alpha1",
+                "meshnodes",
+                json!({"peers": {"agent": {"peerId": "p", "addresses": ["/ip4/1.2.3.4"]}}}),
+            ),
+            (
+                "gateway.networking.k8s.io",
+                "v1",
+                "httproutes",
+                json!({"hostnames": ["a.example"],
+                "parentRefs": [{"name": "g", "sectionName": "http"}], "rules": [{"matches": [{"path": {"type": "PathPrefix", "value": "/"},
+                "headers": [{"name": "x", "value": "y"}]}], "backendRefs": [{"name": "s", "port": 80, "weight": 3}]}]}),
+            ),
+            (
+                "gateway.networking.k8s.io",
+                "v1",
+                "gateways",
+                json!({"gatewayClassName": "edgemesh",
+                "listeners": [{"name": "http", "port": 80, "protocol": "HTTP", "allowedRoutes": {"namespaces": {"from": "All"}}},
+                    {"name": "https", "port": 443, "protocol": "HTTPS", "tls": {"mode": "Terminate", "certificateRefs": [{"name": "c"}]}}]}),
+            ),
+        ] {
+            let info = registry.lookup(group, version, plural).unwrap();
+            let mut object =
+                json!({"apiVersion": info.api_version(), "kind": info.kind, "metadata": {"name": "a"}, "spec": spec});
+            if info.namespaced {
+                object["metadata"]["namespace"] = json!("n");
+            }
+            let decoded = decode(&info, object.clone()).unwrap();
+            assert_eq!((decoded.object, decoded.unknown_fields), (object.clone(), Vec::new()));
+            assert_eq!(validate_create(&info, &object), []);
+        }
+    }
 }

@@ -147,7 +147,7 @@ fn info(kind: &'static BuiltIn) -> KindInfo {
         namespaced: kind.namespaced,
         subresources: Subresources {
             status: kind.status,
-            scale: kind.scale.then(|| ScalePaths {
+            scale: kind.scale.then_some(ScalePaths {
                 spec_replicas: Cow::Borrowed("spec.replicas"),
                 status_replicas: Cow::Borrowed("status.replicas"),
                 label_selector: Cow::Borrowed("spec.selector"),

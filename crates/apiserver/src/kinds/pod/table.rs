@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::kinds::tables::{age, human_duration, name, text, text_or_none};
 
-fn list<'a>(value: &'a Value) -> &'a [Value] {
+fn list(value: &Value) -> &[Value] {
     value.as_array().map(Vec::as_slice).unwrap_or_default()
 }
 

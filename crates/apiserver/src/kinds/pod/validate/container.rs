@@ -162,10 +162,8 @@ fn env(env: &Value, at: &str, errors: &mut Errors) {
                         errors.one_of(format!("{field}.fieldPath"), &reference["fieldPath"], FIELDS);
                     }
                 }
-                "resourceFieldRef" => {
-                    if text(&reference["resource"]).is_empty() {
-                        errors.required(format!("{field}.resource"), "");
-                    }
+                "resourceFieldRef" if text(&reference["resource"]).is_empty() => {
+                    errors.required(format!("{field}.resource"), "");
                 }
                 _ => {}
             }

@@ -50,10 +50,8 @@ fn validate_source(kind: &str, source: &Value, at: &str, errors: &mut Errors) {
                 &["BlockDevice", "CharDevice", "Directory", "DirectoryOrCreate", "File", "FileOrCreate", "Socket"],
             );
         }
-        "emptyDir" => {
-            if !source["sizeLimit"].is_null() {
-                quantity::validate(&source["sizeLimit"], &format!("{at}.sizeLimit"), errors);
-            }
+        "emptyDir" if !source["sizeLimit"].is_null() => {
+            quantity::validate(&source["sizeLimit"], &format!("{at}.sizeLimit"), errors);
         }
         "configMap" => {
             wanted(source, "name", at, errors);
