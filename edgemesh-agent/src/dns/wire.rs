@@ -356,7 +356,7 @@ mod tests {
         assert_eq!(zone.suffix_at(zone.wire()), Some(0));
         assert_eq!(Name::from_text("xcluster.local").unwrap().suffix_at(zone.wire()), None);
         // The last bytes of the first label spell the zone, length bytes included.
-        let trick = Name(b"\x0faa\x07cluster\x05local\x00".to_vec());
+        let trick = Name(b"\x10aa\x07cluster\x05local\x00".to_vec());
         assert_eq!(trick.suffix_at(zone.wire()), None);
     }
 

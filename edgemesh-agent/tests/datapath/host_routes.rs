@@ -12,7 +12,7 @@ use edgemesh_agent::{
 };
 use edgemesh_telemetry::Shutdown;
 
-use crate::sandbox::{Sandbox, ip};
+use crate::sandbox::{Sandbox, in_pod, ip, udp_server};
 
 fn shown(table: &str) -> String {
     let output = Command::new("ip").args(["-4", "route", "show", "table", table]).output().unwrap();
@@ -77,4 +77,37 @@ fn node_local_addresses_are_served_by_one_listener_that_sees_which_was_called() 
         assert_eq!(listener.accept().unwrap().0.local_addr().unwrap().ip(), address);
     }
     UdpSocket::bind((range.dns_address(), 53)).unwrap();
+}
+
+#[test]
+fn pods_behind_a_bridge_reach_node_local_addresses_with_strict_reverse_path_filtering() {
+    let _sandbox = Sandbox::new(&[]);
+    for interface in ["all", "default"] {
+        std::fs::write(format!("/proc/sys/net/ipv4/conf/{interface}/rp_filter"), "1").unwrap();
+    }
+    let range = Ipv4Range::default();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let shutdown = Shutdown::default();
+        let host = HostRoutes::open(&shutdown).unwrap();
+        host.deliver_locally(range).await.unwrap();
+        drop(host);
+        shutdown.drain(Duration::from_secs(1)).await;
+    });
+    let listener = TcpListener::bind("0.0.0.0:15001").unwrap();
+    let dns = udp_server(&format!("{}:53", range.dns_address()));
+    let address = Ipv4Addr::new(169, 254, 77, 12);
+    let (connection, answered_by) = in_pod(|| {
+        let connection = TcpStream::connect_timeout(&(address, 15001).into(), Duration::from_secs(5)).unwrap();
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        socket.send_to(b"?", dns).unwrap();
+        let mut buffer = [0; 64];
+        (connection, socket.recv_from(&mut buffer).unwrap().1)
+    });
+    assert_eq!(answered_by, dns);
+    let (accepted, client) = listener.accept().unwrap();
+    assert_eq!(accepted.local_addr().unwrap().ip(), address, "the listener sees which address was called");
+    assert_eq!(client.ip(), Ipv4Addr::new(10, 244, 1, 5), "and which pod called");
+    drop(connection);
 }

@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, mpsc},
     thread,
 };
 
@@ -78,6 +78,32 @@ impl Drop for Sandbox {
         }
         fs::remove_dir(self.folder()).unwrap();
     }
+}
+
+/// Runs work in a pod's network namespace: 10.244.1.5, behind a bridge of the sandbox's namespace, which is the pod's gateway.
+pub(crate) fn in_pod<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    ip("link add edgemesh0 type bridge");
+    ip("address add 10.244.1.1/24 dev edgemesh0");
+    ip("link set edgemesh0 up");
+    ip("link add pod0 type veth peer name eth0");
+    ip("link set pod0 master edgemesh0 up");
+    let (ready, wait) = mpsc::channel();
+    let (go, went) = mpsc::channel();
+    thread::scope(|scope| {
+        let pod = scope.spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            ready.send(nix::unistd::gettid()).unwrap();
+            went.recv().unwrap();
+            ip("link set lo up");
+            ip("address add 10.244.1.5/24 dev eth0");
+            ip("link set eth0 up");
+            ip("route add default via 10.244.1.1");
+            work()
+        });
+        ip(&format!("link set eth0 netns {}", wait.recv().unwrap()));
+        go.send(()).unwrap();
+        pod.join().unwrap()
+    })
 }
 
 fn enter(cgroup: &Path) {
