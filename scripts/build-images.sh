@@ -35,7 +35,7 @@ mkdir -p "$work/pause/bin" "$work/demo/bin" "$work/demo/tmp" "$work/demo/etc" "$
 compile pause.rs "$work/pause/bin/pause"
 compile demo_server.rs "$work/demo/bin/demo-server"
 cp /bin/busybox "$work/demo/bin/busybox"
-for applet in $(/bin/busybox --list); do ln -sf busybox "$work/demo/bin/$applet"; done
+for applet in $(/bin/busybox --list | grep -vx busybox); do ln -sf busybox "$work/demo/bin/$applet"; done
 image edgemesh.dev/pause:1 "$work/pause" "$out/pause.tar" /bin/pause
 image edgemesh.dev/demo:1 "$work/demo" "$out/demo.tar" /bin/demo-server
 echo "$stamp" >"$out/stamp"

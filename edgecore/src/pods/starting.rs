@@ -225,11 +225,16 @@ impl Worker {
         };
         let id = match self.shared.runtime.create_container(&sandbox.id, config, sandbox_config).await {
             Ok(id) => id,
-            Err(error) => return self.failed(name, "CreateContainerError", error),
+            Err(error) => {
+                self.backoff.failed(name, Instant::now(), Duration::ZERO, false);
+                let retry = self.backoff.remaining(name, Instant::now());
+                return refused("CreateContainerError", error, retry);
+            }
         };
         self.event(Some(name), false, "Created", format!("Created container {name}"));
         if let Err(error) = self.shared.runtime.start_container(&id).await {
-            return self.failed(name, "RunContainerError", error);
+            // The runtime has this as a run that ended at once: its backoff counts from there.
+            return refused("RunContainerError", error, super::worker::RETRY);
         }
         self.event(Some(name), false, "Started", format!("Started container {name}"));
         if attempt > 0 {
@@ -237,21 +242,6 @@ impl Worker {
         }
         logs::remove_old(&self.folder, name, attempt);
         Ok(Ok(()))
-    }
-
-    /// The runtime refused a container: shown, and tried again with growing waits.
-    fn failed(
-        &mut self,
-        name: &str,
-        reason: &'static str,
-        error: RuntimeError,
-    ) -> Result<Result<(), Obstacle>, RuntimeError> {
-        if error.is_unreachable() {
-            return Err(error);
-        }
-        self.backoff.failed(name, Instant::now(), Duration::ZERO, false);
-        let retry = self.backoff.remaining(name, Instant::now());
-        Ok(Err(Obstacle { reason, message: error.to_string(), retry }))
     }
 
     /// Restarts are counted in the runtime, and in the status for when the runtime lost its records.
@@ -370,6 +360,18 @@ impl Worker {
 fn find_container<'p>(pod: &'p Pod, name: &str) -> Option<&'p Container> {
     let spec = pod.spec.as_ref()?;
     spec.init_containers.iter().flatten().chain(&spec.containers).find(|container| container.name == name)
+}
+
+/// The runtime refused a container.
+fn refused(
+    reason: &'static str,
+    error: RuntimeError,
+    retry: Duration,
+) -> Result<Result<(), Obstacle>, RuntimeError> {
+    if error.is_unreachable() {
+        return Err(error);
+    }
+    Ok(Err(Obstacle { reason, message: error.to_string(), retry }))
 }
 
 fn config_error(message: String) -> Obstacle {
