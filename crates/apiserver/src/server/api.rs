@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    accept, discovery, read,
+    accept, discovery, openapi, read,
     request::{Place, Query, Target, verb},
     respond::{self, Body},
     subresource, watch, write,
@@ -135,7 +135,9 @@ impl Api {
             Target::Groups => Ok(discovery::groups(&registry, accept::discovery(accept))),
             Target::Group(group) => discovery::group(&registry, &group),
             Target::GroupVersion(group, version) => discovery::group_version(&registry, &group, &version),
-            Target::OpenApiV2 | Target::OpenApiV3 | Target::OpenApiV3Of(..) => Err(ApiError::no_such_path()),
+            Target::OpenApiV2 => openapi::v2(&self.store, accept),
+            Target::OpenApiV3 => openapi::index(&self.store),
+            Target::OpenApiV3Of(group, version) => openapi::v3(&self.store, &group, &version),
             Target::Resource(place) => {
                 let info = self.store.kind(&place.resource)?;
                 let verb = verb(request.method(), &place, &query)

@@ -5,6 +5,7 @@ mod api;
 mod body;
 mod connection;
 mod discovery;
+mod openapi;
 mod read;
 mod request;
 mod respond;

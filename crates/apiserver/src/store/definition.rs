@@ -7,6 +7,11 @@ use serde_json::{Value, json};
 use super::write::seconds;
 use crate::fields;
 
+/// The resource whose objects define kinds.
+pub(crate) fn definitions() -> ResourceName {
+    ResourceName::new("apiextensions.k8s.io", "v1", "customresourcedefinitions")
+}
+
 /// Whether objects of this resource define kinds.
 pub(crate) fn is_definition(resource: &ResourceName) -> bool {
     resource.plural == "customresourcedefinitions" && resource.group == "apiextensions.k8s.io"

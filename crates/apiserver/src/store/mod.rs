@@ -24,6 +24,7 @@ use edgemesh_api::{ObjectKey, ResourceName};
 use parking_lot::RwLock;
 use serde_json::{Value, json};
 
+pub(crate) use definition::definitions;
 pub use options::{
     ClusterRanges, DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Propagation,
     ReplicaChange, ReplicaVersion, StoreOptions, WatchEvent, WatchOptions, WriteOp,
