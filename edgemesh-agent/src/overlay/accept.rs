@@ -34,9 +34,8 @@ impl Acceptor {
 
     async fn connect(&self, header: &StreamHeader) -> Result<Session, Refusal> {
         check(&self.catalog.snapshot(), &self.node, header)?;
-        let failed = |error: std::io::Error| {
-            Refusal::new(RefusalReason::DialFailed, format!("{}: {error}", header.endpoint))
-        };
+        let failed =
+            |error: std::io::Error| Refusal::new(RefusalReason::DialFailed, format!("{}: {error}", header.endpoint));
         match header.protocol {
             Carried::Tcp => {
                 let mut endpoint = timeout(DIAL_DEADLINE, TcpStream::connect(header.endpoint))
@@ -93,8 +92,7 @@ fn check(catalog: &Catalog, own: &str, header: &StreamHeader) -> Result<(), Refu
     let Some(service) = catalog.service(&header.namespace, &header.service) else {
         return not_here("no such Service");
     };
-    let Some(port) =
-        service.ports.iter().find(|port| *port.name == *header.port_name && port.protocol == protocol)
+    let Some(port) = service.ports.iter().find(|port| *port.name == *header.port_name && port.protocol == protocol)
     else {
         return not_here("the Service has no such port");
     };

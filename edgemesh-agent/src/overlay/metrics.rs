@@ -45,7 +45,11 @@ impl ProxiedMetrics {
         );
         registry.register("bytes", "Bytes of proxied TCP connections", metrics.bytes.clone());
         registry.register("active", "Proxied connections and UDP flows open now", metrics.active.clone());
-        registry.register("dropped_datagrams", "Datagrams dropped: too many flows, or too fast", metrics.dropped.clone());
+        registry.register(
+            "dropped_datagrams",
+            "Datagrams dropped: too many flows, or too fast",
+            metrics.dropped.clone(),
+        );
         for path in ["direct", "tunnel", "relay"] {
             for protocol in ["tcp", "udp"] {
                 drop(metrics.connections.get_or_create(&Outcome { protocol, path, result: "ok" }));

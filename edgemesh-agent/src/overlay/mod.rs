@@ -140,7 +140,8 @@ fn tunnel_config(config: &Config) -> anyhow::Result<TunnelConfig> {
         .collect::<anyhow::Result<_>>()?;
     tunnel.relay_server = settings.relay;
     // Addresses of bridges to this node's pods lead nowhere elsewhere.
-    tunnel.exclude = Cidr::parse(names::DEFAULT_POD_CIDR).map(|cidr| (cidr.network(), cidr.prefix())).into_iter().collect();
+    tunnel.exclude =
+        Cidr::parse(names::DEFAULT_POD_CIDR).map(|cidr| (cidr.network(), cidr.prefix())).into_iter().collect();
     Ok(tunnel)
 }
 

@@ -51,6 +51,19 @@ pub(super) struct Proxied {
 impl Proxied {
     /// Binds both sockets. Port 0 picks a free one, the same for both.
     pub(super) fn bind(address: SocketAddr, parts: Parts) -> io::Result<Self> {
+        let mut attempts = 0;
+        loop {
+            match Self::bind_once(address, parts.clone()) {
+                // The port that is free for TCP may be taken for UDP.
+                Err(error) if address.port() == 0 && error.kind() == io::ErrorKind::AddrInUse && attempts < 32 => {
+                    attempts += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn bind_once(address: SocketAddr, parts: Parts) -> io::Result<Self> {
         let tcp = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         tcp.set_reuse_address(true)?;
         tcp.set_nonblocking(true)?;

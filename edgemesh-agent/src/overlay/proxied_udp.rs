@@ -83,12 +83,8 @@ impl ProxiedUdp {
             }
         };
         let replies = || {
-            let sink = Replies {
-                socket: self.socket.clone(),
-                client,
-                local,
-                _active: self.parts.metrics.active("udp"),
-            };
+            let sink =
+                Replies { socket: self.socket.clone(), client, local, _active: self.parts.metrics.active("udp") };
             Box::new(sink) as Box<dyn DatagramSink>
         };
         let ended = move |end| match end {
@@ -107,8 +103,7 @@ fn receive(socket: &UdpSocket) -> io::Result<(Bytes, Option<FlowKey>)> {
     receive_whole(|buffer| {
         let mut space = cmsg_space!(libc::in_pktinfo);
         let mut parts = [IoSliceMut::new(buffer)];
-        let message =
-            recvmsg::<SockaddrIn>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
+        let message = recvmsg::<SockaddrIn>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
         let local = message.cmsgs()?.find_map(|control| match control {
             // Network byte order, as the kernel gives it.
             ControlMessageOwned::Ipv4PacketInfo(info) => Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes())),

@@ -107,8 +107,7 @@ impl Dialer {
         port: &ServicePortName,
         client: SocketAddr,
     ) -> Result<(FlowEnd, &'static str), UpstreamError> {
-        let upstream =
-            self.first_that_answers(port, client, |address| Box::pin(connected_socket(address))).await?;
+        let upstream = self.first_that_answers(port, client, |address| Box::pin(connected_socket(address))).await?;
         let path = upstream.path();
         Ok(match upstream {
             Upstream::Direct(socket) => (socket::flow_end(socket), path),
@@ -198,8 +197,7 @@ fn header(port: &ServicePortName, endpoint: SocketAddr, client: SocketAddr) -> S
 
 /// A UDP socket that speaks with one address only.
 pub(super) async fn connected_socket(address: SocketAddr) -> io::Result<UdpSocket> {
-    let any: IpAddr =
-        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect(address).await?;
     Ok(socket)
