@@ -11,6 +11,7 @@ pub mod kinds;
 pub mod kubeconfig;
 pub mod patch;
 pub mod pki;
+mod protobuf;
 pub mod server;
 pub mod store;
 

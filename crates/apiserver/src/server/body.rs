@@ -1,4 +1,4 @@
-//! Request bodies: JSON or YAML, within limits.
+//! Request bodies: JSON, YAML or protobuf, within limits.
 
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::{
     error::{ApiError, Reason},
+    protobuf::{self, ProtobufError},
     store::{DeleteOptions, Propagation},
 };
 
@@ -56,12 +57,17 @@ pub(crate) fn object(media_type: &str, body: &[u8]) -> Result<Value, ApiError> {
             let text = std::str::from_utf8(body).map_err(|error| bad(error.to_string()))?;
             serde_saphyr::from_str(text).map_err(|error| bad(error.to_string()))?
         }
+        protobuf::MEDIA_TYPE => protobuf::object(body).map_err(|error| match error {
+            ProtobufError::Unknown(..) => ApiError::new(Reason::UnsupportedMediaType, error.to_string()),
+            other => bad(other.to_string()),
+        })?,
         other => {
             return Err(ApiError::new(
                 Reason::UnsupportedMediaType,
                 format!(
                     "the body of the request was in an unknown format - accepted media types include: \
-                     application/json, application/yaml (got {other:?})"
+                     application/json, application/yaml, \
+                     application/vnd.kubernetes.protobuf (got {other:?})"
                 ),
             ));
         }
