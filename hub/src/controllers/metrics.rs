@@ -39,7 +39,7 @@ impl ControllerMetrics {
     pub(crate) fn register(registry: &Arc<RwLock<Registry>>) -> Self {
         let metrics = Self::default();
         let mut registry = registry.write();
-        let controllers = registry.sub_registry_with_prefix("controller");
+        let controllers = registry.sub_registry_with_prefix("edgemesh_hub_controller");
         controllers.register("reconciles", "Reconciles by controller and result", metrics.reconciles.clone());
         controllers.register("queue_depth", "Objects that wait for their controller", metrics.queue_depth.clone());
         metrics

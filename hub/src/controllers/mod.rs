@@ -57,7 +57,7 @@ pub struct ControllerConfig {
     pub node_grace: Duration,
     /// How long a pod of a Node that doesn't exist is kept before it is removed.
     pub orphan_grace: Duration,
-    /// Where the controllers' metrics go; the names have the prefix `controller_` on top of the registry's own.
+    /// Where the controllers' metrics go, with the prefix `edgemesh_hub_controller_`.
     pub registry: Arc<RwLock<Registry>>,
 }
 
