@@ -131,15 +131,7 @@ fn prepare_update(old: &Value, new: &mut Value) {
         }
     };
     if has_cluster_ip(before) && has_cluster_ip(after) {
-        for field in ["clusterIP", "clusterIPs"] {
-            let unset = text(&after["clusterIP"]).is_empty() && text(&after["clusterIPs"][0]).is_empty();
-            if (unset || after[field].is_null())
-                && !before[field].is_null()
-                && (unset || after["clusterIP"] == before["clusterIP"])
-            {
-                after[field] = before[field].clone();
-            }
-        }
+        keep_cluster_ips(before, after);
     } else if has_cluster_ip(before) {
         for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"] {
             if after[field] == before[field] {
@@ -174,6 +166,22 @@ fn prepare_update(old: &Value, new: &mut Value) {
         && after["externalName"] == before["externalName"]
     {
         remove(after, "externalName");
+    }
+}
+
+/// Who writes one of the two forms of the address means both; who writes neither keeps the old one.
+fn keep_cluster_ips(before: &Value, after: &mut Value) {
+    if text(&after["clusterIP"]).is_empty() && text(&after["clusterIPs"][0]).is_empty() {
+        for field in ["clusterIP", "clusterIPs"] {
+            if !before[field].is_null() {
+                after[field] = before[field].clone();
+            }
+        }
+    } else if after["clusterIP"] != before["clusterIP"] && after["clusterIPs"] == before["clusterIPs"] {
+        after["clusterIPs"] = match text(&after["clusterIP"]) {
+            "" => Value::Null,
+            one => json!([one]),
+        };
     }
 }
 

@@ -145,6 +145,16 @@ fn an_update_keeps_what_was_allocated() {
 }
 
 #[test]
+fn a_changed_address_is_one_error_and_not_two() {
+    let old = json!({"clusterIP": "10.96.1.1", "ports": [{"port": 80}]});
+    let (_, found) = updated(
+        old,
+        json!({"clusterIP": "10.96.1.2", "clusterIPs": ["10.96.1.1"], "ipFamilies": ["IPv4"], "ports": [{"port": 80}]}),
+    );
+    assert_eq!(found, ["spec.clusterIP: Invalid value: \"10.96.1.2\": field is immutable"]);
+}
+
+#[test]
 fn services_are_shown_as_kubectl_shows_them() {
     let info = Registry::built_in().lookup("", "v1", "services").unwrap();
     for (spec, expected) in [
