@@ -1,0 +1,281 @@
+//! Names of the cluster: the records of the Kubernetes DNS specification 1.1.0, and what clients expect beyond it.
+
+use hickory_proto::{
+    op::{Edns, Message, ResponseCode},
+    rr::{Name, RecordType},
+};
+use serde_json::{Value, json};
+
+use crate::harness::{Dns, apply, question, service, slice, sorted};
+
+fn objects() -> Vec<Value> {
+    let http = json!([{"name": "http", "port": 8080, "protocol": "TCP"}]);
+    vec![
+        json!({
+            "kind": "Node", "metadata": {"name": "edge-a1"}, "spec": {"podCIDR": "10.244.1.0/24"},
+            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.11"}]},
+        }),
+        service(
+            "default/web",
+            json!({
+                "clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20"],
+                "ports": [{"name": "http", "port": 80}, {"name": "dns", "port": 53, "protocol": "UDP"}],
+            }),
+        ),
+        slice(
+            "default/web",
+            1,
+            "IPv4",
+            http.clone(),
+            json!([
+                {"addresses": ["10.244.1.5"], "conditions": {"ready": true}},
+                {"addresses": ["10.244.1.6"], "conditions": {"ready": false}},
+            ]),
+        ),
+        service("default/unnamed", json!({"clusterIP": "10.96.0.21", "ports": [{"port": 80}]})),
+        service(
+            "default/dual",
+            json!({
+                "clusterIP": "10.96.0.22", "clusterIPs": ["10.96.0.22", "fd00:96::22"], "ports": [{"name": "http", "port": 80}],
+            }),
+        ),
+        service("db/sts", json!({"clusterIP": "None", "ports": [{"name": "http", "port": 8080}]})),
+        slice(
+            "db/sts",
+            1,
+            "IPv4",
+            http.clone(),
+            json!([
+                {"addresses": ["10.244.1.7"], "hostname": "sts-0", "conditions": {"ready": true}},
+                {"addresses": ["10.244.1.8"], "hostname": "sts-1", "conditions": {"ready": false}},
+            ]),
+        ),
+        slice("db/sts", 2, "IPv4", http.clone(), json!([{"addresses": ["10.244.2.9"]}])),
+        slice("db/sts", 3, "IPv6", http.clone(), json!([{"addresses": ["fd00::9"]}])),
+        service("db/unready", json!({"clusterIP": "None", "publishNotReadyAddresses": true, "ports": []})),
+        slice(
+            "db/unready",
+            1,
+            "IPv4",
+            json!([]),
+            json!([
+                {"addresses": ["10.244.1.30"], "hostname": "early", "conditions": {"ready": false}},
+            ]),
+        ),
+        service("db/nobody", json!({"clusterIP": "None", "ports": [{"name": "http", "port": 80}]})),
+        slice("db/nobody", 1, "IPv4", http, json!([{"addresses": ["10.244.1.31"], "conditions": {"ready": false}}])),
+        service("default/inside", json!({"type": "ExternalName", "externalName": "web.default.svc.cluster.local"})),
+        service("default/twice", json!({"type": "ExternalName", "externalName": "inside.default.svc.cluster.local"})),
+        service("default/dangling", json!({"type": "ExternalName", "externalName": "no.default.svc.cluster.local"})),
+        service("default/round", json!({"type": "ExternalName", "externalName": "round.default.svc.cluster.local"})),
+    ]
+}
+
+/// Name, type, code, answers (sorted; `@` is the name).
+type Case = (&'static str, RecordType, ResponseCode, &'static [&'static str]);
+
+#[rustfmt::skip]
+const CASES: &[Case] = {
+    use RecordType::{A, AAAA, ANY, CNAME, MX, NS, PTR, SOA, SRV, TXT};
+    use ResponseCode::{NXDomain, NoError, ServFail};
+    &[
+    // 2.2 schema version
+    ("dns-version.cluster.local.", TXT, NoError, &["@ 5 IN TXT 1.1.0"]),
+    ("dns-version.cluster.local.", A, NoError, &[]),
+    // 2.3.1 cluster addresses
+    ("web.default.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.96.0.20"]),
+    ("web.default.svc.cluster.local.", ANY, NoError, &["@ 5 IN A 10.96.0.20"]),
+    ("web.default.svc.cluster.local.", AAAA, NoError, &[]),
+    ("web.default.svc.cluster.local.", MX, NoError, &[]),
+    ("wEb.DEFAULT.svc.Cluster.Local.", A, NoError, &["@ 5 IN A 10.96.0.20"]),
+    ("dual.default.svc.cluster.local.", AAAA, NoError, &["@ 5 IN AAAA fd00:96::22"]),
+    ("dual.default.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.96.0.22"]),
+    ("no.default.svc.cluster.local.", A, NXDomain, &[]),
+    ("web.no.svc.cluster.local.", A, NXDomain, &[]),
+    ("web.default.cluster.local.", A, NXDomain, &[]),
+    ("a.b.c.d.e.f.cluster.local.", A, NXDomain, &[]),
+    // names on the way
+    ("svc.cluster.local.", A, NoError, &[]),
+    ("default.svc.cluster.local.", A, NoError, &[]),
+    ("nobody-here.svc.cluster.local.", A, NXDomain, &[]),
+    ("_tcp.web.default.svc.cluster.local.", SRV, NoError, &[]),
+    ("_tcp.unnamed.default.svc.cluster.local.", SRV, NXDomain, &[]),
+    // 2.3.2 ports
+    ("_http._tcp.web.default.svc.cluster.local.", SRV, NoError, &["@ 5 IN SRV 0 100 80 web.default.svc.cluster.local."]),
+    ("_dns._udp.web.default.svc.cluster.local.", SRV, NoError, &["@ 5 IN SRV 0 100 53 web.default.svc.cluster.local."]),
+    ("_http._udp.web.default.svc.cluster.local.", SRV, NXDomain, &[]),
+    ("_http._tcp.web.default.svc.cluster.local.", A, NoError, &[]),
+    ("_._tcp.unnamed.default.svc.cluster.local.", SRV, NXDomain, &[]),
+    ("web.default.svc.cluster.local.", SRV, NoError, &[
+        "@ 5 IN SRV 0 50 53 web.default.svc.cluster.local.", "@ 5 IN SRV 0 50 80 web.default.svc.cluster.local."]),
+    // 2.3.3 addresses of Services
+    ("20.0.96.10.in-addr.arpa.", PTR, NoError, &["@ 5 IN PTR web.default.svc.cluster.local."]),
+    ("20.0.96.10.in-addr.arpa.", A, NoError, &[]),
+    ("2.2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.6.9.0.0.0.0.d.f.ip6.arpa.", PTR, NoError,
+        &["@ 5 IN PTR dual.default.svc.cluster.local."]),
+    // 2.4.1 headless Services and their hosts
+    ("sts.db.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.7", "@ 5 IN A 10.244.2.9"]),
+    ("sts.db.svc.cluster.local.", AAAA, NoError, &["@ 5 IN AAAA fd00::9"]),
+    ("sts-0.sts.db.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.7"]),
+    ("STS-0.sts.db.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.7"]),
+    ("sts-0.sts.db.svc.cluster.local.", AAAA, NoError, &[]),
+    ("sts-1.sts.db.svc.cluster.local.", A, NXDomain, &[]),
+    ("10-244-2-9.sts.db.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.2.9"]),
+    ("10-244-1-7.sts.db.svc.cluster.local.", A, NXDomain, &[]),
+    ("fd00--9.sts.db.svc.cluster.local.", AAAA, NoError, &["@ 5 IN AAAA fd00::9"]),
+    ("10-244-1-5.web.default.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.5"]),
+    ("nobody.db.svc.cluster.local.", A, NXDomain, &[]),
+    ("unready.db.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.30"]),
+    ("early.unready.db.svc.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.30"]),
+    // 2.4.2 their ports
+    ("_http._tcp.sts.db.svc.cluster.local.", SRV, NoError, &[
+        "@ 5 IN SRV 0 33 8080 10-244-2-9.sts.db.svc.cluster.local.",
+        "@ 5 IN SRV 0 33 8080 fd00--9.sts.db.svc.cluster.local.",
+        "@ 5 IN SRV 0 33 8080 sts-0.sts.db.svc.cluster.local."]),
+    ("_http._tcp.nobody.db.svc.cluster.local.", SRV, NXDomain, &[]),
+    ("sts-0.sts.db.svc.cluster.local.", SRV, NoError, &["@ 5 IN SRV 0 100 8080 sts-0.sts.db.svc.cluster.local."]),
+    // 2.4.3 their addresses
+    ("7.1.244.10.in-addr.arpa.", PTR, NoError, &["@ 5 IN PTR sts-0.sts.db.svc.cluster.local."]),
+    ("9.2.244.10.in-addr.arpa.", PTR, NoError, &["@ 5 IN PTR 10-244-2-9.sts.db.svc.cluster.local."]),
+    ("5.1.244.10.in-addr.arpa.", PTR, NoError, &["@ 5 IN PTR 10-244-1-5.web.default.svc.cluster.local."]),
+    ("77.1.244.10.in-addr.arpa.", PTR, NXDomain, &[]),
+    // 2.5 aliases
+    ("inside.default.svc.cluster.local.", A, NoError, &[
+        "@ 5 IN CNAME web.default.svc.cluster.local.", "web.default.svc.cluster.local. 5 IN A 10.96.0.20"]),
+    ("inside.default.svc.cluster.local.", CNAME, NoError, &["@ 5 IN CNAME web.default.svc.cluster.local."]),
+    ("inside.default.svc.cluster.local.", AAAA, NoError, &["@ 5 IN CNAME web.default.svc.cluster.local."]),
+    ("twice.default.svc.cluster.local.", A, NoError, &[
+        "@ 5 IN CNAME inside.default.svc.cluster.local.",
+        "inside.default.svc.cluster.local. 5 IN CNAME web.default.svc.cluster.local.",
+        "web.default.svc.cluster.local. 5 IN A 10.96.0.20"]),
+    ("dangling.default.svc.cluster.local.", A, NXDomain, &["@ 5 IN CNAME no.default.svc.cluster.local."]),
+    // pods, as other cluster DNS servers offer them
+    ("10-244-1-99.default.pod.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.99"]),
+    ("8-8-8-8.default.pod.cluster.local.", A, NXDomain, &[]),
+    // the zone itself
+    ("cluster.local.", NS, NoError, &["@ 5 IN NS ns.dns.cluster.local."]),
+    ("cluster.local.", A, NoError, &[]),
+    ("ns.dns.cluster.local.", A, NoError, &["@ 5 IN A 127.0.0.1"]),
+    // nobody to ask about the rest
+    ("example.com.", A, ServFail, &[]),
+    ("4.3.2.1.in-addr.arpa.", PTR, ServFail, &[]),
+    ("xcluster.local.", SOA, ServFail, &[]),
+    ]
+};
+
+#[tokio::test]
+async fn every_record_of_the_specification_is_answered_over_udp_and_tcp() {
+    let dns = Dns::start(&objects(), &[]);
+    let mut wrong = Vec::new();
+    for (name, kind, code, expected) in CASES {
+        // The name comes back as it was asked, in its very case.
+        let mut expected: Vec<String> = expected.iter().map(|line| line.replace('@', name)).collect();
+        expected.sort();
+        for answer in [dns.ask(name, *kind).await, dns.ask_tcp(name, *kind).await] {
+            let got = sorted(&answer.answers);
+            if answer.metadata.response_code != *code || got != expected {
+                wrong.push(format!("{name} {kind}: {} {got:?}", answer.metadata.response_code));
+            }
+            let authoritative = *code != ResponseCode::ServFail;
+            assert_eq!(answer.metadata.authoritative, authoritative, "{name}");
+            assert!(answer.metadata.recursion_available && answer.metadata.recursion_desired, "{name}");
+            // Whoever caches that a name has no such record must know for how long (RFC 2308).
+            let needs_soa = authoritative && (expected.is_empty() || *code == ResponseCode::NXDomain);
+            let soa = answer.authorities.iter().any(|record| record.record_type() == RecordType::SOA);
+            assert_eq!(soa, needs_soa, "{name} {kind}");
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[tokio::test]
+async fn srv_answers_carry_the_addresses_of_their_targets() {
+    let dns = Dns::start(&objects(), &[]);
+    let answer = dns.ask("_http._tcp.sts.db.svc.cluster.local.", RecordType::SRV).await;
+    assert_eq!(
+        sorted(&answer.additionals),
+        [
+            "10-244-2-9.sts.db.svc.cluster.local. 5 IN A 10.244.2.9",
+            "fd00--9.sts.db.svc.cluster.local. 5 IN AAAA fd00::9",
+            "sts-0.sts.db.svc.cluster.local. 5 IN A 10.244.1.7",
+        ]
+    );
+    let answer = dns.ask("cluster.local.", RecordType::NS).await;
+    assert_eq!(sorted(&answer.additionals), ["ns.dns.cluster.local. 5 IN A 127.0.0.1"]);
+}
+
+#[tokio::test]
+async fn an_alias_that_leads_to_itself_ends_with_a_failure() {
+    let dns = Dns::start(&objects(), &[]);
+    let answer = dns.ask("round.default.svc.cluster.local.", RecordType::A).await;
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+}
+
+#[tokio::test]
+async fn a_change_of_the_catalog_is_in_the_next_answer() {
+    let dns = Dns::start(&objects(), &[]);
+    let name = "new.default.svc.cluster.local.";
+    assert_eq!(dns.ask(name, RecordType::A).await.metadata.response_code, ResponseCode::NXDomain);
+    apply(&dns.catalog, &[service("default/new", json!({"clusterIP": "10.96.1.1", "ports": [{"port": 80}]}))]);
+    dns.catalog.publish();
+    assert_eq!(sorted(&dns.ask(name, RecordType::A).await.answers), [format!("{name} 5 IN A 10.96.1.1")]);
+    dns.catalog.delete_service("default", "new");
+    dns.catalog.publish();
+    assert_eq!(dns.ask(name, RecordType::A).await.metadata.response_code, ResponseCode::NXDomain);
+}
+
+#[tokio::test]
+async fn before_the_first_sync_cluster_names_fail_and_are_not_denied() {
+    let catalog = edgemesh_mesh::CatalogStore::new();
+    let dns = Dns::start_on(catalog, &[], |_| {});
+    let name = "web.default.svc.cluster.local.";
+    assert_eq!(dns.ask(name, RecordType::A).await.metadata.response_code, ResponseCode::ServFail);
+    apply(&dns.catalog, &objects());
+    dns.catalog.mark_synced();
+    dns.catalog.publish();
+    assert_eq!(dns.ask(name, RecordType::A).await.metadata.response_code, ResponseCode::NoError);
+}
+
+#[tokio::test]
+async fn a_large_answer_is_cut_over_udp_and_whole_over_tcp() {
+    let endpoints: Vec<Value> =
+        (0..200).map(|i| json!({"addresses": [format!("10.244.3.{i}")], "conditions": {"ready": true}})).collect();
+    let objects = [
+        service("default/many", json!({"clusterIP": "None", "ports": [{"port": 80}]})),
+        slice("default/many", 1, "IPv4", json!([{"port": 80}]), json!(endpoints)),
+    ];
+    let dns = Dns::start(&objects, &[]);
+    let name = "many.default.svc.cluster.local.";
+    let plain = dns.send(&question(name, RecordType::A)).await;
+    assert!(plain.metadata.truncation);
+    assert!((25..32).contains(&plain.answers.len()), "{} in 512 bytes", plain.answers.len());
+    for (offered, least, most) in [(4096, 70, 76), (100, 25, 32)] {
+        let mut message = question(name, RecordType::A);
+        message.set_edns(Edns::new().set_max_payload(offered).clone());
+        let answer = dns.send(&message).await;
+        assert!(answer.metadata.truncation);
+        assert!((least..most).contains(&answer.answers.len()), "{} for {offered}", answer.answers.len());
+        assert_eq!(answer.edns.unwrap().max_payload(), 1232);
+    }
+    let whole = dns.ask_tcp(name, RecordType::A).await;
+    assert!(!whole.metadata.truncation);
+    assert_eq!(whole.answers.len(), 200);
+    // Clients that take the first address spread over all of them.
+    let mut firsts = std::collections::HashSet::new();
+    for _ in 0..20 {
+        firsts.insert(dns.ask(name, RecordType::A).await.answers[0].to_string());
+    }
+    assert_eq!(firsts.len(), 20);
+}
+
+#[tokio::test]
+async fn case_in_the_question_is_kept_in_the_bytes() {
+    let dns = Dns::start(&objects(), &[]);
+    let mut message = question("x.", RecordType::A);
+    message.queries[0].name = Name::from_ascii("WeB.dEfault.svc.cluster.LOCAL.").unwrap();
+    let bytes = message.to_vec().unwrap();
+    let answer = dns.send_bytes(&bytes).await;
+    assert_eq!(answer[12..bytes.len()], bytes[12..]);
+    let answer = Message::from_vec(&answer).unwrap();
+    assert!(answer.answers[0].name.eq_case(&message.queries[0].name));
+}

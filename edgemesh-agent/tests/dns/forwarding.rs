@@ -1,0 +1,305 @@
+//! Names outside the cluster: the cache, several upstreams, and upstreams that are slow, wrong or gone.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use hickory_proto::{
+    op::{Message, OpCode, ResponseCode},
+    rr::{Name, RData, Record, RecordType, rdata},
+};
+use serde_json::json;
+
+use crate::harness::{Dns, Upstream, addresses, eventually, question, service, sorted};
+
+fn code(answer: &Message) -> ResponseCode {
+    answer.metadata.response_code
+}
+
+#[tokio::test]
+async fn an_answer_is_asked_once_and_ages_in_the_cache() {
+    let upstream = Upstream::fixed("192.0.2.1", 60).await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    for _ in 0..5 {
+        let answer = dns.ask("www.example.com.", RecordType::A).await;
+        assert_eq!(code(&answer), ResponseCode::NoError);
+        assert!(!answer.metadata.authoritative);
+        assert_eq!(answer.answers[0].data.to_string(), "192.0.2.1");
+        assert!((55..=60).contains(&answer.answers[0].ttl));
+    }
+    // Clients that spell names in random case (0x20) share the entry and get their own spelling.
+    let mut message = question("x.", RecordType::A);
+    message.queries[0].name = Name::from_ascii("wWw.ExAmple.com.").unwrap();
+    let answer = dns.send(&message).await;
+    assert!(answer.answers[0].name.eq_case(&message.queries[0].name));
+    assert_eq!(upstream.asked(), 1);
+    assert!(dns.metrics().contains(r#"edgemesh_agent_dns_queries_total{type="A",rcode="NOERROR",source="cache"} 5"#));
+}
+
+#[tokio::test]
+async fn a_crowd_with_one_question_asks_upstream_once() {
+    let upstream = Upstream::fixed("192.0.2.1", 60).await;
+    let dns = Arc::new(Dns::start(&[], &[upstream.address]));
+    let crowd: Vec<_> = (0..50)
+        .map(|_| {
+            let dns = Arc::clone(&dns);
+            tokio::spawn(async move { dns.ask("crowd.example.", RecordType::A).await })
+        })
+        .collect();
+    for answer in crowd {
+        assert_eq!(answer.await.unwrap().answers.len(), 1);
+    }
+    assert_eq!(upstream.asked(), 1);
+}
+
+#[tokio::test]
+async fn negative_answers_are_kept_as_long_as_their_soa_says() {
+    let upstream = Upstream::start(|query, _| {
+        let mut answer = Message::response(0, OpCode::Query);
+        let name = query.name.to_string();
+        if !name.starts_with("nodata") {
+            answer.metadata.response_code = ResponseCode::NXDomain;
+        }
+        if !name.starts_with("nosoa") {
+            let root = Name::root();
+            let soa = rdata::SOA::new(root.clone(), root.clone(), 1, 1, 1, 1, 30);
+            answer.add_authority(Record::from_rdata(root, 300, RData::SOA(soa)));
+        }
+        Some(answer)
+    })
+    .await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    for (name, expected, asked) in [
+        ("gone.example.", ResponseCode::NXDomain, 1),
+        ("nodata.example.", ResponseCode::NoError, 1),
+        ("nosoa.example.", ResponseCode::NXDomain, 3),
+    ] {
+        let before = upstream.asked();
+        for _ in 0..3 {
+            assert_eq!(code(&dns.ask(name, RecordType::A).await), expected, "{name}");
+        }
+        assert_eq!(upstream.asked() - before, asked, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_too_long_for_udp_is_fetched_over_tcp() {
+    let ips: Vec<String> = (0..100).map(|i| format!("192.0.2.{i}")).collect();
+    let ips: &'static [&'static str] = ips.into_iter().map(|ip| &*ip.leak()).collect::<Vec<_>>().leak();
+    let upstream = Upstream::start(move |query, tcp| {
+        let mut answer = addresses(query, if tcp { ips } else { &[] }, 60);
+        answer.metadata.truncation = !tcp;
+        Some(answer)
+    })
+    .await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    let over_udp = dns.ask("big.example.", RecordType::A).await;
+    assert!(over_udp.metadata.truncation);
+    let whole = dns.ask_tcp("big.example.", RecordType::A).await;
+    assert_eq!((whole.answers.len(), whole.metadata.truncation), (100, false));
+}
+
+#[tokio::test]
+async fn past_its_time_an_answer_is_served_when_upstream_is_gone() {
+    let upstream = Upstream::fixed("192.0.2.1", 0).await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    assert_eq!(code(&dns.ask("www.example.com.", RecordType::A).await), ResponseCode::NoError);
+    upstream.set_silent(true);
+    for _ in 0..3 {
+        let started = Instant::now();
+        let answer = dns.ask("www.example.com.", RecordType::A).await;
+        assert_eq!(answer.answers.len(), 1);
+        assert_eq!(answer.answers[0].ttl, 30, "RFC 8767, section 4");
+        assert!(started.elapsed() < Duration::from_millis(1500));
+    }
+    assert!(dns.metrics().contains(r#"source="stale"} 3"#), "{}", dns.metrics());
+}
+
+#[tokio::test]
+async fn with_all_upstreams_dead_failures_come_within_a_second_and_then_at_once() {
+    // Silent as behind a cut link: nothing comes back, no error either.
+    let (one, two) = (Upstream::fixed("192.0.2.1", 60).await, Upstream::fixed("192.0.2.1", 60).await);
+    one.set_silent(true);
+    two.set_silent(true);
+    let dns = Dns::start(&[], &[one.address, two.address]);
+    let started = Instant::now();
+    assert_eq!(code(&dns.ask("first.example.", RecordType::A).await), ResponseCode::ServFail);
+    assert!(started.elapsed() < Duration::from_millis(1300), "{:?}", started.elapsed());
+    for i in 0..20 {
+        let started = Instant::now();
+        assert_eq!(code(&dns.ask(&format!("n{i}.example."), RecordType::A).await), ResponseCode::ServFail);
+        assert!(started.elapsed() < Duration::from_millis(50), "{:?}", started.elapsed());
+    }
+    // Cluster names don't care.
+    let web = "dns-version.cluster.local.";
+    assert_eq!(code(&dns.ask(web, RecordType::TXT).await), ResponseCode::NoError);
+    // Back again, it is found by itself.
+    two.set_silent(false);
+    eventually("the upstream is used again", || async {
+        code(&dns.ask("back.example.", RecordType::A).await) == ResponseCode::NoError
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dead_upstream_is_passed_over() {
+    let (dead, alive) = (Upstream::fixed("192.0.2.1", 60).await, Upstream::fixed("192.0.2.2", 60).await);
+    dead.set_silent(true);
+    let dns = Dns::start(&[], &[dead.address, alive.address]);
+    let started = Instant::now();
+    let answer = dns.ask("a.example.", RecordType::A).await;
+    assert_eq!(answer.answers[0].data.to_string(), "192.0.2.2");
+    assert!(started.elapsed() < Duration::from_millis(600), "the next is asked soon: {:?}", started.elapsed());
+    // A server that isn't there at all says so, and costs nothing.
+    let closed = Upstream::fixed("192.0.2.1", 60).await.address;
+    let dns = Dns::start(&[], &[closed, alive.address]);
+    let started = Instant::now();
+    assert_eq!(code(&dns.ask("b.example.", RecordType::A).await), ResponseCode::NoError);
+    assert!(started.elapsed() < Duration::from_millis(200), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_slow_name_does_not_make_its_server_dead() {
+    let upstream = Upstream::start(|query, _| {
+        (!query.name.to_string().starts_with("slow")).then(|| addresses(query, &["192.0.2.1"], 60))
+    })
+    .await;
+    let dns = Arc::new(Dns::start(&[], &[upstream.address]));
+    let slow = {
+        let dns = Arc::clone(&dns);
+        tokio::spawn(async move { dns.ask("slow.example.", RecordType::A).await })
+    };
+    while !slow.is_finished() {
+        let started = Instant::now();
+        let name = format!("n{}.example.", rand::random::<u32>());
+        assert_eq!(code(&dns.ask(&name, RecordType::A).await), ResponseCode::NoError);
+        assert!(started.elapsed() < Duration::from_millis(300), "{:?}", started.elapsed());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(code(&slow.await.unwrap()), ResponseCode::ServFail);
+}
+
+#[tokio::test]
+async fn a_server_that_fails_is_followed_by_the_next() {
+    let failing = Upstream::start(|_, _| {
+        let mut answer = Message::response(0, OpCode::Query);
+        answer.metadata.response_code = ResponseCode::Refused;
+        Some(answer)
+    })
+    .await;
+    let working = Upstream::fixed("192.0.2.2", 60).await;
+    let dns = Dns::start(&[], &[failing.address, working.address]);
+    assert_eq!(code(&dns.ask("a.example.", RecordType::A).await), ResponseCode::NoError);
+    let dns = Dns::start(&[], &[failing.address]);
+    assert_eq!(code(&dns.ask("a.example.", RecordType::A).await), ResponseCode::Refused);
+}
+
+#[tokio::test]
+async fn an_alias_to_an_outside_name_comes_with_its_addresses() {
+    let upstream = Upstream::start(|query, _| {
+        let mut answer = Message::response(0, OpCode::Query);
+        let real = Name::from_ascii("edge.cdn.example.").unwrap();
+        let cname = RData::CNAME(rdata::CNAME(real.clone()));
+        answer.add_answer(Record::from_rdata(query.name.clone(), 60, cname));
+        if query.query_type == RecordType::A {
+            answer.add_answer(Record::from_rdata(real, 60, RData::A("192.0.2.9".parse().unwrap())));
+        }
+        Some(answer)
+    })
+    .await;
+    let alias = service("default/out", json!({"type": "ExternalName", "externalName": "www.example.com"}));
+    let dns = Dns::start(&[alias], &[upstream.address]);
+    for _ in 0..2 {
+        let answer = dns.ask("out.default.svc.cluster.local.", RecordType::A).await;
+        assert_eq!(
+            sorted(&answer.answers),
+            [
+                "edge.cdn.example. 60 IN A 192.0.2.9",
+                "out.default.svc.cluster.local. 5 IN CNAME www.example.com.",
+                "www.example.com. 60 IN CNAME edge.cdn.example.",
+            ]
+        );
+    }
+    assert_eq!(upstream.asked(), 1);
+    upstream.set_silent(true);
+    let answer = dns.ask("out.default.svc.cluster.local.", RecordType::MX).await;
+    assert_eq!(sorted(&answer.answers), ["out.default.svc.cluster.local. 5 IN CNAME www.example.com."]);
+}
+
+#[tokio::test]
+async fn resolv_conf_is_followed_as_it_changes() {
+    // resolv.conf can't name a port, so both servers are at 53 of addresses of loopback that nobody else has.
+    let (one, two) = ("127.53.71.1", "127.53.71.2");
+    let first =
+        Upstream::start_at(format!("{one}:53").parse().unwrap(), |q, _| Some(addresses(q, &["192.0.2.1"], 0))).await;
+    let second =
+        Upstream::start_at(format!("{two}:53").parse().unwrap(), |q, _| Some(addresses(q, &["192.0.2.2"], 0))).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("resolv.conf");
+    std::fs::write(&path, format!("nameserver {one}\n")).unwrap();
+    let dns = Dns::start_with(&[], &[], |config| config.resolv_conf = path.clone());
+    assert_eq!(dns.ask("a.example.", RecordType::A).await.answers[0].data.to_string(), "192.0.2.1");
+    std::fs::write(&path, format!("nameserver {two}\n")).unwrap();
+    eventually("the new upstream is used", || async {
+        dns.ask("a.example.", RecordType::A).await.answers[0].data.to_string() == "192.0.2.2"
+    })
+    .await;
+    drop((first, second));
+}
+
+#[tokio::test]
+async fn an_upstream_that_sends_queries_back_is_found_and_left() {
+    // A forwarder whose upstream is the server under test, as in a wrong resolv.conf.
+    let target = Arc::new(parking_lot::Mutex::new(None::<std::net::SocketAddr>));
+    let bounced = Arc::new(AtomicU32::new(0));
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let looping = socket.local_addr().unwrap();
+    let (to, count) = (Arc::clone(&target), Arc::clone(&bounced));
+    let task = tokio::spawn(async move {
+        let mut buffer = vec![0; 4096];
+        while let Ok((length, _)) = socket.recv_from(&mut buffer).await {
+            count.fetch_add(1, Ordering::SeqCst);
+            let to = *to.lock();
+            if let Some(to) = to {
+                drop(socket.send_to(&buffer[..length], to).await);
+            }
+        }
+    });
+    let dns = Dns::start(&[], &[looping]);
+    *target.lock() = Some(dns.address);
+    // The first queries may come before the target is known here; a lost upstream is probed again.
+    eventually("the loop is found", || async {
+        dns.ask("a.example.", RecordType::A).await;
+        dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 0")
+    })
+    .await;
+    task.abort();
+}
+
+#[tokio::test]
+async fn answers_to_other_questions_are_not_taken() {
+    // The right id, another name: as a forger would send it.
+    let upstream = Upstream::start(|query, _| Some(addresses(query, &["192.0.2.1"], 60))).await;
+    let forger = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = forger.local_addr().unwrap();
+    let task = tokio::spawn(async move {
+        let mut buffer = vec![0; 4096];
+        while let Ok((length, client)) = forger.recv_from(&mut buffer).await {
+            let query = Message::from_vec(&buffer[..length]).unwrap();
+            let mut other = query.queries[0].clone();
+            other.name = Name::from_ascii("other.example.").unwrap();
+            let mut answer = addresses(&other, &["203.0.113.66"], 60);
+            answer.metadata.id = query.metadata.id;
+            answer.queries = vec![other];
+            forger.send_to(&answer.to_vec().unwrap(), client).await.unwrap();
+        }
+    });
+    let dns = Dns::start(&[], &[address, upstream.address]);
+    let answer = dns.ask("real.example.", RecordType::A).await;
+    assert_eq!(answer.answers[0].data.to_string(), "192.0.2.1");
+    task.abort();
+}

@@ -1,0 +1,135 @@
+//! What no well-behaved client sends, and clients that stay too long.
+
+use std::time::Duration;
+
+use hickory_proto::{
+    op::{Edns, Message, OpCode, ResponseCode},
+    rr::{DNSClass, RecordType},
+};
+use rand::{Rng, RngCore, SeedableRng};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpStream, UdpSocket},
+};
+
+use crate::harness::{DEADLINE, Dns, Upstream, question, read_framed, write_framed};
+
+const VERSION: &str = "dns-version.cluster.local.";
+
+#[tokio::test]
+async fn queries_that_are_none_of_ours_are_refused_by_the_right_code() {
+    let dns = Dns::start(&[], &[]);
+    let mut update = question(VERSION, RecordType::TXT);
+    update.metadata.op_code = OpCode::Notify;
+    assert_eq!(dns.send(&update).await.metadata.response_code, ResponseCode::NotImp);
+    let mut chaos = question("version.bind.", RecordType::TXT);
+    chaos.queries[0].query_class = DNSClass::CH;
+    assert_eq!(dns.send(&chaos).await.metadata.response_code, ResponseCode::Refused);
+    let transfer = question("cluster.local.", RecordType::AXFR);
+    assert_eq!(dns.send(&transfer).await.metadata.response_code, ResponseCode::Refused);
+    let mut future = question(VERSION, RecordType::TXT);
+    future.set_edns(Edns::new().set_version(1).clone());
+    // 16 is BADVERS; the number has another meaning elsewhere, and the library that meaning's name.
+    assert_eq!(u16::from(dns.send(&future).await.metadata.response_code), 16);
+    let mut two = question(VERSION, RecordType::TXT);
+    two.add_query(two.queries[0].clone());
+    let answer = Message::from_vec(&dns.send_bytes(&two.to_vec().unwrap()).await).unwrap();
+    assert_eq!(answer.metadata.response_code, ResponseCode::FormErr);
+}
+
+#[tokio::test]
+async fn garbage_is_survived_and_responses_are_never_answered() {
+    let dns = Dns::start(&[], &[]);
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(dns.address).await.unwrap();
+    let mut random = rand::rngs::StdRng::seed_from_u64(7);
+    let valid = question(VERSION, RecordType::TXT).to_vec().unwrap();
+    for i in 0..20_000 {
+        let mut bytes = if i % 2 == 0 {
+            let mut bytes = vec![0; random.random_range(0..600)];
+            random.fill_bytes(&mut bytes);
+            bytes
+        } else {
+            valid.clone()
+        };
+        for _ in 0..random.random_range(0..6) {
+            if let Some(last) = bytes.len().checked_sub(1) {
+                bytes[random.random_range(0..=last)] = random.random();
+            }
+        }
+        // Nothing may make it fall over; most need no answer, and the socket's queue may drop some.
+        drop(socket.try_send(&bytes));
+        if i % 64 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    let mut response = question(VERSION, RecordType::TXT);
+    response.metadata.message_type = hickory_proto::op::MessageType::Response;
+    let echo = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    echo.connect(dns.address).await.unwrap();
+    echo.send(&response.to_vec().unwrap()).await.unwrap();
+    // Asked after it, from the same socket: only this gets an answer.
+    let proper = question(VERSION, RecordType::TXT);
+    echo.send(&proper.to_vec().unwrap()).await.unwrap();
+    let mut buffer = vec![0; 4096];
+    let length = tokio::time::timeout(DEADLINE, echo.recv(&mut buffer)).await.unwrap().unwrap();
+    let answer = Message::from_vec(&buffer[..length]).unwrap();
+    assert_eq!(answer.metadata.id, proper.metadata.id);
+    assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+}
+
+#[tokio::test]
+async fn pipelined_queries_are_answered_as_they_become_ready() {
+    let upstream = Upstream::start(|_, _| None).await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    let mut stream = TcpStream::connect(dns.address).await.unwrap();
+    // The first waits for its upstream in vain; the others needn't wait for it.
+    let slow = question("slow.example.", RecordType::A);
+    write_framed(&mut stream, &slow).await;
+    let fast: Vec<Message> = (0..10).map(|_| question(VERSION, RecordType::TXT)).collect();
+    for message in &fast {
+        write_framed(&mut stream, message).await;
+    }
+    for message in &fast {
+        let answer = read_framed(&mut stream).await;
+        assert_eq!((answer.metadata.id, answer.answers.len()), (message.metadata.id, 1));
+    }
+    // The client half-closes; what is under way still comes.
+    stream.shutdown().await.unwrap();
+    let answer = read_framed(&mut stream).await;
+    assert_eq!((answer.metadata.id, answer.metadata.response_code), (slow.metadata.id, ResponseCode::ServFail));
+    assert_eq!(stream.read(&mut [0; 1]).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn connections_that_say_nothing_or_nonsense_are_closed() {
+    let dns = Dns::start(&[], &[]);
+    let mut silent = TcpStream::connect(dns.address).await.unwrap();
+    let mut slow = TcpStream::connect(dns.address).await.unwrap();
+    slow.write_all(&[0, 40, 1, 2, 3]).await.unwrap();
+    let mut huge = TcpStream::connect(dns.address).await.unwrap();
+    huge.write_all(&[0xff; 4098]).await.unwrap();
+    for (what, stream) in [("huge", &mut huge), ("silent", &mut silent), ("slow", &mut slow)] {
+        let mut rest = Vec::new();
+        let closed = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut rest)).await;
+        assert!(closed.is_ok(), "{what} is still open");
+        assert!(rest.is_empty(), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn beyond_its_limit_the_server_says_so_at_once() {
+    let upstream = Upstream::start(|_, _| None).await;
+    let dns = Dns::start_with(&[], &[upstream.address], |config| config.max_queries = 4);
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(dns.address).await.unwrap();
+    for i in 0..5 {
+        let message = question(&format!("n{i}.example."), RecordType::A);
+        socket.send(&message.to_vec().unwrap()).await.unwrap();
+    }
+    let mut buffer = vec![0; 4096];
+    let answer = tokio::time::timeout(Duration::from_secs(2), socket.recv(&mut buffer)).await.unwrap().unwrap();
+    let answer = Message::from_vec(&buffer[..answer]).unwrap();
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(answer.queries[0].name.to_string(), "n4.example.");
+}
