@@ -204,6 +204,22 @@ async fn a_selecting_watch_sees_objects_come_and_go() {
 }
 
 #[tokio::test]
+async fn a_quiet_watch_says_how_far_it_is_once_a_minute() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder).await;
+    let version = store.resource_version();
+    store.create(&core("configmaps"), "default", config_map("a", "1"), &system()).await.unwrap();
+    let options = WatchOptions { since: Some(version), bookmarks: true, ..WatchOptions::default() };
+    let mut watch = store.watch(&core("secrets"), &options).unwrap();
+    tokio::time::pause();
+    let begin = tokio::time::Instant::now();
+    let event = watch.next().await.unwrap().unwrap();
+    assert_eq!(event.kind, EventKind::Bookmark);
+    assert_eq!(event.object["metadata"]["resourceVersion"], store.resource_version().to_string());
+    assert!(begin.elapsed() >= Duration::from_secs(59), "{:?}", begin.elapsed());
+}
+
+#[tokio::test]
 async fn pages_of_a_list_show_one_state() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder).await;

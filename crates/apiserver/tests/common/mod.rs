@@ -31,6 +31,8 @@ impl TestServer {
     }
 
     pub async fn with(options: ServerOptions) -> Self {
+        // Clients in the tests ask for it; a second time it is there already.
+        rustls::crypto::ring::default_provider().install_default().ok();
         let folder = tempfile::tempdir().unwrap();
         let cluster = Some(ClusterRanges { service_cidr: "10.96.0.0/16".to_owned(), node_port_range: (30000, 32767) });
         let store_options = StoreOptions { cluster, ..StoreOptions::default() };
