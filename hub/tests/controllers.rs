@@ -4,15 +4,19 @@ mod cluster;
 
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::{
-    apps::v1::{Deployment, ReplicaSet},
-    core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
-    discovery::v1::EndpointSlice,
+use edgemesh_api::{MeshNode, MeshNodeSpec};
+use k8s_openapi::{
+    api::{
+        apps::v1::{Deployment, ReplicaSet},
+        core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
+        discovery::v1::EndpointSlice,
+    },
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use kube::{
     Api, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams},
-    core::params::PropagationPolicy,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    core::{CustomResourceExt, params::PropagationPolicy},
 };
 use serde_json::{Value, json};
 
@@ -120,6 +124,13 @@ async fn an_applied_deployment_and_service_become_spread_pods_and_ready_endpoint
         let latency = begin.elapsed();
         println!("pod status to slice: {latency:?}");
         assert!(latency < Duration::from_secs(1), "{latency:?}");
+    }
+    let mut metrics = String::new();
+    prometheus_client::encoding::text::encode(&mut metrics, &cluster.registry.read()).unwrap();
+    for metric in
+        ["edgemesh_hub_controller_reconciles_total{controller=\"scheduler\"", "edgemesh_hub_controller_queue_depth{"]
+    {
+        assert!(metrics.contains(metric), "{metric} in {metrics}");
     }
     cluster.stop().await;
 }
@@ -417,5 +428,56 @@ async fn a_rollout_that_gets_nowhere_exceeds_its_deadline() {
         (condition.reason.as_deref() == Some("ProgressDeadlineExceeded")).then_some(())
     })
     .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_restarts_at_any_moment_makes_no_pod_twice() {
+    let mut cluster = Cluster::start().await;
+    for node in ["a", "b"] {
+        cluster.node(node, json!({}), SOON).await;
+    }
+    let deployments: Api<Deployment> = cluster.api();
+    create(&deployments, deployment("web", 60, "web:1")).await;
+    for cut_at in [1, 9, 20, 33, 47] {
+        eventually("some pods", || async { (cluster.observed.lock().unwrap().created.len() >= cut_at).then_some(()) })
+            .await;
+        cluster.restart().await;
+    }
+    rolled_out(&deployments, "web").await;
+    eventually("the watch has caught up", || async {
+        (cluster.observed.lock().unwrap().present.len() == 60).then_some(())
+    })
+    .await;
+    assert_eq!(cluster.observed.lock().unwrap().created.len(), 60);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn objects_of_a_custom_resource_own_as_others_do() {
+    let cluster = Cluster::start().await;
+    let definitions: Api<CustomResourceDefinition> = Api::all(cluster.client.clone());
+    definitions.create(&PostParams::default(), &MeshNode::crd()).await.unwrap();
+    let nodes: Api<MeshNode> = Api::all(cluster.client.clone());
+    let owner = eventually("the resource is served", || async {
+        nodes.create(&PostParams::default(), &MeshNode::new("a", MeshNodeSpec::default())).await.ok()
+    })
+    .await;
+    let maps: Api<ConfigMap> = cluster.api();
+    let owned = |name: &str| {
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "ownerReferences": [
+            {"apiVersion": "edgemesh.dev/v1alpha1", "kind": "MeshNode", "name": "a", "uid": owner.uid().unwrap()}]}})
+    };
+    create(&maps, owned("settings")).await;
+    nodes.delete("a", &DeleteParams::default()).await.unwrap();
+    let gone = |name: &'static str| {
+        let maps = maps.clone();
+        async move { maps.get_opt(name).await.unwrap().is_none().then_some(()) }
+    };
+    eventually("it goes with its owner", || gone("settings")).await;
+    // An owner of the same name but another uid is another object.
+    nodes.create(&PostParams::default(), &MeshNode::new("a", MeshNodeSpec::default())).await.unwrap();
+    create(&maps, owned("late")).await;
+    eventually("what names an owner that is gone goes too", || gone("late")).await;
     cluster.stop().await;
 }

@@ -1,4 +1,4 @@
-//! The scheduler: binds pods to nodes, one at a time, and tells why where it can't.
+//! The scheduler: binds pods to nodes, and tells why where it can't. Decisions are made one at a time, bindings written together.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -28,6 +28,8 @@ use super::{
 };
 
 const CONTROLLER: &str = "scheduler";
+/// Bindings that are written at once.
+const WORKERS: usize = 16;
 /// `spec.schedulerName` of the pods that it binds.
 const SCHEDULER_NAME: &str = "default-scheduler";
 /// A pod that fits nowhere is tried again at every change that can help, and after this time in any case.
@@ -76,8 +78,7 @@ pub(crate) fn start(context: &Arc<Context>) -> Vec<JoinHandle<()>> {
         let (context, assumed) = (Arc::clone(&shared), Arc::clone(&assumed));
         async move { reconcile(&context, &assumed, &name).await }
     };
-    // One worker: each decision sees the one before.
-    vec![worker::run(context, CONTROLLER, queue, 1, synced, reconcile)]
+    vec![worker::run(context, CONTROLLER, queue, WORKERS, synced, reconcile)]
 }
 
 /// The pod needs a node, from this scheduler.
@@ -103,16 +104,24 @@ fn offers_other_places(old: &Node, new: &Node) -> bool {
 async fn reconcile(context: &Context, assumed: &Assumed, name: &Name) -> Result<Next, Failure> {
     let Some(pod) = context.pods.get(name).filter(|pod| waits(pod)) else { return Ok(Next::OnChange) };
     let uid = pod.uid().unwrap_or_default();
-    if assumed.lock().contains_key(&uid) {
-        return Ok(Next::OnChange);
-    }
-    let views = views(context, assumed);
     let namespaces = context.namespaces.all();
     let namespaces = namespaces.iter().map(|one| (one.name_any(), one.labels().clone())).collect();
+    let decision = {
+        // Held from the look to the note of the decision: each sees those before it.
+        let mut assumed = assumed.lock();
+        if assumed.contains_key(&uid) {
+            return Ok(Next::OnChange);
+        }
+        let views = views(context, &assumed);
+        let decision = placement::choose(&pod, &views, &namespaces).map(|at| views[at].node.name_any());
+        if let Ok(node) = &decision {
+            assumed.insert(uid, node.clone());
+        }
+        decision
+    };
     let api: Api<Pod> = Api::namespaced(context.client.clone(), &name.namespace);
-    match placement::choose(&pod, &views, &namespaces) {
-        Ok(at) => {
-            let node = views[at].node.name_any();
+    match decision {
+        Ok(node) => {
             bind(context, assumed, &api, &pod, &node).await?;
             Ok(Next::OnChange)
         }
@@ -125,10 +134,9 @@ async fn reconcile(context: &Context, assumed: &Assumed, name: &Name) -> Result<
 }
 
 /// All nodes with the pods on them, those bound a moment ago included.
-fn views(context: &Context, assumed: &Assumed) -> Vec<NodeView> {
+fn views(context: &Context, assumed: &HashMap<String, String>) -> Vec<NodeView> {
     let mut views: BTreeMap<String, NodeView> =
         context.nodes.all().into_iter().map(|node| (node.name_any(), NodeView::new(node))).collect();
-    let assumed = assumed.lock();
     for pod in context.pods.all() {
         if pod_state::is_terminal(&pod) {
             continue;
@@ -158,7 +166,6 @@ async fn bind(context: &Context, assumed: &Assumed, api: &Api<Pod>, pod: &Pod, n
             ..Default::default()
         },
     };
-    assumed.lock().insert(uid.clone(), node.to_owned());
     let bound: Result<Value, _> =
         api.create_subresource("binding", &pod.name_any(), &PostParams::default(), &binding).await;
     match bound {

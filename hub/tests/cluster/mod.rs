@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::Path,
     pin::pin,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -24,6 +26,8 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
     runtime::{WatchStreamExt, watcher},
 };
+use parking_lot::RwLock;
+use prometheus_client::registry::Registry;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -36,8 +40,12 @@ pub(crate) const NODE_GRACE: Duration = Duration::from_secs(2);
 pub(crate) struct Cluster {
     pub(crate) client: Client,
     pub(crate) observed: Arc<Mutex<Observed>>,
+    pub(crate) registry: Arc<RwLock<Registry>>,
     shutdown: Shutdown,
-    _folder: tempfile::TempDir,
+    controllers: Shutdown,
+    server: Shutdown,
+    address: SocketAddr,
+    folder: tempfile::TempDir,
 }
 
 /// What the pods' watch saw.
@@ -74,33 +82,50 @@ impl Cluster {
         // The second test of a process finds it installed.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let folder = tempfile::tempdir().unwrap();
-        let ranges = ClusterRanges { service_cidr: "10.96.0.0/16".to_owned(), node_port_range: (30_000, 32_767) };
-        let options = StoreOptions { cluster: Some(ranges), ..StoreOptions::default() };
-        let store = Store::open(&folder.path().join("state.db"), Mode::Authoritative, options).await.unwrap();
-        let admin = Identity { name: "admin".to_owned(), groups: vec!["system:masters".to_owned()] };
-        let options = ServerOptions {
-            authenticator: Authenticator::everyone_is(admin),
-            authorizer: Authorizer::Cluster,
-            ..ServerOptions::default()
-        };
-        let server = Server::bind("127.0.0.1:0".parse().unwrap(), None, store, options).await.unwrap();
-        let shutdown = Shutdown::default();
-        let url = format!("http://{}", server.address).parse().unwrap();
-        shutdown.spawn(server.serve(shutdown.stopping().clone()));
+        let server = Shutdown::default();
+        let address = serve(folder.path(), "127.0.0.1:0".parse().unwrap(), &server).await;
+        let url = format!("http://{address}").parse().unwrap();
         let client = Client::try_from(kube::Config::new(url)).unwrap();
-        let config = ControllerConfig {
-            node_grace: NODE_GRACE,
-            orphan_grace: Duration::from_millis(100),
-            ..ControllerConfig::default()
+        let cluster = Self {
+            client,
+            observed: Arc::default(),
+            registry: Arc::default(),
+            shutdown: Shutdown::default(),
+            controllers: Shutdown::default(),
+            server,
+            address,
+            folder,
         };
-        shutdown.spawn(controllers::run(client.clone(), config, shutdown.clone()));
-        let cluster = Self { client, observed: Arc::default(), shutdown, _folder: folder };
+        cluster.run_controllers();
         cluster.observe();
         cluster
     }
 
+    fn run_controllers(&self) {
+        let config = ControllerConfig {
+            node_grace: NODE_GRACE,
+            orphan_grace: Duration::from_millis(100),
+            registry: Arc::clone(&self.registry),
+            ..ControllerConfig::default()
+        };
+        self.controllers.spawn(controllers::run(self.client.clone(), config, self.controllers.clone()));
+    }
+
+    /// Restarts what the hub's process holds: the controllers are cut off in what they do, the API starts again from its file.
+    pub(crate) async fn restart(&mut self) {
+        self.controllers.drain(Duration::ZERO).await;
+        self.server.drain(Duration::from_secs(20)).await;
+        self.controllers = Shutdown::default();
+        self.server = Shutdown::default();
+        serve(self.folder.path(), self.address, &self.server).await;
+        self.registry = Arc::default();
+        self.run_controllers();
+    }
+
     pub(crate) async fn stop(self) {
-        assert!(self.shutdown.drain(Duration::from_secs(20)).await, "something didn't end by itself");
+        assert!(self.controllers.drain(Duration::from_secs(20)).await, "a controller didn't end by itself");
+        self.shutdown.drain(Duration::ZERO).await;
+        assert!(self.server.drain(Duration::from_secs(20)).await, "the API didn't end by itself");
     }
 
     pub(crate) fn api<K>(&self) -> Api<K>
@@ -170,6 +195,23 @@ impl Cluster {
     }
 }
 
+/// Opens the store and serves the API; returns where.
+async fn serve(folder: &Path, address: SocketAddr, shutdown: &Shutdown) -> SocketAddr {
+    let ranges = ClusterRanges { service_cidr: "10.96.0.0/16".to_owned(), node_port_range: (30_000, 32_767) };
+    let options = StoreOptions { cluster: Some(ranges), ..StoreOptions::default() };
+    let store = Store::open(&folder.join("state.db"), Mode::Authoritative, options).await.unwrap();
+    let admin = Identity { name: "admin".to_owned(), groups: vec!["system:masters".to_owned()] };
+    let options = ServerOptions {
+        authenticator: Authenticator::everyone_is(admin),
+        authorizer: Authorizer::Cluster,
+        ..ServerOptions::default()
+    };
+    let server = Server::bind(address, None, store, options).await.unwrap();
+    let address = server.address;
+    shutdown.spawn(server.serve(shutdown.stopping().clone()));
+    address
+}
+
 async fn renew(client: Client, node: String) {
     let leases: Api<Lease> = Api::namespaced(client, "kube-node-lease");
     let mut ticks = tokio::time::interval(NODE_GRACE / 8);
@@ -217,7 +259,13 @@ pub(crate) async fn set_ready(api: &Api<Pod>, name: &str, address: &str) {
         "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
         "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": now}]
     }});
-    let _ = api.patch_status(name, &PatchParams::default(), &Patch::Strategic(&patch)).await;
+    // The API may be away for a moment; a pod that is gone is no failure.
+    loop {
+        match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(&patch)).await {
+            Ok(_) | Err(kube::Error::Api(_)) => return,
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
 }
 
 pub(crate) fn is_ready(pod: &Pod) -> bool {
