@@ -194,7 +194,7 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed:
         let shared = by_port.iter().find(|(p, _)| *p == number).map(|(_, node_port)| *node_port);
         let free = shared.or_else(|| {
             (0..count)
-                .filter_map(|n| u16::try_from(u64::from(first) + (seed + n) % count).ok())
+                .filter_map(|n| u16::try_from(u64::from(first) + (seed % count + n) % count).ok())
                 .find(|n| !taken.node_ports.contains(n) && !own.contains(n))
         });
         match free {

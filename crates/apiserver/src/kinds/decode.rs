@@ -79,6 +79,16 @@ fn number_as_text(value: &mut Value) {
     }
 }
 
+/// How many unknown fields of one object are told.
+const MOST_UNKNOWN: usize = 100;
+
+/// Notes the path of a field that is dropped.
+pub(crate) fn note_unknown(path: &str, unknown: &mut Vec<String>) {
+    if unknown.len() < MOST_UNKNOWN {
+        unknown.push(path.to_owned());
+    }
+}
+
 /// Keeps of `object` what `typed` has too, with the values as `typed` writes them. Nothing is added: what the typed form
 /// makes up for a missing field would hide that it is missing.
 pub(crate) fn keep_known(object: &mut Value, typed: &Value, path: &mut String, unknown: &mut Vec<String>) {
@@ -99,7 +109,7 @@ pub(crate) fn keep_known(object: &mut Value, typed: &Value, path: &mut String, u
                         true
                     }
                     None => {
-                        unknown.push(path.clone());
+                        note_unknown(path, unknown);
                         false
                     }
                 };

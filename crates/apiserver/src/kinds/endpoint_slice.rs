@@ -1,5 +1,6 @@
 //! EndpointSlices.
 
+use std::collections::HashSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use jiff::Timestamp;
@@ -111,13 +112,13 @@ fn validate(object: &Value, errors: &mut Errors) {
 }
 
 fn validate_ports(ports: &Value, errors: &mut Errors) {
-    let mut seen = Vec::new();
+    let mut seen = HashSet::new();
     for (i, port) in ports.as_array().into_iter().flatten().enumerate() {
         let name = tables::text(&port["name"]);
         if seen.contains(&name) {
             errors.duplicate(format!("ports[{i}].name"), name);
         }
-        seen.push(name);
+        seen.insert(name);
         if !name.is_empty()
             && let Some(problem) = names::dns_label(name)
         {

@@ -107,13 +107,24 @@ fn shown(value: &Value) -> String {
     text
 }
 
-/// A growing list of field errors.
+/// How many errors are told about one object: a large object that is wrong all over must not become a larger answer.
+const MOST_ERRORS: usize = 100;
+
+/// A growing list of field errors, up to [`MOST_ERRORS`].
 #[derive(Debug, Default)]
 pub(crate) struct Errors(pub(crate) Vec<FieldError>);
 
 impl Errors {
-    fn push(&mut self, kind: FieldErrorKind, field: impl Into<String>, value: Value, detail: impl Into<String>) {
-        self.0.push(FieldError { field: field.into(), kind, value, detail: detail.into() });
+    pub(crate) fn push(
+        &mut self,
+        kind: FieldErrorKind,
+        field: impl Into<String>,
+        value: Value,
+        detail: impl Into<String>,
+    ) {
+        if self.0.len() < MOST_ERRORS {
+            self.0.push(FieldError { field: field.into(), kind, value, detail: detail.into() });
+        }
     }
 
     pub(crate) fn required(&mut self, field: impl Into<String>, detail: impl Into<String>) {

@@ -1,5 +1,7 @@
 //! Nodes.
 
+use std::collections::HashSet;
+
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
@@ -92,7 +94,7 @@ fn validate(object: &Value, errors: &mut Errors) {
 }
 
 fn taints(taints: &Value, errors: &mut Errors) {
-    let mut seen = Vec::new();
+    let mut seen = HashSet::new();
     for (i, taint) in taints.as_array().into_iter().flatten().enumerate() {
         let field = format!("spec.taints[{i}]");
         let (key, effect) = (tables::text(&taint["key"]), tables::text(&taint["effect"]));
@@ -109,7 +111,7 @@ fn taints(taints: &Value, errors: &mut Errors) {
         if seen.contains(&(key, effect)) {
             errors.duplicate(field, taint.clone());
         }
-        seen.push((key, effect));
+        seen.insert((key, effect));
     }
 }
 

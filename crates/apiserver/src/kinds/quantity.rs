@@ -40,7 +40,7 @@ pub(crate) fn parse_milli(text: &str) -> Option<i128> {
         "Ti" => (1 << 40, 0),
         "Pi" => (1 << 50, 0),
         "Ei" => (1 << 60, 0),
-        _ => (1, suffix.strip_prefix(['e', 'E'])?.parse().ok()?),
+        _ => (1, suffix.strip_prefix(['e', 'E'])?.parse::<i16>().ok()?.into()),
     };
     let exponent = exponent - i32::try_from(fraction.len()).ok()? + 3;
     let scaled = mantissa.checked_mul(numerator).unwrap_or(i128::MAX);
@@ -87,10 +87,12 @@ mod tests {
             ("2e3", 2_000_000),
             ("1E", 1_000_000_000_000_000_000_000),
             (".5", 500),
+            ("1e-32768", 1),
+            ("0e32767", 0),
         ] {
             assert_eq!(parse_milli(text), Some(milli), "{text}");
         }
-        for bad in ["", "a", "1x", "1.2.3", "1 Gi", "--1", "1KiB", "m"] {
+        for bad in ["", "a", "1x", "1.2.3", "1 Gi", "--1", "1KiB", "m", "1e99999"] {
             assert_eq!(parse_milli(bad), None, "{bad}");
         }
     }

@@ -1,5 +1,6 @@
 //! Services: defaults, what an update keeps, validation and the table row. Addresses and node ports: [`super::allocation`].
 
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use jiff::Timestamp;
@@ -141,12 +142,14 @@ fn prepare_update(old: &Value, new: &mut Value) {
     }
     let keeps = has_node_ports(before) && has_node_ports(after);
     let drops = has_node_ports(before) && !has_node_ports(after);
-    let used: Vec<i64> = list(&after["ports"]).iter().filter_map(|p| p["nodePort"].as_i64()).collect();
+    let used: HashSet<i64> = list(&after["ports"]).iter().filter_map(|p| p["nodePort"].as_i64()).collect();
+    let had: HashMap<(i64, String), i64> = list(&before["ports"])
+        .iter()
+        .filter_map(|p| Some(((p["port"].as_i64()?, protocol(p)), p["nodePort"].as_i64()?)))
+        .collect();
     for port in after.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
-        let same = list(&before["ports"])
-            .iter()
-            .find(|p| p["port"] == port["port"] && same_protocol(&p["protocol"], &port["protocol"]));
-        let Some(node_port) = same.and_then(|p| p["nodePort"].as_i64()) else { continue };
+        let key = (port["port"].as_i64().unwrap_or(0), protocol(port));
+        let Some(node_port) = had.get(&key).copied() else { continue };
         let wanted = port["nodePort"].as_i64().unwrap_or(0);
         if keeps && wanted == 0 && !used.contains(&node_port) {
             port["nodePort"] = json!(node_port);
@@ -185,12 +188,11 @@ fn keep_cluster_ips(before: &Value, after: &mut Value) {
     }
 }
 
-fn same_protocol(a: &Value, b: &Value) -> bool {
-    let name = |v: &Value| match text(v) {
+fn protocol(port: &Value) -> String {
+    match text(&port["protocol"]) {
         "" => "TCP".to_owned(),
         name => name.to_owned(),
-    };
-    name(a) == name(b)
+    }
 }
 
 fn validate(object: &Value, errors: &mut Errors) {
@@ -294,7 +296,7 @@ fn cluster_ips(spec: &Value, errors: &mut Errors) {
 
 fn validate_ports(spec: &Value, errors: &mut Errors) {
     let ports = list(&spec["ports"]);
-    let (mut seen_names, mut seen_ports, mut seen_node_ports) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut seen_names, mut seen_ports, mut seen_node_ports) = (HashSet::new(), HashSet::new(), HashSet::new());
     for (i, port) in ports.iter().enumerate() {
         let field = format!("spec.ports[{i}]");
         let name = text(&port["name"]);
@@ -307,7 +309,7 @@ fn validate_ports(spec: &Value, errors: &mut Errors) {
         } else if seen_names.contains(&name) {
             errors.duplicate(format!("{field}.name"), name);
         }
-        seen_names.push(name);
+        seen_names.insert(name);
         let number = port["port"].as_i64().unwrap_or(0);
         if let Some(problem) = names::port_number(number) {
             errors.invalid(format!("{field}.port"), number, problem);
@@ -324,7 +326,7 @@ fn validate_ports(spec: &Value, errors: &mut Errors) {
         if seen_ports.contains(&(number, protocol)) {
             errors.duplicate(&field, json!({"port": number, "protocol": protocol}));
         }
-        seen_ports.push((number, protocol));
+        seen_ports.insert((number, protocol));
         let Some(node_port) = port["nodePort"].as_i64().filter(|n| *n != 0) else { continue };
         if !matches!(text(&spec["type"]), "NodePort" | "LoadBalancer") {
             errors.forbidden(
@@ -334,7 +336,7 @@ fn validate_ports(spec: &Value, errors: &mut Errors) {
         } else if seen_node_ports.contains(&(node_port, protocol)) {
             errors.duplicate(format!("{field}.nodePort"), node_port);
         }
-        seen_node_ports.push((node_port, protocol));
+        seen_node_ports.insert((node_port, protocol));
     }
 }
 

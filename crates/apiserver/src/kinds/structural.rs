@@ -132,7 +132,7 @@ impl Schema {
                         }
                         None if self.preserve_unknown || self.json_type == JsonType::IntOrString => true,
                         None => {
-                            dropped.push(path.clone());
+                            super::decode::note_unknown(path, dropped);
                             false
                         }
                     };

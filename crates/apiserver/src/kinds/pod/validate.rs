@@ -3,6 +3,7 @@
 mod container;
 mod volume;
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
@@ -25,7 +26,7 @@ pub(super) fn validate(pod: &Value, errors: &mut Errors) {
 /// Checks a pod's spec, also one in a template; `at` is its path.
 pub(crate) fn validate_spec(spec: &Value, at: &str, errors: &mut Errors) {
     let volumes = volume::validate(&spec["volumes"], &format!("{at}.volumes"), errors);
-    let mut seen = Vec::new();
+    let mut seen = HashSet::new();
     if list(&spec["containers"]).is_empty() {
         errors.required(format!("{at}.containers"), "");
     }
@@ -36,7 +37,7 @@ pub(crate) fn validate_spec(spec: &Value, at: &str, errors: &mut Errors) {
             if seen.contains(&name) {
                 errors.duplicate(format!("{field}.name"), name);
             }
-            seen.push(name);
+            seen.insert(name);
             container::validate(c, sort == "initContainers", &volumes, &field, errors);
         }
     }
@@ -82,7 +83,7 @@ pub(crate) fn validate_spec(spec: &Value, at: &str, errors: &mut Errors) {
 
 /// Two containers of a pod can't have the same port of the host.
 fn host_ports(spec: &Value, at: &str, errors: &mut Errors) {
-    let mut taken = Vec::new();
+    let mut taken = HashSet::new();
     for (i, container) in list(&spec["containers"]).iter().enumerate() {
         for (j, port) in list(&container["ports"]).iter().enumerate() {
             let Some(number) = port["hostPort"].as_i64().filter(|n| *n != 0) else { continue };
@@ -98,7 +99,7 @@ fn host_ports(spec: &Value, at: &str, errors: &mut Errors) {
             if taken.contains(&key) {
                 errors.duplicate(field, format!("{}/{}/{}", key.1, key.2, key.0));
             }
-            taken.push(key);
+            taken.insert(key);
         }
     }
 }
@@ -240,7 +241,8 @@ pub(super) fn validate_update(old: &Value, new: &Value, errors: &mut Errors) {
         ),
         _ => {}
     }
-    let kept = list(&before["tolerations"]).iter().all(|t| list(&after["tolerations"]).contains(t));
+    let wanted: HashSet<String> = list(&after["tolerations"]).iter().map(Value::to_string).collect();
+    let kept = list(&before["tolerations"]).iter().all(|t| wanted.contains(&t.to_string()));
     if !kept {
         errors.forbidden("spec.tolerations", "existing toleration can not be modified except its tolerationSeconds");
     }

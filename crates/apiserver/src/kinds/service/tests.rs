@@ -183,3 +183,14 @@ fn services_are_shown_as_kubectl_shows_them() {
         assert_eq!(json!([row[1], row[2], row[3], row[4], row[6]]), json!(expected));
     }
 }
+
+#[test]
+fn a_huge_service_that_is_wrong_all_over_gives_a_short_answer() {
+    let ports: Vec<Value> = (0..100_000).map(|_| json!({"port": 0, "x": 1})).collect();
+    let info = Registry::built_in().lookup("", "v1", "services").unwrap();
+    let decoded = decode(&info, service(json!({"ports": ports}))).unwrap();
+    assert_eq!(decoded.unknown_fields.len(), 100);
+    let mut object = decoded.object;
+    default_object(&info, &mut object);
+    assert_eq!(validate_create(&info, &object).len(), 100);
+}

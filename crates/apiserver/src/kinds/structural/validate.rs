@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{JsonType, Limits, Schema};
-use crate::kinds::field_error::{Errors, FieldError, FieldErrorKind};
+use crate::kinds::field_error::{Errors, FieldErrorKind};
 
 impl Schema {
     /// Checks a value; `path` is empty for the object itself.
@@ -106,12 +106,12 @@ impl Limits {
     fn validate(&self, value: &Value, path: &str, errors: &mut Errors) {
         if !self.one_of_values.is_empty() && !self.one_of_values.contains(value) {
             let list: Vec<String> = self.one_of_values.iter().map(Value::to_string).collect();
-            errors.0.push(FieldError {
-                field: path.to_owned(),
-                kind: FieldErrorKind::NotSupported,
-                value: value.clone(),
-                detail: format!("supported values: {}", list.join(", ")),
-            });
+            errors.push(
+                FieldErrorKind::NotSupported,
+                path,
+                value.clone(),
+                format!("supported values: {}", list.join(", ")),
+            );
         }
         match value {
             Value::String(text) => self.validate_text(text, path, errors),

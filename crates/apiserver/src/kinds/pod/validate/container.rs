@@ -1,5 +1,7 @@
 //! One container of a pod.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
 
 use super::list;
@@ -8,7 +10,7 @@ use crate::kinds::tables::text;
 use crate::kinds::workload::not_negative;
 use crate::kinds::{names, quantity};
 
-pub(super) fn validate(container: &Value, init: bool, volumes: &[&str], at: &str, errors: &mut Errors) {
+pub(super) fn validate(container: &Value, init: bool, volumes: &HashSet<&str>, at: &str, errors: &mut Errors) {
     let name = text(&container["name"]);
     if name.is_empty() {
         errors.required(format!("{at}.name"), "");
@@ -74,7 +76,7 @@ pub(super) fn validate(container: &Value, init: bool, volumes: &[&str], at: &str
 }
 
 fn ports(ports: &Value, at: &str, errors: &mut Errors) {
-    let mut seen = Vec::new();
+    let mut seen = HashSet::new();
     for (i, port) in list(ports).iter().enumerate() {
         let field = format!("{at}[{i}]");
         let name = text(&port["name"]);
@@ -84,7 +86,7 @@ fn ports(ports: &Value, at: &str, errors: &mut Errors) {
             } else if seen.contains(&name) {
                 errors.duplicate(format!("{field}.name"), name);
             }
-            seen.push(name);
+            seen.insert(name);
         }
         match port["containerPort"].as_i64() {
             None | Some(0) => errors.required(format!("{field}.containerPort"), ""),
@@ -189,8 +191,8 @@ fn env_from(sources: &Value, at: &str, errors: &mut Errors) {
     }
 }
 
-fn mounts(mounts: &Value, volumes: &[&str], at: &str, errors: &mut Errors) {
-    let mut seen = Vec::new();
+fn mounts(mounts: &Value, volumes: &HashSet<&str>, at: &str, errors: &mut Errors) {
+    let mut seen = HashSet::new();
     for (i, mount) in list(mounts).iter().enumerate() {
         let field = format!("{at}[{i}]");
         let name = text(&mount["name"]);
@@ -205,7 +207,7 @@ fn mounts(mounts: &Value, volumes: &[&str], at: &str, errors: &mut Errors) {
         } else if seen.contains(&path) {
             errors.invalid(format!("{field}.mountPath"), path, "must be unique");
         }
-        seen.push(path);
+        seen.insert(path);
         let sub = text(&mount["subPath"]);
         if sub.starts_with('/') {
             errors.invalid(format!("{field}.subPath"), sub, "must be a relative path");

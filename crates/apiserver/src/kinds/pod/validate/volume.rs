@@ -1,5 +1,7 @@
 //! Volumes of a pod.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
 use super::list;
@@ -8,8 +10,8 @@ use crate::kinds::tables::text;
 use crate::kinds::{names, quantity};
 
 /// Checks the volumes and gives their names.
-pub(super) fn validate<'a>(volumes: &'a Value, at: &str, errors: &mut Errors) -> Vec<&'a str> {
-    let mut seen = Vec::new();
+pub(super) fn validate<'a>(volumes: &'a Value, at: &str, errors: &mut Errors) -> HashSet<&'a str> {
+    let mut seen = HashSet::new();
     for (i, volume) in list(volumes).iter().enumerate() {
         let field = format!("{at}[{i}]");
         let name = text(&volume["name"]);
@@ -30,7 +32,7 @@ pub(super) fn validate<'a>(volumes: &'a Value, at: &str, errors: &mut Errors) ->
                 }
             }
         }
-        seen.push(name);
+        seen.insert(name);
     }
     seen
 }
