@@ -137,7 +137,10 @@ mod tests {
         let bridge = &list["plugins"][0];
         assert!(bridge["bridge"].as_str().unwrap().len() <= 15);
         assert_eq!(bridge["ipam"]["ranges"][0][0]["subnet"], "10.244.3.0/24");
-        assert_eq!((&bridge["isGateway"], &bridge["ipMasq"], &bridge["mtu"]), (&json!(true), &json!(false), &json!(1400)));
+        assert_eq!(
+            (&bridge["isGateway"], &bridge["ipMasq"], &bridge["mtu"]),
+            (&json!(true), &json!(false), &json!(1400))
+        );
         assert_eq!(list["plugins"][1]["capabilities"]["portMappings"], true);
     }
 

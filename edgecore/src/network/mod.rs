@@ -78,10 +78,8 @@ async fn follow(config: NetworkConfig, store: Store) {
 
 /// Follows the own Node until the watch ends.
 async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
-    let options = WatchOptions {
-        field_selector: Some(format!("metadata.name={}", config.node_name)),
-        ..WatchOptions::default()
-    };
+    let options =
+        WatchOptions { field_selector: Some(format!("metadata.name={}", config.node_name)), ..WatchOptions::default() };
     let mut events = store.watch(&ResourceName::new("", "v1", "nodes"), &options)?;
     let mut range: Option<String> = None;
     let mut wait = CHECK_INTERVAL;

@@ -61,7 +61,12 @@ impl NodeApi {
         Ok(inputs)
     }
 
-    async fn object<T: DeserializeOwned>(&self, plural: &str, namespace: &str, name: &str) -> Result<Option<T>, ApiError> {
+    async fn object<T: DeserializeOwned>(
+        &self,
+        plural: &str,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<T>, ApiError> {
         match self.store.get(&ObjectKey::new(core(plural), namespace, name)).await {
             Ok(value) => T::deserialize(value.as_ref())
                 .map(Some)

@@ -25,9 +25,9 @@ pub(crate) struct Backoff(BTreeMap<String, Entry>);
 impl Backoff {
     /// How long is still to wait before the next try; zero: try now.
     pub(crate) fn remaining(&self, key: &str, now: Instant) -> Duration {
-        self.0.get(key).map_or(Duration::ZERO, |entry| {
-            entry.wait.saturating_sub(now.saturating_duration_since(entry.since))
-        })
+        self.0
+            .get(key)
+            .map_or(Duration::ZERO, |entry| entry.wait.saturating_sub(now.saturating_duration_since(entry.since)))
     }
 
     /// The wait that holds now, for messages.

@@ -256,11 +256,8 @@ mod tests {
 
     #[test]
     fn a_new_image_changes_the_hash() {
-        let container = |image: &str| Container {
-            name: "c".to_owned(),
-            image: Some(image.to_owned()),
-            ..Default::default()
-        };
+        let container =
+            |image: &str| Container { name: "c".to_owned(), image: Some(image.to_owned()), ..Default::default() };
         assert_ne!(container_hash(&container("a:1")), container_hash(&container("a:2")));
         assert_eq!(container_hash(&container("a:1")), container_hash(&container("a:1")));
     }

@@ -137,7 +137,10 @@ mod tests {
     fn host_network_pods_and_default_use_the_host_resolver() {
         for spec in [json!({"dnsPolicy": "Default"}), json!({"hostNetwork": true})] {
             let config = config(spec);
-            assert_eq!((config.servers, config.searches), (vec!["192.168.1.1".to_owned()], vec!["lan.example".to_owned()]));
+            assert_eq!(
+                (config.servers, config.searches),
+                (vec!["192.168.1.1".to_owned()], vec!["lan.example".to_owned()])
+            );
             assert_eq!(config.options, ["timeout:2", "rotate"]);
         }
     }

@@ -105,11 +105,7 @@ impl Worker {
 }
 
 /// Stops containers at the same time, each with the same grace period.
-async fn stop_all(
-    runtime: &Runtime,
-    ids: impl Iterator<Item = String>,
-    grace: Duration,
-) -> Result<(), RuntimeError> {
+async fn stop_all(runtime: &Runtime, ids: impl Iterator<Item = String>, grace: Duration) -> Result<(), RuntimeError> {
     let stops: Vec<_> = ids
         .map(|id| {
             let runtime = runtime.clone();

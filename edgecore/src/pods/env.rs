@@ -158,8 +158,10 @@ mod tests {
     use super::{super::resources::Machine, *};
 
     fn inputs() -> Inputs {
-        let map: ConfigMap = serde_json::from_value(json!({"data": {"color": "blue", "1st": "no", "mode": "fast"}})).unwrap();
-        let secret: Secret = serde_json::from_value(json!({"data": {"password": "aHVudGVyMg==", "raw": "/w=="}})).unwrap();
+        let map: ConfigMap =
+            serde_json::from_value(json!({"data": {"color": "blue", "1st": "no", "mode": "fast"}})).unwrap();
+        let secret: Secret =
+            serde_json::from_value(json!({"data": {"password": "aHVudGVyMg==", "raw": "/w=="}})).unwrap();
         Inputs {
             namespace: "shop".to_owned(),
             config_maps: BTreeMap::from([("cm".to_owned(), map)]),
@@ -182,16 +184,16 @@ mod tests {
     #[test]
     fn variables_come_from_every_source_and_may_refer_to_earlier_ones() {
         let variables = build(json!({"name": "c",
-            "envFrom": [{"configMapRef": {"name": "cm"}}, {"prefix": "P_", "configMapRef": {"name": "cm"}},
-                {"secretRef": {"name": "gone", "optional": true}}],
-            "env": [
-                {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
-                {"name": "URL", "value": "http://$(NODE)/$(color)?$$(NODE)=$(LATER)"},
-                {"name": "LATER", "value": "x"},
-                {"name": "color", "value": "red"},
-                {"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "s", "key": "password"}}},
-                {"name": "NOT_SET", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "none", "optional": true}}}
-            ]}))
+        "envFrom": [{"configMapRef": {"name": "cm"}}, {"prefix": "P_", "configMapRef": {"name": "cm"}},
+            {"secretRef": {"name": "gone", "optional": true}}],
+        "env": [
+            {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            {"name": "URL", "value": "http://$(NODE)/$(color)?$$(NODE)=$(LATER)"},
+            {"name": "LATER", "value": "x"},
+            {"name": "color", "value": "red"},
+            {"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "s", "key": "password"}}},
+            {"name": "NOT_SET", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "none", "optional": true}}}
+        ]}))
         .unwrap();
         assert_eq!(
             variables,

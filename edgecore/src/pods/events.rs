@@ -46,8 +46,13 @@ impl Events {
     /// Starts the task that writes events.
     pub(crate) fn start(api: NodeApi, node: &str, metrics: PodMetrics, shutdown: &Shutdown) -> Self {
         let (queue, events) = mpsc::channel(QUEUE);
-        let recorder =
-            Recorder { api, node: node.to_owned(), metrics: metrics.clone(), seen: HashMap::new(), budgets: HashMap::new() };
+        let recorder = Recorder {
+            api,
+            node: node.to_owned(),
+            metrics: metrics.clone(),
+            seen: HashMap::new(),
+            budgets: HashMap::new(),
+        };
         let stopping = shutdown.stopping().clone();
         shutdown.spawn(async move {
             tokio::select! {
@@ -207,8 +212,13 @@ mod tests {
     #[test]
     fn an_event_names_its_pod_and_container() {
         let pod = PodIdentity { namespace: "shop".to_owned(), name: "web".to_owned(), uid: "u".to_owned() };
-        let event =
-            PodEvent { pod, container: Some("c".to_owned()), warning: true, reason: "BackOff", message: "m".to_owned() };
+        let event = PodEvent {
+            pod,
+            container: Some("c".to_owned()),
+            warning: true,
+            reason: "BackOff",
+            message: "m".to_owned(),
+        };
         let body = body(&event, "web.1", &Timestamp::UNIX_EPOCH, "edge-1");
         assert_eq!(body["involvedObject"]["fieldPath"], "spec.containers{c}");
         assert_eq!((&body["type"], &body["firstTimestamp"]), (&json!("Warning"), &json!("1970-01-01T00:00:00Z")));

@@ -105,7 +105,9 @@ mod tests {
     #[test]
     fn the_default_policy_depends_on_the_tag() {
         let policy = |image: &str, set: Option<&str>| {
-            PullPolicy::of(&serde_json::from_value(json!({"name": "c", "image": image, "imagePullPolicy": set})).unwrap())
+            PullPolicy::of(
+                &serde_json::from_value(json!({"name": "c", "image": image, "imagePullPolicy": set})).unwrap(),
+            )
         };
         assert_eq!(policy("demo", None), PullPolicy::Always);
         assert_eq!(policy("host:5000/demo", None), PullPolicy::Always);
@@ -122,7 +124,8 @@ mod tests {
             "registry.example:5000": {"username": "you", "password": "word"}
         }});
         let secret: Secret =
-            serde_json::from_value(json!({"data": {".dockerconfigjson": STANDARD.encode(config.to_string())}})).unwrap();
+            serde_json::from_value(json!({"data": {".dockerconfigjson": STANDARD.encode(config.to_string())}}))
+                .unwrap();
         let inputs = Inputs { secrets: [("pull".to_owned(), secret)].into(), ..Inputs::default() };
         let pod: Pod = serde_json::from_value(
             json!({"spec": {"containers": [], "imagePullSecrets": [{"name": "gone"}, {"name": "pull"}]}}),

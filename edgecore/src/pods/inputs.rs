@@ -110,12 +110,15 @@ impl OwnFields<'_> {
     }
 
     /// The value of a `resourceFieldRef`: limits that are not set are those of the machine.
-    pub(crate) fn resource(&self, selector: &ResourceFieldSelector, own: Option<&Container>) -> Result<String, InputError> {
+    pub(crate) fn resource(
+        &self,
+        selector: &ResourceFieldSelector,
+        own: Option<&Container>,
+    ) -> Result<String, InputError> {
         let container = match (&selector.container_name, own) {
             (Some(name), _) => {
                 let spec = self.pod.spec.as_ref();
-                let mut all =
-                    spec.into_iter().flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers));
+                let mut all = spec.into_iter().flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers));
                 all.find(|c| c.name == *name).ok_or_else(|| InputError::Container(name.clone()))?
             }
             (None, Some(own)) => own,
@@ -179,10 +182,7 @@ mod tests {
                 InputName::Secret(name) => format!("s:{name}"),
             })
             .collect();
-        assert_eq!(
-            names,
-            ["cm:cm-from", "cm:cm-proj", "cm:cm-vol", "s:pull", "s:s-env", "s:s-proj", "s:s-vol"]
-        );
+        assert_eq!(names, ["cm:cm-from", "cm:cm-proj", "cm:cm-vol", "s:pull", "s:s-env", "s:s-proj", "s:s-vol"]);
     }
 
     #[test]
@@ -190,8 +190,7 @@ mod tests {
         let pod = pod();
         let ips = ["10.1.2.3".parse().unwrap()];
         let machine = Machine { memory_bytes: 2000, cpus: 3, lowest_oom_score_adj: 0 };
-        let fields =
-            OwnFields { pod: &pod, pod_ips: &ips, host_ip: Some("192.168.1.5".parse().unwrap()), machine };
+        let fields = OwnFields { pod: &pod, pod_ips: &ips, host_ip: Some("192.168.1.5".parse().unwrap()), machine };
         for (path, expected) in [
             ("metadata.name", "web"),
             ("metadata.namespace", "shop"),
@@ -209,7 +208,8 @@ mod tests {
         assert_eq!(fields.field("spec.nope"), Err(InputError::Field("spec.nope".to_owned())));
         let resource = |resource: &str, divisor: Option<&str>| {
             let selector =
-                serde_json::from_value(json!({"resource": resource, "containerName": "c", "divisor": divisor})).unwrap();
+                serde_json::from_value(json!({"resource": resource, "containerName": "c", "divisor": divisor}))
+                    .unwrap();
             fields.resource(&selector, None).unwrap()
         };
         assert_eq!(resource("limits.memory", Some("1Mi")), "100");

@@ -29,11 +29,7 @@ mod status;
 mod volumes;
 mod worker;
 
-use std::{
-    net::IpAddr,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use edgemesh_apiserver::store::Store;
 use edgemesh_telemetry::drain::Shutdown;

@@ -287,7 +287,8 @@ mod tests {
 
     #[test]
     fn a_changed_image_replaces_the_running_container() {
-        let pod: Pod = serde_json::from_value(json!({"spec": {"containers": [{"name": "a", "image": "i:2"}]}})).unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"spec": {"containers": [{"name": "a", "image": "i:2"}]}})).unwrap();
         let (name, mut old) = run("a", "s", 0, Running, 0);
         old.hash = "other".to_owned();
         let found = plan(&pod, &actual(vec![sandbox("s", 0, true)], vec![(name.clone(), old.clone())]));

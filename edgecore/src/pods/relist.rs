@@ -12,9 +12,7 @@ use super::{
     NodeConditions,
     sandbox::{ANNOTATION_GRACE, DEFAULT_GRACE_SECONDS, PodIdentity},
 };
-use crate::runtime::{
-    LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID, Runtime, RuntimeCondition, RuntimeError,
-};
+use crate::runtime::{LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID, Runtime, RuntimeCondition, RuntimeError};
 
 /// Containerd 1.6 has no event stream in its CRI, so it is asked. Two list calls cost it about a millisecond.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -105,7 +103,12 @@ async fn update_conditions(runtime: &Runtime, conditions: &watch::Sender<NodeCon
     conditions.send_if_modified(|present| {
         let changed = *present != found;
         if changed {
-            tracing::info!(runtime = found.runtime.ready, network = found.network.ready, reason = found.network.message, "the runtime's state changed");
+            tracing::info!(
+                runtime = found.runtime.ready,
+                network = found.network.ready,
+                reason = found.network.message,
+                "the runtime's state changed"
+            );
             *present = found;
         }
         changed

@@ -79,10 +79,8 @@ pub(crate) struct Machine {
 impl Machine {
     /// Reads the machine's size and permissions from /proc.
     pub(crate) fn read() -> Self {
-        let memory_bytes = std::fs::read_to_string("/proc/meminfo")
-            .ok()
-            .and_then(|text| meminfo_total(&text))
-            .unwrap_or(i64::MAX);
+        let memory_bytes =
+            std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_total(&text)).unwrap_or(i64::MAX);
         let cpus = std::thread::available_parallelism().map_or(1, |n| i64::try_from(n.get()).unwrap_or(1));
         let may_lower =
             std::fs::read_to_string("/proc/self/status").is_ok_and(|text| has_capability(&text, CAP_SYS_RESOURCE));
@@ -114,11 +112,7 @@ pub(crate) fn linux_resources(pod: &Pod, container: &Container, machine: Machine
     let cpu_request = request(container, "cpu").and_then(quantity::milli).unwrap_or(0);
     let cpu_limit = limit(container, "cpu").and_then(quantity::milli).unwrap_or(0);
     let memory_limit = limit(container, "memory").and_then(quantity::whole).unwrap_or(0);
-    let quota = if cpu_limit > 0 {
-        (cpu_limit.saturating_mul(CPU_PERIOD_US) / 1000).max(MIN_QUOTA_US)
-    } else {
-        0
-    };
+    let quota = if cpu_limit > 0 { (cpu_limit.saturating_mul(CPU_PERIOD_US) / 1000).max(MIN_QUOTA_US) } else { 0 };
     LinuxContainerResources {
         cpu_period: if quota > 0 { CPU_PERIOD_US } else { 0 },
         cpu_quota: quota,

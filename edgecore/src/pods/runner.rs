@@ -100,11 +100,7 @@ impl Runner {
 
     fn watches(&self) -> Result<Watches, ApiError> {
         let api = &self.shared.api;
-        Ok(Watches {
-            pods: api.watch("pods")?,
-            config_maps: api.watch("configmaps")?,
-            secrets: api.watch("secrets")?,
-        })
+        Ok(Watches { pods: api.watch("pods")?, config_maps: api.watch("configmaps")?, secrets: api.watch("secrets")? })
     }
 
     async fn follow(&mut self, relists: &mut mpsc::Receiver<Relist>) -> Result<(), ApiError> {
@@ -150,7 +146,9 @@ impl Runner {
                 }
                 match Pod::deserialize(event.object.as_ref()) {
                     Ok(pod) => self.pod_present(pod),
-                    Err(error) => tracing::warn!(%error, uid = super::api::uid_of(&event.object), "a pod in the store is malformed"),
+                    Err(error) => {
+                        tracing::warn!(%error, uid = super::api::uid_of(&event.object), "a pod in the store is malformed")
+                    }
                 }
             }
         }

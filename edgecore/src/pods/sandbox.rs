@@ -207,15 +207,12 @@ mod tests {
     use super::*;
 
     fn pod(spec: serde_json::Value) -> Pod {
-        serde_json::from_value(
-            json!({"metadata": {"name": "web-0", "namespace": "shop", "uid": "u-1"}, "spec": spec}),
-        )
-        .unwrap()
+        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "shop", "uid": "u-1"}, "spec": spec}))
+            .unwrap()
     }
 
     fn config(pod: &Pod) -> PodSandboxConfig {
-        let identity =
-            PodIdentity { namespace: "shop".to_owned(), name: "web-0".to_owned(), uid: "u-1".to_owned() };
+        let identity = PodIdentity { namespace: "shop".to_owned(), name: "web-0".to_owned(), uid: "u-1".to_owned() };
         let folder = PodFolder::new(std::path::Path::new("/pods"), "u-1");
         sandbox_config(pod, &identity, 3, DnsConfig::default(), "/lab-1/edge-a1", "cluster.local", &folder)
     }

@@ -27,6 +27,8 @@ use crate::runtime::RuntimeError;
 
 /// Something that a person or the cloud must change first; it's tried again when it does, or after this time.
 const CONFIG_RETRY: Duration = Duration::from_secs(20);
+/// How long a container that ran here before waits for a newer image (`Always`), before it takes the copy on the node.
+const RENEWAL_DEADLINE: Duration = Duration::from_secs(10);
 /// The key of the sandbox's backoff: no container can have this name.
 const SANDBOX_KEY: &str = "/sandbox";
 
@@ -49,7 +51,11 @@ impl Worker {
         let host_network = pod.spec.as_ref().is_some_and(is_host_network);
         let network = self.shared.conditions.borrow().network.clone();
         if !host_network && !network.ready {
-            self.all_wait(pod, "ContainerCreating", format!("the node's pod network is not ready: {}", network.message));
+            self.all_wait(
+                pod,
+                "ContainerCreating",
+                format!("the node's pod network is not ready: {}", network.message),
+            );
             return Ok(Step::Wait(super::worker::RETRY));
         }
         let remaining = self.backoff.remaining(SANDBOX_KEY, Instant::now());
@@ -69,7 +75,12 @@ impl Worker {
             self.shared.runtime.stop_container(&run.id, grace).await?;
         }
         for id in old {
-            self.event(None, false, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.".to_owned());
+            self.event(
+                None,
+                false,
+                "SandboxChanged",
+                "Pod sandbox changed, it will be killed and re-created.".to_owned(),
+            );
             self.shared.runtime.stop_sandbox(id).await?;
             self.shared.runtime.remove_sandbox(id).await?;
         }
@@ -112,8 +123,9 @@ impl Worker {
 
     async fn make_volumes(&mut self, pod: &Arc<Pod>) -> Result<(), String> {
         let inputs = self.shared.api.inputs(pod).await.map_err(|error| error.to_string())?;
-        let made: Option<Result<VolumePaths, VolumeError>> =
-            self.on_disk(pod, inputs, |pod, folder, inputs, own| Some(volumes::prepare(pod, folder, inputs, own))).await;
+        let made: Option<Result<VolumePaths, VolumeError>> = self
+            .on_disk(pod, inputs, |pod, folder, inputs, own| Some(volumes::prepare(pod, folder, inputs, own)))
+            .await;
         match made {
             Some(Ok(paths)) => {
                 self.volumes = Some(paths);
@@ -223,7 +235,7 @@ impl Worker {
             Ok(config) => config,
             Err(error) => return Ok(Err(config_error(error.to_string()))),
         };
-        let id = match self.shared.runtime.create_container(&sandbox.id, config, sandbox_config).await {
+        let id = match Box::pin(self.shared.runtime.create_container(&sandbox.id, config, sandbox_config)).await {
             Ok(id) => id,
             Err(error) => {
                 self.backoff.failed(name, Instant::now(), Duration::ZERO, false);
@@ -327,19 +339,26 @@ impl Worker {
         let pulled = {
             let _slot = self.shared.pull_slots.acquire().await;
             let auth = credentials(pod, reference, inputs);
-            self.shared.runtime.pull_image(reference, auth, Some(sandbox_config.clone())).await
+            let pull = self.shared.runtime.pull_image(reference, auth, Some(sandbox_config.clone()));
+            if fallback.is_some() { tokio::time::timeout(RENEWAL_DEADLINE, pull).await.ok() } else { Some(pull.await) }
         };
         let error = match pulled {
-            Ok(_) => {
+            Some(Ok(_)) => {
                 self.backoff.succeeded(&key);
                 let took = begun.elapsed().as_secs_f64();
-                self.event(Some(name), false, "Pulled", format!("Successfully pulled image \"{reference}\" in {took:.1}s"));
+                self.event(
+                    Some(name),
+                    false,
+                    "Pulled",
+                    format!("Successfully pulled image \"{reference}\" in {took:.1}s"),
+                );
                 match self.shared.runtime.image(reference).await? {
                     Some(image) => return Ok(Ok(image)),
                     None => format!("image \"{reference}\" is not there after it was pulled"),
                 }
             }
-            Err(error) => format!("Failed to pull image \"{reference}\": {error}"),
+            Some(Err(error)) => format!("Failed to pull image \"{reference}\": {error}"),
+            None => format!("No newer image \"{reference}\" within {}s", RENEWAL_DEADLINE.as_secs()),
         };
         if let Some(image) = fallback {
             self.event(Some(name), true, "PullFailed", format!("{error}; using the copy on this machine"));
@@ -363,11 +382,7 @@ fn find_container<'p>(pod: &'p Pod, name: &str) -> Option<&'p Container> {
 }
 
 /// The runtime refused a container.
-fn refused(
-    reason: &'static str,
-    error: RuntimeError,
-    retry: Duration,
-) -> Result<Result<(), Obstacle>, RuntimeError> {
+fn refused(reason: &'static str, error: RuntimeError, retry: Duration) -> Result<Result<(), Obstacle>, RuntimeError> {
     if error.is_unreachable() {
         return Err(error);
     }

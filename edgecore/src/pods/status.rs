@@ -72,7 +72,8 @@ pub(crate) fn compute(pod: &Pod, observed: &Observed<'_>) -> PodStatus {
         Some((reason, message)) => (Some(reason.to_owned()), Some(message.to_owned())),
         None => (before.reason, before.message),
     };
-    let conditions = conditions(pod, &before.conditions.unwrap_or_default(), phase, initialized, &statuses, observed.now);
+    let conditions =
+        conditions(pod, &before.conditions.unwrap_or_default(), phase, initialized, &statuses, observed.now);
     let running_network = !matches!(phase, "Succeeded" | "Failed");
     let pod_ips: Vec<PodIP> = if running_network || before.pod_ips.is_none() {
         observed.pod_ips.iter().map(|ip| PodIP { ip: ip.to_string() }).collect()
@@ -132,7 +133,11 @@ fn container_status(
         started_at: timestamp(run.started_at).map(Time),
         finished_at: timestamp(run.finished_at).map(Time),
         reason: Some(termination_reason(run)),
-        message: observed.messages.get(&run.id).cloned().or_else(|| (!run.message.is_empty()).then(|| run.message.clone())),
+        message: observed
+            .messages
+            .get(&run.id)
+            .cloned()
+            .or_else(|| (!run.message.is_empty()).then(|| run.message.clone())),
         ..Default::default()
     };
     let mut state = ContainerState::default();
@@ -150,10 +155,11 @@ fn container_status(
             None => state.terminated = Some(terminated(run)),
         },
         _ => {
-            state.waiting = Some(waiting.unwrap_or_else(|| ContainerStateWaiting {
-                reason: Some(default_reason.to_owned()),
-                message: None,
-            }));
+            state.waiting =
+                Some(waiting.unwrap_or_else(|| ContainerStateWaiting {
+                    reason: Some(default_reason.to_owned()),
+                    message: None,
+                }));
         }
     }
     let shown_id = newest.map(|run| format!("{}://{}", observed.runtime_name, run.id));
@@ -302,7 +308,8 @@ fn conditions(
             let status = if ok { "True" } else { "False" };
             let old = before.iter().find(|c| c.type_ == kind);
             let since = old.filter(|c| c.status == status).and_then(|c| c.last_transition_time.clone());
-            let (reason, message) = reason.map_or((None, None), |(r, m)| (Some(r.to_owned()), (!m.is_empty()).then_some(m)));
+            let (reason, message) =
+                reason.map_or((None, None), |(r, m)| (Some(r.to_owned()), (!m.is_empty()).then_some(m)));
             PodCondition {
                 type_: kind.to_owned(),
                 status: status.to_owned(),

@@ -85,10 +85,17 @@ impl Desired {
 }
 
 /// "Look again", from the runner to a worker.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Poke {
     notify: Notify,
     inputs_changed: AtomicBool,
+}
+
+impl Default for Poke {
+    fn default() -> Self {
+        // What changed while nobody looked isn't known: volumes are checked once.
+        Self { notify: Notify::new(), inputs_changed: AtomicBool::new(true) }
+    }
 }
 
 impl Poke {
@@ -149,7 +156,6 @@ impl Worker {
         let start_time = status.start_time.as_ref().map_or_else(timestamp_now, |time| time.0);
         let mut phase = shared.metrics.pod();
         phase.set(status.phase.as_deref().unwrap_or("Pending"));
-        // What was already counted as a restart isn't a reason to wait now: after a reboot everything starts at once.
         Self {
             folder: PodFolder::new(&shared.config.pods_dir, &identity.uid),
             shared,
@@ -267,7 +273,7 @@ impl Worker {
             self.shared.runtime.remove_container(id).await?;
         }
         self.waiting.retain(|name, _| plan.start.contains(name));
-        let Some(live) = actual.live_sandbox().map(|sandbox| sandbox.clone()) else { return Ok(Step::Again) };
+        let Some(live) = actual.live_sandbox().cloned() else { return Ok(Step::Again) };
         let mut wait = RESYNC;
         let mut started = false;
         for name in &plan.start {
@@ -332,12 +338,7 @@ impl Worker {
 
     /// What the pod knows about itself.
     pub(crate) fn own_fields<'a>(&'a self, pod: &'a Pod) -> OwnFields<'a> {
-        OwnFields {
-            pod,
-            pod_ips: self.pod_ips(),
-            host_ip: self.shared.config.node_ip,
-            machine: self.shared.machine,
-        }
+        OwnFields { pod, pod_ips: self.pod_ips(), host_ip: self.shared.config.node_ip, machine: self.shared.machine }
     }
 
     /// Writes the status if it changed. Returns false if it could not be written.
@@ -389,7 +390,7 @@ impl Worker {
                 return;
             }
         };
-        let changed = self.on_disk(pod, inputs, |pod, folder, inputs, own| volumes::refresh(pod, folder, inputs, own)).await;
+        let changed = self.on_disk(pod, inputs, volumes::refresh).await;
         if !changed.is_empty() {
             tracing::info!(pod = %self.name(), volumes = changed.join(","), "volumes follow their changed objects");
         }

@@ -9,9 +9,7 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use k8s_cri::v1::{
-    self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
-};
+use k8s_cri::v1::{self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -169,11 +167,9 @@ impl Runtime {
         let begun = Instant::now();
         let result = match tokio::time::timeout(deadline, Box::pin(call)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
-            Ok(Err(status)) => Err(RuntimeError::Call {
-                operation,
-                code: status.code(),
-                message: one_line(status.message()),
-            }),
+            Ok(Err(status)) => {
+                Err(RuntimeError::Call { operation, code: status.code(), message: one_line(status.message()) })
+            }
             Err(_) => Err(RuntimeError::Deadline { operation, deadline }),
         };
         self.metrics.observe(operation, begun.elapsed(), result.is_ok());
@@ -316,7 +312,8 @@ impl Runtime {
     /// # Errors
     /// When the runtime can't do it.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), RuntimeError> {
-        let seconds = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
+        // Whole seconds, rounded up: nobody gets less than what was promised.
+        let seconds = i64::try_from(grace.as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
         let request = v1::StopContainerRequest { container_id: id.to_owned(), timeout: seconds };
         let deadline = grace.saturating_add(CHANGE_DEADLINE);
         absent_is_done(self.call("stop_container", deadline, self.runtime().stop_container(request)).await)

@@ -12,10 +12,7 @@ use std::{
 
 use edgecore::pods::{PodRunner, PodRunnerConfig};
 use edgemesh_api::{ObjectKey, ResourceName};
-use edgemesh_apiserver::{
-    Mode, ReplicaChange, StoreOptions,
-    store::Store,
-};
+use edgemesh_apiserver::{ListOptions, Mode, ReplicaChange, StoreOptions, store::Store};
 use edgemesh_telemetry::drain::Shutdown;
 use nix::sched::{CloneFlags, setns};
 use parking_lot::RwLock;
@@ -231,7 +228,11 @@ impl Node {
         }
         let mut node = Self { files, store, containerd, shutdown: Shutdown::default(), runner: None, version: 0 };
         let spec = json!({"podCIDR": POD_RANGE, "podCIDRs": [POD_RANGE]});
-        node.apply("nodes", json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE, "uid": "n-1"}, "spec": spec})).await;
+        node.apply(
+            "nodes",
+            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE, "uid": "n-1"}, "spec": spec}),
+        )
+        .await;
         node.start_runner();
         node
     }
@@ -384,6 +385,14 @@ impl Node {
             runtime.containers(Some(uid)).await.unwrap().into_iter().map(|container| container.id).collect();
         ids.extend(runtime.sandboxes(Some(uid)).await.unwrap().into_iter().map(|sandbox| sandbox.id));
         ids
+    }
+
+    /// The reasons of the events about a pod.
+    pub async fn event_reasons(&self, pod: &str) -> Vec<String> {
+        let list = self.store.list(&ResourceName::new("", "v1", "events"), &ListOptions::namespace("shop")).await;
+        let events = list.unwrap().items;
+        let about = events.iter().filter(|event| event["involvedObject"]["name"] == pod);
+        about.map(|event| event["reason"].as_str().unwrap().to_owned()).collect()
     }
 
     /// Whether any hierarchy has a cgroup of the pod.

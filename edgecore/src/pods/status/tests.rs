@@ -66,10 +66,16 @@ fn a_running_pod_is_ready_and_keeps_its_transition_times() {
     let spec = json!({"containers": [{"name": "a", "image": "demo:1"}]});
     let first = status(&pod(spec.clone(), json!({})), vec![("a", run("1", 0, Running, 0))], vec![], 1000);
     assert_eq!(first["phase"], "Running");
-    assert_eq!((&first["podIP"], &first["podIPs"][0]["ip"], &first["hostIP"]), (&json!("10.244.1.5"), &json!("10.244.1.5"), &json!("192.168.1.5")));
+    assert_eq!(
+        (&first["podIP"], &first["podIPs"][0]["ip"], &first["hostIP"]),
+        (&json!("10.244.1.5"), &json!("10.244.1.5"), &json!("192.168.1.5"))
+    );
     assert_eq!(first["startTime"], "1970-01-01T00:00:50Z");
     let container = &first["containerStatuses"][0];
-    assert_eq!((&container["ready"], &container["started"], &container["restartCount"]), (&json!(true), &json!(true), &json!(0)));
+    assert_eq!(
+        (&container["ready"], &container["started"], &container["restartCount"]),
+        (&json!(true), &json!(true), &json!(0))
+    );
     assert_eq!(container["containerID"], "containerd://1");
     assert_eq!(container["state"]["running"]["startedAt"], "1970-01-01T00:01:40Z");
     assert_eq!(condition(&first, "Ready"), ("True".into(), String::new(), "1970-01-01T00:16:40Z".into()));
@@ -98,7 +104,10 @@ fn a_container_that_can_not_be_configured_is_pending_with_the_reason() {
     let spec = json!({"containers": [{"name": "a", "image": "demo:1"}]});
     let status = status(&pod(spec, json!({})), vec![], vec![("a", "CreateContainerConfigError")], 1000);
     assert_eq!(status["phase"], "Pending");
-    assert_eq!(status["containerStatuses"][0]["state"]["waiting"], json!({"reason": "CreateContainerConfigError", "message": "why"}));
+    assert_eq!(
+        status["containerStatuses"][0]["state"]["waiting"],
+        json!({"reason": "CreateContainerConfigError", "message": "why"})
+    );
     assert_eq!(status["containerStatuses"][0]["image"], "demo:1");
 }
 
@@ -144,8 +153,12 @@ fn the_end_of_a_run_that_went_with_its_sandbox_is_remembered() {
 fn conditions_of_others_stay_and_gates_hold_readiness_back() {
     let spec = json!({"readinessGates": [{"conditionType": "lb"}], "containers": [{"name": "a"}]});
     let runs = || vec![("a", run("1", 0, Running, 0))];
-    let closed = status(&pod(spec.clone(), json!({"conditions": [{"type": "lb", "status": "False"}]})), runs(), vec![], 1000);
-    assert_eq!((condition(&closed, "Ready").0.as_str(), condition(&closed, "ContainersReady").0.as_str()), ("False", "True"));
+    let closed =
+        status(&pod(spec.clone(), json!({"conditions": [{"type": "lb", "status": "False"}]})), runs(), vec![], 1000);
+    assert_eq!(
+        (condition(&closed, "Ready").0.as_str(), condition(&closed, "ContainersReady").0.as_str()),
+        ("False", "True")
+    );
     assert_eq!(condition(&closed, "lb").0, "False");
     let open = status(&pod(spec, json!({"conditions": [{"type": "lb", "status": "True"}]})), runs(), vec![], 1000);
     assert_eq!(condition(&open, "Ready").0, "True");

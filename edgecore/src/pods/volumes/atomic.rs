@@ -131,9 +131,7 @@ mod tests {
     fn payload(files: &[(&str, &str)]) -> Payload {
         files
             .iter()
-            .map(|(path, data)| {
-                ((*path).to_owned(), PayloadFile { data: data.as_bytes().to_vec(), mode: 0o640 })
-            })
+            .map(|(path, data)| ((*path).to_owned(), PayloadFile { data: data.as_bytes().to_vec(), mode: 0o640 }))
             .collect()
     }
 

@@ -246,8 +246,9 @@ mod tests {
     use super::{super::resources::Machine, *};
 
     fn prepared(folder: &Path, volumes: serde_json::Value) -> Result<VolumePaths, String> {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": {"containers": [], "volumes": volumes}}))
-            .unwrap();
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": {"containers": [], "volumes": volumes}}))
+                .unwrap();
         let machine = Machine { memory_bytes: 1, cpus: 1, lowest_oom_score_adj: 0 };
         let own = OwnFields { pod: &pod, pod_ips: &[], host_ip: None, machine };
         prepare(&pod, &PodFolder::new(folder, "u"), &Inputs::default(), &own).map_err(|e| e.to_string())
