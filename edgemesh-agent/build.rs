@@ -25,6 +25,7 @@ enum Compiler {
     Nightly,
 }
 
+#[allow(clippy::print_stderr)]
 fn main() -> ExitCode {
     match build() {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,8 @@
 //! The datapath with real sockets, real eBPF programs and a real kernel. Needs root; each test has a cgroup and a network
 //! namespace of its own.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
+
 mod host_routes;
 mod sandbox;
 mod sockets;
