@@ -135,7 +135,8 @@ pub(crate) async fn bootstrap(client: &Client, config: &Config, api_port: u16) -
     }))?;
     // A Service that is there is left as it is: its address can't change, and the rest is the administrator's.
     ensure(&Api::<Service>::namespaced(client.clone(), "default"), kubernetes, |_, _| true).await?;
-    if let Ok(address) = config.api.public_host().parse::<IpAddr>() {
+    // An address of loopback is no endpoint: pods couldn't reach the API there, and it refuses such a slice.
+    if let Some(address) = config.api.public_host().parse::<IpAddr>().ok().filter(|address| !address.is_loopback()) {
         let slice: EndpointSlice = serde_json::from_value(json!({
             "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}},
             "addressType": if address.is_ipv4() { "IPv4" } else { "IPv6" },
