@@ -455,6 +455,30 @@ async fn a_replica_writes_only_what_is_its_own() {
 }
 
 #[tokio::test]
+async fn a_replica_keeps_objects_under_the_names_that_the_cloud_uses() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = replica(&folder).await;
+    // As an item of a list: no kind, no version; and with what nobody needs on a node.
+    let service = json!({"metadata": {"name": "web", "namespace": "default", "uid": "u", "managedFields": [{"manager": "x"}]},
+        "spec": {"clusterIP": "10.96.0.9"}});
+    // Its definition may come later, or never.
+    let route = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "default", "uid": "v"}});
+    let routes = ResourceName::new("gateway.networking.k8s.io", "v1", "httproutes");
+    let of_route = ObjectKey::new(routes, "default", "r");
+    let upsert_route = ReplicaChange::Upsert { key: of_route.clone(), origin_version: "2".to_owned(), object: route };
+    store.apply_replica(vec![upsert("services", "1", service), upsert_route]).await.unwrap();
+    let kept = store.get(&key("services", "web")).await.unwrap();
+    assert_eq!((kept["apiVersion"].as_str(), kept["kind"].as_str()), (Some("v1"), Some("Service")));
+    assert!(kept["metadata"]["managedFields"].is_null());
+    let mut keys: Vec<_> = store.replica_versions().await.unwrap().into_iter().map(|v| v.key).collect();
+    keys.sort();
+    assert_eq!(keys, [key("services", "web"), of_route.clone()]);
+    drop(store);
+    let store = replica(&folder).await;
+    assert!(store.replica_versions().await.unwrap().iter().any(|v| v.key == of_route));
+}
+
+#[tokio::test]
 async fn the_outbox_survives_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let store = replica(&folder).await;

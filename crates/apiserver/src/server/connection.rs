@@ -35,12 +35,13 @@ pub(crate) async fn serve(stream: TcpStream, tls: Option<TlsAcceptor>, api: Arc<
         return;
     }
     match tls {
-        None => http(stream, None, api).await,
+        None => http(stream, false, None, api).await,
         Some(acceptor) => match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => {
-                let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-                let peer = certificate.and_then(auth::certificate_user);
-                http(stream, peer, api).await;
+                let session = stream.get_ref().1;
+                let http2 = session.alpn_protocol() == Some(b"h2");
+                let peer = session.peer_certificates().and_then(|c| c.first()).and_then(auth::certificate_user);
+                http(stream, http2, peer, api).await;
             }
             Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
             Err(_) => tracing::debug!("TLS handshake took too long"),
@@ -48,7 +49,8 @@ pub(crate) async fn serve(stream: TcpStream, tls: Option<TlsAcceptor>, api: Arc<
     }
 }
 
-async fn http<S>(stream: S, peer: Option<Identity>, api: Arc<Api>)
+/// Which HTTP it is was settled in the handshake: guessing it from the first bytes would wait for a silent client for ever.
+async fn http<S>(stream: S, http2: bool, peer: Option<Identity>, api: Arc<Api>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -58,7 +60,8 @@ where
         let (api, peer) = (api.clone(), peer.clone());
         async move { Ok::<_, Infallible>(api.answer(request, peer.as_ref().as_ref()).await) }
     });
-    let mut builder = Builder::new(TokioExecutor::new());
+    let builder = Builder::new(TokioExecutor::new());
+    let mut builder = if http2 { builder.http2_only() } else { builder.http1_only() };
     builder
         .http1()
         .timer(TokioTimer::new())

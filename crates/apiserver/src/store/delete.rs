@@ -16,6 +16,8 @@ use crate::{error::ApiError, fields, kinds::KindInfo};
 const FOREGROUND: &str = "foregroundDeletion";
 /// The finalizer of an object whose dependents stay.
 const ORPHAN: &str = "orphan";
+/// Namespaces that can't be deleted (Kubernetes, the NamespaceLifecycle admission).
+const PROTECTED_NAMESPACES: [&str; 3] = ["default", "kube-public", "kube-system"];
 /// The longest grace period that is taken, in seconds: a year.
 const MAX_GRACE: u64 = 365 * 86400;
 
@@ -26,6 +28,9 @@ pub(crate) fn delete(
     key: &ObjectKey,
     options: &DeleteOptions,
 ) -> Result<DeleteOutcome, ApiError> {
+    if is_namespace(info) && PROTECTED_NAMESPACES.contains(&key.name.as_str()) {
+        return Err(ApiError::forbidden(key, "this namespace may not be deleted"));
+    }
     let stored = existing(transaction, info, key)?;
     let old = &stored.object;
     preconditions(key, options, old)?;

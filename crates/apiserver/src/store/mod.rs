@@ -321,8 +321,14 @@ impl Store {
         for table in state.tables() {
             for ((namespace, name), stored) in &table.objects {
                 if let Some(origin_version) = &stored.origin_version {
+                    let mut resource = table.resource.clone();
+                    if let Some(version) = fields::text(&stored.object, &["apiVersion"]).rsplit('/').next()
+                        && !version.is_empty()
+                    {
+                        resource.version = version.to_owned();
+                    }
                     versions.push(ReplicaVersion {
-                        key: ObjectKey::new(table.resource.clone(), namespace.clone(), name.clone()),
+                        key: ObjectKey::new(resource, namespace.clone(), name.clone()),
                         uid: fields::meta(&stored.object, "uid").to_owned(),
                         origin_version: origin_version.to_string(),
                     });

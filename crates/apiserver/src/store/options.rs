@@ -39,14 +39,14 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { history: 4096, cluster: None, page_cache_kib: 2048 }
+        Self { history: 1024, cluster: None, page_cache_kib: 2048 }
     }
 }
 
 impl StoreOptions {
     /// Small buffers, for the replica on a node.
     pub fn small() -> Self {
-        Self { history: 256, cluster: None, page_cache_kib: 256 }
+        Self { history: 64, cluster: None, page_cache_kib: 256 }
     }
 }
 

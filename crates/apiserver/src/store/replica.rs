@@ -67,7 +67,10 @@ fn upsert(
     origin_version: &str,
     mut object: Value,
 ) -> Result<(), ApiError> {
-    let place = place(transaction, key, &mut object);
+    let place = place(transaction, key);
+    // Who wrote which field is of no use here, and often the larger part of an object.
+    fields::map_in(&mut object, "metadata").shift_remove("managedFields");
+    name_the_kind(transaction, key, &mut object);
     let uid = fields::meta(&object, "uid").to_owned();
     let pending = transaction.database.outbox_of(key).map_err(ApiError::internal)?;
     if pending.iter().any(|(op, of)| *op == WriteOp::Delete && *of == uid) {
@@ -143,7 +146,7 @@ fn keep_local(
 }
 
 fn remove(transaction: &mut Transaction<'_>, key: &ObjectKey, uid: Option<&str>) -> Result<(), ApiError> {
-    let place = place(transaction, key, &mut Value::Null);
+    let place = place(transaction, key);
     let Some(stored) = transaction.get(&place) else { return Ok(()) };
     if uid.is_some_and(|uid| uid != fields::meta(&stored.object, "uid")) {
         return Ok(());
@@ -155,15 +158,22 @@ fn remove(transaction: &mut Transaction<'_>, key: &ObjectKey, uid: Option<&str>)
     Ok(())
 }
 
-/// Where an object is kept. Objects of kinds that aren't known (yet) are kept as they came.
-fn place(transaction: &Transaction<'_>, key: &ObjectKey, object: &mut Value) -> ObjectKey {
+/// Items of lists come without their kind; here each object says it.
+fn name_the_kind(transaction: &Transaction<'_>, key: &ObjectKey, object: &mut Value) {
+    let object = fields::as_map(object);
+    object.insert("apiVersion".to_owned(), json!(key.resource.api_version()));
+    if !object.contains_key("kind")
+        && let Ok(info) = transaction.kind(&key.resource)
+    {
+        object.insert("kind".to_owned(), json!(info.kind));
+    }
+}
+
+/// Where an object is kept: in the version in which it came, so that the cloud's names stay what they are.
+fn place(transaction: &Transaction<'_>, key: &ObjectKey) -> ObjectKey {
     match transaction.kind(&key.resource) {
-        Ok(info) => {
-            if object.is_object() {
-                crate::kinds::to_storage(&info, object);
-            }
-            super::write::storage_key(&info, key)
-        }
-        Err(_) => key.clone(),
+        // A view of another resource has no place of its own.
+        Ok(info) if info.storage.group != key.resource.group => super::write::storage_key(&info, key),
+        _ => key.clone(),
     }
 }
