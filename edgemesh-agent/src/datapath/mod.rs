@@ -109,27 +109,30 @@ impl Worker {
         let mut readiness = Some(readiness);
         loop {
             generations.mark_unchanged();
-            let mut retry = false;
-            // From half a catalog, Services would be refused whose endpoints were only not read yet.
-            if catalog.is_synced() {
-                let snapshot = catalog.snapshot();
-                let round = tokio::task::spawn_blocking(move || {
-                    let done = self.program(&snapshot);
-                    (self, done)
-                });
-                match round.await {
-                    Ok((worker, done)) => {
-                        self = worker;
-                        retry = !done;
-                    }
-                    Err(error) => {
-                        tracing::error!(%error, "programming failed; the programs are detached");
-                        return;
-                    }
+            // From half a catalog, Services would be refused whose endpoints were only not read yet. Cluster DNS leads
+            // here from the start: other names can be answered.
+            let synced = catalog.is_synced();
+            let snapshot = if synced { catalog.snapshot() } else { Arc::default() };
+            let round = tokio::task::spawn_blocking(move || {
+                let done = self.program(&snapshot);
+                (self, done)
+            });
+            let retry;
+            match round.await {
+                Ok((worker, done)) => {
+                    self = worker;
+                    retry = !done;
                 }
-                if !retry && let Some(readiness) = readiness.take() {
-                    readiness.ready();
+                Err(error) => {
+                    tracing::error!(%error, "programming failed; the programs are detached");
+                    return;
                 }
+            }
+            if synced
+                && !retry
+                && let Some(readiness) = readiness.take()
+            {
+                readiness.ready();
             }
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() {

@@ -251,8 +251,8 @@ fn endpoints_change_under_traffic_without_a_failed_connection() {
             set(&mut programs, Tcp, VIP, Some(pods));
             // Other Services come and go, and take the slots that became free.
             let other = format!("10.96.1.{}:80", round % 200);
-            set(&mut programs, Tcp, &other, (round % 3 > 0).then_some(&["10.244.9.9:9"]));
-            if round % 100 == 0 {
+            set(&mut programs, Tcp, &other, (!round.is_multiple_of(3)).then_some(&["10.244.9.9:9"]));
+            if round.is_multiple_of(100) {
                 let answer = call_tcp(VIP).unwrap();
                 assert!(pods.contains(&answer.as_str()), "an update holds from the moment it is written");
             }
