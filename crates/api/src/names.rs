@@ -41,6 +41,8 @@ pub const LINK_PORT: u16 = 10443;
 pub const METASERVER_PORT: u16 = 10550;
 /// Port of the tunnel, UDP (QUIC) and TCP.
 pub const TUNNEL_PORT: u16 = 4001;
+/// Port of the gateway's tunnel endpoint, UDP (QUIC) and TCP.
+pub const GATEWAY_TUNNEL_PORT: u16 = 4002;
 /// Admin ports (metrics, readiness, debug), on loopback unless configured.
 pub const HUB_ADMIN_PORT: u16 = 9440;
 /// Admin port of edgecore.

@@ -209,8 +209,7 @@ mod tests {
         let file = dir.path().join("c.yaml");
         std::fs::write(&file, "dataDir: /file\nlimits: {maxStreams: 1}\n").unwrap();
         let variables = [("T_DATA_DIR", "/env"), ("T_LIMITS__MAX_STREAMS", "2")];
-        let config: Sample =
-            load_from(Some(&file), "T", env(&variables), &["limits.maxStreams=3".to_owned()]).unwrap();
+        let config: Sample = load_from(Some(&file), "T", env(&variables), &["limits.maxStreams=3".to_owned()]).unwrap();
         assert_eq!(config.data_dir, "/env");
         assert_eq!(config.limits.max_streams, 3);
     }

@@ -227,14 +227,8 @@ pub enum Counter {
 
 impl Counter {
     /// All of them, in the order of their indexes.
-    pub const ALL: [Self; 6] = [
-        Self::TcpConnects,
-        Self::UdpConnects,
-        Self::UdpDatagrams,
-        Self::Refused,
-        Self::Misses,
-        Self::Inconsistent,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::TcpConnects, Self::UdpConnects, Self::UdpDatagrams, Self::Refused, Self::Misses, Self::Inconsistent];
 }
 
 #[cfg(test)]

@@ -3,10 +3,8 @@
 
 mod accept;
 mod metrics;
-mod peers;
 mod proxied;
 mod proxied_udp;
-mod publish;
 mod upstream;
 
 use std::{
@@ -16,6 +14,7 @@ use std::{
 
 use anyhow::Context as _;
 use edgemesh_api::names;
+use edgemesh_discovery::{peers, publish::Publisher};
 use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr};
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
@@ -100,8 +99,8 @@ impl Overlay {
         listener.start();
 
         let node = standpoint.node;
-        spawn_until_stopping(shutdown, peers::follow(node.clone(), catalog.clone(), tunnel.clone()));
-        let publisher = publish::Publisher::new(node, config.tunnel.relay, catalog, client, &tunnel);
+        spawn_until_stopping(shutdown, peers::follow(COMPONENT, node.clone(), catalog.clone(), tunnel.clone()));
+        let publisher = Publisher::new(COMPONENT, node, config.tunnel.relay, catalog, client, &tunnel);
         spawn_until_stopping(shutdown, publisher.run());
         Ok(Self { tunnel, proxied })
     }

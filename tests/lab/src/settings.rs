@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     daemons::CONTAINERD_SOCKET,
     host::HostNamespace,
-    topology::{Host, INTERNET_DNS, Topology},
+    topology::{Host, INTERNET_DNS},
 };
 
 /// The public port of the hub's link.
@@ -29,11 +29,11 @@ pub fn write_hub(host: &Host, namespace: &HostNamespace) -> Result<()> {
     )
 }
 
-/// Writes the configuration of every daemon of a node. `api` is the address of the cluster's API, for the agents of cloud nodes.
+/// Writes the configuration of every daemon of a node.
 ///
 /// # Errors
 /// When a file can't be written.
-pub fn write_node(topology: &Topology, host: &Host, namespace: &HostNamespace) -> Result<()> {
+pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
     let folder = &namespace.folder;
     let in_cloud = host.site.is_none();
     let network = host.site.clone().unwrap_or_else(|| "cloud".to_owned());
@@ -64,18 +64,12 @@ pub fn write_node(topology: &Topology, host: &Host, namespace: &HostNamespace) -
     } else {
         ("apiServer", json!("http://127.0.0.1:10550"))
     };
-    let advertise: Vec<String> = match (in_cloud, topology.sites().iter().find(|s| Some(&s.name) == host.site.as_ref()))
-    {
-        (true, _) => vec![host.address.to_string()],
-        _ => Vec::new(),
-    };
-    let tunnel = |relay: bool| json!({"relay": relay, "advertise": advertise});
     let mut agent = json!({
         "dataDir": folder.join("agent"),
         "nodeName": host.name,
         "cgroup": namespace.cgroup,
-        "dns": {"upstreams": [INTERNET_DNS.to_string()]},
-        "tunnel": tunnel(host.relay),
+        "dns": {"upstreams": [format!("{INTERNET_DNS}:53")]},
+        "tunnel": {"relay": host.relay},
     });
     agent[source.0] = source.1.clone();
     write(&folder.join("agent.yaml"), &agent)?;
@@ -83,7 +77,6 @@ pub fn write_node(topology: &Topology, host: &Host, namespace: &HostNamespace) -
         let mut gateway = json!({
             "dataDir": folder.join("gateway"),
             "nodeName": host.name,
-            "tunnel": {"advertise": advertise},
         });
         gateway[source.0] = source.1;
         write(&folder.join("gateway.yaml"), &gateway)?;

@@ -1,4 +1,4 @@
-//! Keeps this agent's entry in the node's MeshNode true. Only that entry is written: the gateway of the node has its own.
+//! Keeps a component's entry in its node's MeshNode true. Only that entry is written: the node's other component has its own.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,8 +14,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::COMPONENT;
-
 /// Changes that come together are written once.
 const SETTLE: Duration = Duration::from_millis(300);
 /// Time for one write.
@@ -26,8 +24,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// How often the catalog is compared with what was written, in case that somebody else changed it or it was lost.
 const CHECK: Duration = Duration::from_secs(30);
 
-/// Writes the entry whenever it changes, for as long as the agent runs, with or without an API.
-pub(super) struct Publisher {
+/// Writes the entry whenever it changes, for as long as the daemon runs, with or without an API.
+pub struct Publisher {
+    component: &'static str,
     node: Arc<str>,
     relay: bool,
     peer_id: String,
@@ -37,7 +36,9 @@ pub(super) struct Publisher {
 }
 
 impl Publisher {
-    pub(super) fn new(
+    /// For the tunnel endpoint of `component` (`agent` or `gateway`) on `node`.
+    pub fn new(
+        component: &'static str,
         node: Arc<str>,
         relay: bool,
         catalog: Arc<CatalogStore>,
@@ -45,10 +46,11 @@ impl Publisher {
         tunnel: &Tunnel,
     ) -> Self {
         let peer_id = tunnel.peer_id().to_string();
-        Self { node, relay, peer_id, addresses: tunnel.addresses(), catalog, api: Api::all(client) }
+        Self { component, node, relay, peer_id, addresses: tunnel.addresses(), catalog, api: Api::all(client) }
     }
 
-    pub(super) async fn run(mut self) {
+    /// Runs until the tunnel stops.
+    pub async fn run(mut self) {
         if self.addresses.wait_for(|addresses| !addresses.is_empty()).await.is_err() {
             return;
         }
@@ -89,7 +91,7 @@ impl Publisher {
     fn is_different_in_catalog(&self, written: &MeshPeer) -> bool {
         let catalog = self.catalog.snapshot();
         let Some(node) = catalog.node(&self.node) else { return false };
-        node.peers.get(COMPONENT).is_none_or(|peer| {
+        node.peers.get(self.component).is_none_or(|peer| {
             *peer.peer_id != *written.peer_id
                 || peer.relay != written.relay
                 || !peer.addresses.iter().map(|address| &**address).eq(written.addresses.iter().map(String::as_str))
@@ -103,10 +105,10 @@ impl Publisher {
     }
 
     async fn write(&self, entry: &MeshPeer) -> Result<(), kube::Error> {
-        let patch = serde_json::json!({"spec": {"peers": {COMPONENT: entry}}});
+        let patch = serde_json::json!({"spec": {"peers": {self.component: entry}}});
         match self.api.patch(&self.node, &PatchParams::default(), &Patch::Merge(&patch)).await {
             Err(kube::Error::Api(status)) if status.code == 404 => {
-                let spec = MeshNodeSpec { peers: [(COMPONENT.to_owned(), entry.clone())].into() };
+                let spec = MeshNodeSpec { peers: [(self.component.to_owned(), entry.clone())].into() };
                 // If the gateway creates it at the same moment, this fails and the next attempt patches.
                 self.api.create(&PostParams::default(), &MeshNode::new(&self.node, spec)).await.map(|_| ())
             }

@@ -5,10 +5,8 @@ use std::sync::Arc;
 use edgemesh_mesh::{Catalog, CatalogStore};
 use edgemesh_tunnel::{Tunnel, TunnelPeer};
 
-use super::COMPONENT;
-
-/// Gives the tunnel the peers of every generation in which they changed.
-pub(super) async fn follow(node: Arc<str>, catalog: Arc<CatalogStore>, tunnel: Tunnel) {
+/// Gives the tunnel of `component` on `node` the peers of every generation in which they changed.
+pub async fn follow(component: &'static str, node: Arc<str>, catalog: Arc<CatalogStore>, tunnel: Tunnel) {
     let mut generations = catalog.subscribe();
     generations.mark_changed();
     let mut seen: Option<Arc<Catalog>> = None;
@@ -19,7 +17,7 @@ pub(super) async fn follow(node: Arc<str>, catalog: Arc<CatalogStore>, tunnel: T
             seen = Some(snapshot);
             continue;
         }
-        let peers = peers_of(&snapshot, &node);
+        let peers = peers_of(&snapshot, component, &node);
         if peers != current {
             tracing::debug!(peers = peers.len(), "the tunnel's peers changed");
             tunnel.set_peers(&peers);
@@ -30,11 +28,11 @@ pub(super) async fn follow(node: Arc<str>, catalog: Arc<CatalogStore>, tunnel: T
 }
 
 /// All tunnel endpoints but this one, sorted.
-fn peers_of(catalog: &Catalog, own: &str) -> Vec<TunnelPeer> {
+fn peers_of(catalog: &Catalog, own_component: &str, own: &str) -> Vec<TunnelPeer> {
     let mut peers: Vec<TunnelPeer> = catalog
         .nodes()
         .flat_map(|node| node.peers.iter().map(move |(component, peer)| (node, component, peer)))
-        .filter(|(node, component, _)| !(*node.name == *own && ***component == *COMPONENT))
+        .filter(|(node, component, _)| !(*node.name == *own && ***component == *own_component))
         .map(|(node, component, peer)| TunnelPeer {
             node: node.name.to_string(),
             component: component.to_string(),
@@ -69,7 +67,7 @@ mod tests {
         // A node that is gone is no peer, whatever its MeshNode says.
         store.apply_mesh_node(&MeshNode::new("gone", MeshNodeSpec::default()));
         store.publish();
-        let peers = peers_of(&store.snapshot(), "a");
+        let peers = peers_of(&store.snapshot(), "agent", "a");
         let ids: Vec<(&str, bool)> = peers.iter().map(|peer| (peer.peer_id.as_str(), peer.relay)).collect();
         assert_eq!(ids, [("a-gateway", false), ("b-agent", true), ("b-gateway", true)]);
     }
