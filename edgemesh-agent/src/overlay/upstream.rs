@@ -56,7 +56,7 @@ impl UpstreamError {
 /// A connected endpoint.
 pub(super) enum Upstream<Direct> {
     Direct(Direct),
-    Tunnel(TunnelStream),
+    Tunnel(Box<TunnelStream>),
 }
 
 impl<Direct> Upstream<Direct> {
@@ -111,7 +111,7 @@ impl Dialer {
         let path = upstream.path();
         Ok(match upstream {
             Upstream::Direct(socket) => (socket::flow_end(socket), path),
-            Upstream::Tunnel(stream) => (tunnel_end(stream), path),
+            Upstream::Tunnel(stream) => (tunnel_end(*stream), path),
         })
     }
 
@@ -134,7 +134,7 @@ impl Dialer {
                         .tunnel
                         .open(node, &header(port, address, client))
                         .await
-                        .map(Upstream::Tunnel)
+                        .map(|stream| Upstream::Tunnel(Box::new(stream)))
                         .map_err(|error| error.to_string()),
                 }
             };

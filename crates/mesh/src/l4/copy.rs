@@ -172,10 +172,10 @@ mod tests {
 
     use super::*;
 
+    type Copying = tokio::task::JoinHandle<(io::Result<CopyEnd>, u64, u64)>;
+
     /// A client and a server with a copy between them.
-    fn proxied(
-        limits: CopyLimits,
-    ) -> (DuplexStream, DuplexStream, tokio::task::JoinHandle<(io::Result<CopyEnd>, u64, u64)>) {
+    fn proxied(limits: CopyLimits) -> (DuplexStream, DuplexStream, Copying) {
         let (client, mut near) = duplex(8 * 1024);
         let (mut far, server) = duplex(8 * 1024);
         let copy = tokio::spawn(async move {
