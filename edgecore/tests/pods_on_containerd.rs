@@ -1,4 +1,4 @@
-//! Pods on a real containerd, in a network namespace of their own. Needs root, containerd, runc, the CNI plugins and nft.
+//! Pods on a real containerd, in a network namespace of its own. Needs root, containerd, runc, the CNI plugins and nft.
 
 // The node's own code runs in tests only, but outside of test functions, where clippy can't see it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::zombie_processes, unreachable_pub)]
@@ -21,6 +21,18 @@ fn restarts(pod: &Value) -> i64 {
 
 fn waiting_reason(pod: &Value) -> &str {
     pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"].as_str().unwrap_or_default()
+}
+
+/// A connection to the pod's server: its container runs a moment before it listens.
+async fn connect(ip: &str) -> TcpStream {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match TcpStream::connect((ip, 8080)) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < deadline, "{ip}: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// A loop that ends at once when it's asked to.
@@ -97,7 +109,7 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         assert!(log.contains("read-only\n"), "{log}");
 
         // Straight to the pod, from the node.
-        let mut stream = TcpStream::connect((ip.as_str(), 8080)).unwrap();
+        let mut stream = connect(&ip).await;
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
         let mut answer = String::new();
@@ -285,7 +297,7 @@ fn all_pods_return_after_a_reboot_from_the_store_alone() {
             assert_eq!(restarts(&pod), 1);
             assert!(pod["status"]["containerStatuses"][0]["lastState"]["terminated"]["exitCode"].is_i64());
             let ip = pod["status"]["podIP"].as_str().unwrap().to_owned();
-            let mut stream = TcpStream::connect((ip.as_str(), 8080)).unwrap();
+            let mut stream = connect(&ip).await;
             stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
         }
         println!("{PODS} pods back after {:?}", begun.elapsed());

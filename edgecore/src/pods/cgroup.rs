@@ -10,7 +10,7 @@ use super::sandbox::cgroup_parent;
 /// Removes a pod's empty cgroups in all hierarchies. What still has processes stays; its removal is tried again with the pod.
 pub(crate) fn remove(cgroup_root: &str, uid: &str) -> io::Result<()> {
     let parent = cgroup_parent(cgroup_root, uid);
-    for hierarchy in hierarchies(&fs::read_to_string("/proc/self/mounts")?) {
+    for hierarchy in hierarchies(&fs::read_to_string("/proc/thread-self/mounts")?) {
         remove_tree(&hierarchy.join(parent.trim_start_matches('/')))?;
     }
     Ok(())

@@ -3,7 +3,6 @@
 use std::{
     fs,
     net::IpAddr,
-    os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, OnceLock},
@@ -14,7 +13,10 @@ use edgecore::pods::{PodRunner, PodRunnerConfig};
 use edgemesh_api::{ObjectKey, ResourceName};
 use edgemesh_apiserver::{ListOptions, Mode, ReplicaChange, StoreOptions, store::Store};
 use edgemesh_telemetry::drain::Shutdown;
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
@@ -24,16 +26,19 @@ pub const POD_RANGE: &str = "10.88.7.0/24";
 /// Long enough for two slow cores that others use, too.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Runs a test inside of a new node. The thread enters the node's network namespace, and with it everything that it starts.
+/// Runs a test inside of a new node. The thread has a network and mounts of its own, and with it everything that it starts.
 pub fn on_node<F>(test: impl FnOnce(Node) -> F + Send + 'static)
 where
     F: Future<Output = Node>,
 {
     let body = move || {
-        let files = Files::new();
-        let namespace = fs::File::open(files.namespace_path()).unwrap();
-        setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        // Namespaces without a name: they go with the last process in them, whatever happens to the test.
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount_run();
         run(&["ip", "link", "set", "lo", "up"]);
+        let files = Files::new();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let node = Node::boot(files).await;
@@ -56,7 +61,6 @@ impl Files {
     fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("pods-").tempdir().unwrap();
         let id = folder.path().file_name().unwrap().to_str().unwrap().to_lowercase();
-        run(&["ip", "netns", "add", &id]);
         let files = Self { folder, id };
         fs::write(files.path("resolv.conf"), "nameserver 192.0.2.1\nsearch lan.example\n").unwrap();
         fs::create_dir(files.path("cni")).unwrap();
@@ -68,10 +72,6 @@ impl Files {
         self.folder.path().join(name)
     }
 
-    fn namespace_path(&self) -> PathBuf {
-        Path::new("/run/netns").join(&self.id)
-    }
-
     pub fn cgroup_root(&self) -> String {
         format!("/{}/node", self.id)
     }
@@ -81,7 +81,7 @@ impl Files {
         format!(
             r#"version = 2
 root = "{root}"
-state = "{state}"
+state = "/run/containerd"
 disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper"]
 [grpc]
   address = "{socket}"
@@ -98,7 +98,6 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
     SystemdCgroup = false
 "#,
             root = path("root"),
-            state = path("state"),
             socket = path("containerd.sock"),
             cni = path("cni"),
         )
@@ -107,7 +106,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
     /// Every process of this node: in its cgroups, the runtime and its shims.
     fn processes(&self) -> Vec<i32> {
         let mut found = Vec::new();
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap();
         for line in mounts.lines() {
             let fields: Vec<&str> = line.split(' ').collect();
             if matches!(fields[2], "cgroup" | "cgroup2") {
@@ -151,12 +150,12 @@ impl Drop for Files {
     fn drop(&mut self) {
         self.kill_all();
         let folder = self.folder.path().display().to_string();
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap_or_default();
         let mut points: Vec<&str> =
             mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|at| at.starts_with(&folder)).collect();
         points.sort_unstable();
         for at in points.iter().rev() {
-            let _ = nix::mount::umount2(*at, nix::mount::MntFlags::MNT_DETACH);
+            let _ = umount2(*at, MntFlags::MNT_DETACH);
         }
         for line in mounts.lines() {
             let fields: Vec<&str> = line.split(' ').collect();
@@ -164,8 +163,11 @@ impl Drop for Files {
                 remove_cgroup(&Path::new(fields[1]).join(&self.id));
             }
         }
-        let _ = Command::new("ip").args(["netns", "delete", &self.id]).status();
     }
+}
+
+fn mount_run() {
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
 }
 
 fn pids_below(folder: &Path, found: &mut Vec<i32>) {
@@ -269,15 +271,15 @@ impl Node {
         self.containerd.kill().unwrap();
         self.containerd.wait().unwrap();
         self.files.kill_all();
-        // What is in /run on a real node.
-        let state = self.files.path("state");
-        for line in fs::read_to_string("/proc/self/mounts").unwrap().lines().rev() {
-            let at = line.split(' ').nth(1).unwrap();
-            if Path::new(at).starts_with(&state) || Path::new(at).starts_with(self.files.path("pods")) {
-                nix::mount::umount2(at, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        // No mount outlives a reboot, and /run is empty after it: the runtime's state, the pods' network namespaces.
+        for line in fs::read_to_string("/proc/thread-self/mounts").unwrap().lines().rev() {
+            let at = Path::new(line.split(' ').nth(1).unwrap());
+            if at.starts_with(self.files.folder.path()) || at.starts_with("/run") {
+                // One that is below another goes with it.
+                let _ = umount2(at, MntFlags::MNT_DETACH);
             }
         }
-        fs::remove_dir_all(&state).unwrap();
+        mount_run();
         self.containerd = start_containerd(&self.files).await;
     }
 
@@ -397,7 +399,7 @@ impl Node {
 
     /// Whether any hierarchy has a cgroup of the pod.
     pub fn has_cgroup(&self, uid: &str) -> bool {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap();
         mounts.lines().any(|line| {
             let fields: Vec<&str> = line.split(' ').collect();
             let below = format!("{}/pod{uid}", self.files.cgroup_root().trim_start_matches('/'));

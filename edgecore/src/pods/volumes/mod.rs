@@ -274,11 +274,11 @@ mod tests {
         let volumes = json!([{"name": "fast", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}]);
         let paths = prepared(folder.path(), volumes.clone()).unwrap();
         prepared(folder.path(), volumes).unwrap();
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mounts").unwrap();
         let name = paths["fast"].display().to_string();
         assert_eq!(mounts.matches(&format!("tmpfs {name} tmpfs")).count(), 1, "mounted once");
         remove_all(&PodFolder::new(folder.path(), "u")).unwrap();
-        assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(&name));
+        assert!(!fs::read_to_string("/proc/thread-self/mounts").unwrap().contains(&name));
     }
 
     #[test]

@@ -32,12 +32,12 @@ pub(super) fn unmount_below(path: &Path) -> io::Result<()> {
 }
 
 fn mounted_below(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let mounts = fs::read_to_string("/proc/thread-self/mounts")?;
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(|at| PathBuf::from(unescape(at)));
     Ok(points.filter(|at| at.starts_with(path)).collect())
 }
 
-/// /proc/self/mounts writes space, tab, newline and backslash as octal (proc(5)).
+/// /proc/thread-self/mounts writes space, tab, newline and backslash as octal (proc(5)).
 fn unescape(text: &str) -> String {
     text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
