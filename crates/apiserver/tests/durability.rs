@@ -1,4 +1,5 @@
 //! What was acknowledged is on disk, whenever the process is killed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 use std::{
     collections::HashMap,

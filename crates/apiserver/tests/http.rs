@@ -1,4 +1,5 @@
 //! The server at the level of HTTP: forms of answers, watches, limits, and clients that misbehave.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

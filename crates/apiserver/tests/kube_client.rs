@@ -1,4 +1,5 @@
 //! kube-rs against a whole server: typed and dynamic clients, reflectors, metadata watches.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
@@ -12,6 +13,7 @@ use kube::{
     Api, Client, CustomResourceExt, ResourceExt,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
+    core::PartialObjectMeta,
     runtime::{WatchStreamExt, watcher},
 };
 use serde_json::json;
@@ -72,14 +74,14 @@ async fn objects_are_created_read_patched_listed_and_deleted() {
 async fn watchers_see_every_change_by_list_and_by_streaming_list_and_metadata_only() {
     let server = TestServer::start().await;
     let client = client(&server).await;
-    let api: Api<ConfigMap> = Api::default_namespaced(client);
+    let api: Api<ConfigMap> = Api::default_namespaced(client.clone());
     api.create(&PostParams::default(), &config_map("before")).await.unwrap();
     let by_list = watcher::Config::default();
     let streaming = watcher::Config::default().streaming_lists();
     let mut listed = pin!(watcher(api.clone(), by_list.clone()).applied_objects().map_ok(|o| o.name_any()));
     let mut streamed = pin!(watcher(api.clone(), streaming).applied_objects().map_ok(|o| o.name_any()));
-    let mut metadata =
-        pin!(kube::runtime::metadata_watcher(api.clone(), by_list).applied_objects().map_ok(|o| o.name_any()));
+    let only_metadata: Api<PartialObjectMeta<ConfigMap>> = Api::default_namespaced(client);
+    let mut metadata = pin!(watcher(only_metadata, by_list).applied_objects().map_ok(|o| o.name_any()));
     for name in ["before", "after-1", "after-2"] {
         if name != "before" {
             api.create(&PostParams::default(), &config_map(name)).await.unwrap();

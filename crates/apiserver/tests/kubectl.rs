@@ -1,4 +1,5 @@
 //! Stock kubectl against a whole server: the one on PATH, and an old one where `KUBECTL_OLD` names it.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

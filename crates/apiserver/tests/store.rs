@@ -1,4 +1,5 @@
 //! The store by itself: semantics of writes, lists, watches, deletes and the replica.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::{sync::Arc, time::Duration};
 

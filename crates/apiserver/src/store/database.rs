@@ -30,7 +30,7 @@ pub(crate) enum DatabaseError {
     #[error("store: {0}")]
     Sqlite(#[from] rusqlite::Error),
     #[error("store: object {key} is not JSON: {error}")]
-    Corrupt { key: ObjectKey, error: serde_json::Error },
+    Corrupt { key: Box<ObjectKey>, error: serde_json::Error },
     #[error("store: an object can't be written as JSON: {0}")]
     Encode(serde_json::Error),
     #[error("store: the file has layout {0}, this build knows {SCHEMA_VERSION}")]
@@ -87,7 +87,7 @@ impl Database {
             let text = row.get_ref(6)?.as_str().map_err(rusqlite::Error::from)?;
             match serde_json::from_str(text) {
                 Ok(object) => each(Row { key, origin_version: row.get(5)?, object }),
-                Err(error) => return Err(DatabaseError::Corrupt { key, error }),
+                Err(error) => return Err(DatabaseError::Corrupt { key: Box::new(key), error }),
             }
         }
         Ok(())
@@ -218,8 +218,8 @@ impl Database {
         while let Some(row) = rows.next()? {
             let key = key_at(row, 0)?;
             let text = row.get_ref(8)?.as_str().map_err(rusqlite::Error::from)?;
-            let object =
-                serde_json::from_str(text).map_err(|error| DatabaseError::Corrupt { key: key.clone(), error })?;
+            let object = serde_json::from_str(text)
+                .map_err(|error| DatabaseError::Corrupt { key: Box::new(key.clone()), error })?;
             let op = WriteOp::parse(row.get_ref(6)?.as_str().map_err(rusqlite::Error::from)?);
             entries.push(OutboxEntry { seq: unsigned(row, 5)?, op, key, uid: row.get(7)?, object });
         }

@@ -1,5 +1,5 @@
 //! A whole API server in this process, for tests: TLS, a CA, an administrator's kubeconfig.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
