@@ -1,0 +1,305 @@
+//! The catalog as its readers see it, built from Kubernetes objects in every order.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use edgemesh_mesh::{
+    Catalog, CatalogStore, debug,
+    model::{Endpoint, Protocol, ServiceKind},
+};
+use serde_json::{Value, json};
+
+fn apply(store: &CatalogStore, object: Value) {
+    match object["kind"].as_str().unwrap() {
+        "Service" => store.apply_service(&serde_json::from_value(object).unwrap()),
+        "EndpointSlice" => store.apply_endpoint_slice(&serde_json::from_value(object).unwrap()),
+        "Node" => store.apply_node(&serde_json::from_value(object).unwrap()),
+        "MeshNode" => store.apply_mesh_node(&serde_json::from_value(object).unwrap()),
+        kind => panic!("{kind}"),
+    }
+}
+
+fn published(store: &CatalogStore) -> Arc<Catalog> {
+    store.publish();
+    store.snapshot()
+}
+
+fn service(name: &str, ip: &str, ports: Value) -> Value {
+    json!({"kind": "Service", "metadata": {"namespace": "default", "name": name},
+        "spec": {"clusterIP": ip, "clusterIPs": [ip], "ports": ports}})
+}
+
+fn slice(service: &str, number: usize, ports: Value, endpoints: Value) -> Value {
+    json!({"kind": "EndpointSlice", "addressType": "IPv4", "ports": ports, "endpoints": endpoints,
+        "metadata": {"namespace": "default", "name": format!("{service}-{number}"),
+            "labels": {"kubernetes.io/service-name": service}}})
+}
+
+fn addresses(endpoints: &[Arc<Endpoint>]) -> Vec<String> {
+    endpoints.iter().map(|e| SocketAddr::new(e.address, e.port).to_string()).collect()
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn slices_wait_for_their_service_and_stay_when_it_is_made_anew() {
+    let store = CatalogStore::new();
+    apply(&store, slice("web", 1, json!([{"name": "http", "port": 8080}]), json!([{"addresses": ["10.244.1.1"]}])));
+    let catalog = published(&store);
+    assert_eq!(catalog.service_count(), 0);
+    assert_eq!(catalog.services_of_endpoint(ip("10.244.1.1")).count(), 0);
+    let web = service("web", "10.96.0.1", json!([{"name": "http", "port": 80}]));
+    for _ in 0..2 {
+        apply(&store, web.clone());
+        let catalog = published(&store);
+        let port = catalog.port_at(ip("10.96.0.1"), 80, Protocol::Tcp).unwrap();
+        assert_eq!(addresses(&port.endpoints), ["10.244.1.1:8080"]);
+        assert_eq!(catalog.services_of_endpoint(ip("10.244.1.1")).count(), 1);
+        store.delete_service("default", "web");
+        let catalog = published(&store);
+        assert!(catalog.service("default", "web").is_none());
+        assert!(catalog.port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_none());
+        assert!(!catalog.has_namespace("default"));
+    }
+}
+
+#[test]
+fn slices_are_merged_per_named_port_and_each_endpoint_is_there_once() {
+    let store = CatalogStore::new();
+    apply(
+        &store,
+        service(
+            "web",
+            "10.96.0.1",
+            json!([
+                {"name": "http", "port": 80}, {"name": "metrics", "port": 9090}, {"name": "dns", "port": 53, "protocol": "UDP"},
+                {"name": "sctp", "port": 7, "protocol": "SCTP"},
+            ]),
+        ),
+    );
+    // The pod's http port has another number in the second slice, as while a Deployment is rolled out.
+    apply(
+        &store,
+        slice(
+            "web",
+            1,
+            json!([{"name": "http", "port": 8080}, {"name": "metrics", "port": 9100}]),
+            json!([
+                {"addresses": ["10.244.1.2"]}, {"addresses": ["10.244.1.1"], "conditions": {"ready": false}},
+            ]),
+        ),
+    );
+    apply(&store, slice("web", 2, json!([{"name": "http", "port": 8081}]), json!([{"addresses": ["10.244.1.3"]}])));
+    // A slice that repeats an endpoint: the one that says it is ready counts.
+    apply(&store, slice("web", 3, json!([{"name": "http", "port": 8080}]), json!([{"addresses": ["10.244.1.1"]}])));
+    let catalog = published(&store);
+    let web = catalog.service("default", "web").unwrap();
+    let ports: Vec<(&str, Vec<String>)> = web.ports.iter().map(|p| (&*p.name, addresses(&p.endpoints))).collect();
+    let strings = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
+    assert_eq!(
+        ports,
+        [
+            ("http", strings(&["10.244.1.1:8080", "10.244.1.2:8080", "10.244.1.3:8081"])),
+            ("metrics", strings(&["10.244.1.1:9100", "10.244.1.2:9100"])),
+            ("dns", strings(&[])),
+        ]
+    );
+    assert!(web.ports[0].endpoints[0].ready && !web.ports[1].endpoints[0].ready);
+    let found = catalog.endpoint_at("10.244.1.3:8081".parse().unwrap(), Protocol::Tcp).unwrap();
+    assert_eq!(found.address, ip("10.244.1.3"));
+    assert!(catalog.endpoint_at("10.244.1.3:8080".parse().unwrap(), Protocol::Tcp).is_none());
+    // The slice moves to another Service by its label, then goes.
+    apply(&store, service("other", "10.96.0.2", json!([{"name": "http", "port": 80}])));
+    let mut moved = slice("web", 2, json!([{"name": "http", "port": 8081}]), json!([{"addresses": ["10.244.1.3"]}]));
+    moved["metadata"]["labels"]["kubernetes.io/service-name"] = json!("other");
+    apply(&store, moved);
+    let catalog = published(&store);
+    assert_eq!(catalog.service("default", "web").unwrap().ports[0].endpoints.len(), 2);
+    assert_eq!(catalog.service("default", "other").unwrap().ports[0].endpoints.len(), 1);
+    store.delete_endpoint_slice("default", "web-2");
+    assert!(published(&store).service("default", "other").unwrap().ports[0].endpoints.is_empty());
+}
+
+#[test]
+fn every_index_follows_a_change_of_address_port_and_node_port() {
+    let store = CatalogStore::new();
+    apply(&store, service("web", "10.96.0.1", json!([{"port": 80, "nodePort": 30080}])));
+    let old = published(&store);
+    apply(&store, service("web", "10.96.0.9", json!([{"port": 81, "nodePort": 30081}])));
+    let new = published(&store);
+    assert!(old.port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_some(), "an older snapshot never changes");
+    assert!(new.port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_none());
+    assert!(new.service_at(ip("10.96.0.1")).is_none());
+    assert!(new.node_port(30080, Protocol::Tcp).is_none());
+    assert!(new.port_at(ip("10.96.0.9"), 81, Protocol::Tcp).is_some());
+    assert!(new.node_port(30081, Protocol::Tcp).is_some());
+    assert_eq!(new.changed_services(&old).len(), 1);
+    assert!(new.changed_services(&new.clone()).is_empty());
+    // An address that another Service took over isn't taken from it when the first owner goes.
+    apply(&store, service("next", "10.96.0.9", json!([{"port": 81, "nodePort": 30081}])));
+    store.publish();
+    store.delete_service("default", "web");
+    let catalog = published(&store);
+    assert_eq!(&*catalog.port_at(ip("10.96.0.9"), 81, Protocol::Tcp).unwrap().service.name, "next");
+    assert_eq!(&*catalog.node_port(30081, Protocol::Tcp).unwrap().service.name, "next");
+}
+
+#[test]
+fn what_changes_nothing_publishes_nothing() {
+    let store = CatalogStore::new();
+    let generations = store.subscribe();
+    let web = service("web", "10.96.0.1", json!([{"port": 80}]));
+    apply(&store, web.clone());
+    assert!(store.publish());
+    apply(&store, web);
+    assert!(!store.publish());
+    assert_eq!(*generations.borrow(), 1);
+    assert!(!store.is_synced());
+    store.mark_synced();
+    assert!(store.publish() && store.is_synced());
+}
+
+#[test]
+fn kinds_of_services_are_told_apart_and_malformed_objects_are_skipped() {
+    let table = [
+        (json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}), Some(ServiceKind::ClusterIp)),
+        (json!({"clusterIP": "", "ports": [{"port": 80}]}), Some(ServiceKind::ClusterIp)),
+        (json!({"clusterIP": "None"}), Some(ServiceKind::Headless)),
+        (
+            json!({"type": "ExternalName", "externalName": "a.example."}),
+            Some(ServiceKind::ExternalName("a.example".into())),
+        ),
+        (json!({"type": "ExternalName"}), None),
+        (json!({"type": "ExternalName", "externalName": "a..b"}), None),
+        (json!({"clusterIP": "10.96.0", "ports": [{"port": 80}]}), None),
+        (json!({"clusterIP": "10.96.0.1", "ports": [{"port": 0}]}), None),
+        (json!({"clusterIP": "10.96.0.1", "ports": [{"port": 70000}]}), None),
+        (Value::Null, None),
+    ];
+    for (spec, expected) in table {
+        let store = CatalogStore::new();
+        apply(&store, service("web", "10.96.0.7", json!([{"port": 80}])));
+        apply(&store, json!({"kind": "Service", "metadata": {"namespace": "default", "name": "web"}, "spec": spec}));
+        let kind = published(&store).service("default", "web").map(|service| service.kind.clone());
+        assert_eq!(kind, expected, "{spec}");
+    }
+    let store = CatalogStore::new();
+    apply(&store, json!({"kind": "Service", "metadata": {"name": "web"}, "spec": {}}));
+    apply(&store, json!({"kind": "Service", "metadata": {}, "spec": {}}));
+    apply(&store, json!({"kind": "Node", "metadata": {}}));
+    apply(&store, service("web", "10.96.0.1", json!([{"port": 80}])));
+    apply(
+        &store,
+        slice(
+            "web",
+            1,
+            json!([{"port": 80}, {"port": -1}, {"name": "x"}]),
+            json!([
+                {"addresses": []}, {"addresses": ["no address"]}, {"addresses": ["10.244.1.1"], "hostname": "not a.label"},
+            ]),
+        ),
+    );
+    let catalog = published(&store);
+    let endpoints = &catalog.service("default", "web").unwrap().ports[0].endpoints;
+    assert_eq!(addresses(endpoints), ["10.244.1.1:80"]);
+    assert_eq!(endpoints[0].hostname, None);
+}
+
+#[test]
+fn nodes_are_found_by_address_and_pod_range_and_carry_their_mesh_node() {
+    let store = CatalogStore::new();
+    apply(
+        &store,
+        json!({"kind": "MeshNode", "metadata": {"name": "edge-a1"}, "spec": {"peers": {
+        "agent": {"peerId": "12D3", "addresses": ["/ip4/192.168.1.11/udp/4001/quic-v1"], "relay": true}}}}),
+    );
+    assert_eq!(published(&store).nodes().count(), 0, "a MeshNode alone is no node");
+    apply(
+        &store,
+        json!({"kind": "Node",
+        "metadata": {"name": "edge-a1", "labels": {"edgemesh.dev/network": "site-a", "topology.kubernetes.io/zone": "z1"}},
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64"]},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.11"}, {"type": "Hostname", "address": "edge-a1"}],
+            "conditions": [{"type": "Ready", "status": "True"}]}}),
+    );
+    apply(&store, json!({"kind": "Node", "metadata": {"name": "cloud-1"}, "spec": {"podCIDR": "10.244.0.0/16"}}));
+    let catalog = published(&store);
+    for (address, node) in [
+        ("192.168.1.11", Some("edge-a1")),
+        ("10.244.1.200", Some("edge-a1")),
+        ("10.244.2.1", Some("cloud-1")),
+        ("fd00:1::5", Some("edge-a1")),
+        ("10.245.0.1", None),
+    ] {
+        assert_eq!(catalog.node_of_address(ip(address)).map(|node| &*node.name), node, "{address}");
+    }
+    let node = catalog.node("edge-a1").unwrap();
+    assert_eq!((&*node.network, node.zone.as_deref(), node.ready), ("site-a", Some("z1"), true));
+    assert!(node.peers["agent"].relay);
+    assert_eq!(&*catalog.node("cloud-1").unwrap().network, "default");
+    store.delete_mesh_node("edge-a1");
+    store.delete_node("cloud-1");
+    let catalog = published(&store);
+    assert!(catalog.node("edge-a1").unwrap().peers.is_empty());
+    assert!(catalog.node_of_address(ip("10.244.2.1")).is_none());
+}
+
+#[test]
+fn the_debug_view_is_sorted_and_complete() {
+    let store = CatalogStore::new();
+    for name in ["b", "a"] {
+        apply(&store, service(name, "10.96.0.1", json!([{"port": 80}])));
+    }
+    let view = debug::view(&published(&store));
+    assert_eq!(view["services"][0]["name"]["name"], "a");
+    assert_eq!((view["services"].as_array().unwrap().len(), &view["synced"]), (2, &json!(false)));
+}
+
+#[test]
+fn one_change_among_ten_thousand_services_costs_little() {
+    let store = CatalogStore::new();
+    let endpoints = |service: usize, ready: bool| {
+        let one = |i: usize| {
+            json!({"addresses": [format!("10.{}.{}.{}", 100 + i, service / 256, service % 256)],
+            "nodeName": format!("node-{}", service % 100), "conditions": {"ready": ready || i > 0}})
+        };
+        json!((0..10).map(one).collect::<Vec<_>>())
+    };
+    for i in 0..10_000 {
+        let ip = format!("10.{}.{}.{}", 96 + i / 65_536, i / 256 % 256, i % 256);
+        apply(&store, service(&format!("s{i}"), &ip, json!([{"name": "http", "port": 80}])));
+        apply(&store, slice(&format!("s{i}"), 1, json!([{"name": "http", "port": 8080}]), endpoints(i, true)));
+    }
+    let first = published(&store);
+    assert_eq!(first.service_count(), 10_000);
+    let changes: Vec<_> = (0..200)
+        .map(|i| {
+            serde_json::from_value(slice(
+                &format!("s{}", i * 37),
+                1,
+                json!([{"name": "http", "port": 8080}]),
+                endpoints(i * 37, false),
+            ))
+        })
+        .map(Result::unwrap)
+        .collect();
+    let mut times: Vec<Duration> = changes
+        .iter()
+        .map(|change| {
+            let started = Instant::now();
+            store.apply_endpoint_slice(change);
+            assert!(store.publish());
+            started.elapsed()
+        })
+        .collect();
+    times.sort();
+    let started = Instant::now();
+    assert_eq!(store.snapshot().changed_services(&first).len(), 200);
+    println!("one change: median {:?}, worst {:?}; difference of 200: {:?}", times[100], times[199], started.elapsed());
+    assert!(times[100] < Duration::from_millis(10), "median {:?}", times[100]);
+}

@@ -1,0 +1,166 @@
+//! Endpoint choice as a table: where the caller is, what the endpoints are like, and which it gets.
+
+use std::{collections::HashSet, net::IpAddr};
+
+use edgemesh_mesh::{Candidates, CatalogStore, Reach, Tier, Viewpoint, model::Protocol};
+use serde_json::{Value, json};
+
+/// The nodes of the lab: two in one network, one in another, one without a network; `edge-a3` isn't ready.
+fn nodes(store: &CatalogStore) {
+    for (name, network, ready, range) in [
+        ("edge-a1", Some("site-a"), true, "10.244.1.0/24"),
+        ("edge-a2", Some("site-a"), true, "10.244.2.0/24"),
+        ("edge-a3", Some("site-a"), false, "10.244.3.0/24"),
+        ("edge-b1", Some("site-b"), true, "10.244.4.0/24"),
+        ("cloud-1", None, true, "10.244.5.0/24"),
+    ] {
+        let labels = network.map_or(json!({}), |network| json!({"edgemesh.dev/network": network}));
+        let status = if ready { "True" } else { "Unknown" };
+        store.apply_node(
+            &serde_json::from_value(json!({
+                "metadata": {"name": name, "labels": labels}, "spec": {"podCIDR": range},
+                "status": {"conditions": [{"type": "Ready", "status": status}]},
+            }))
+            .unwrap(),
+        );
+    }
+}
+
+/// An endpoint in short: `node:last byte of its address:state`. `-` is no node; the state is `r`eady, `n`ot ready,
+/// `t`erminating but serving, or `d`ead (terminating, not serving).
+fn endpoint(short: &str) -> Value {
+    let parts: Vec<&str> = short.split(':').collect();
+    let third = match parts[0] {
+        "edge-a1" => 1,
+        "edge-a2" => 2,
+        "edge-a3" => 3,
+        "edge-b1" => 4,
+        "cloud-1" => 5,
+        _ => 200,
+    };
+    let (ready, serving, terminating) = match parts[2] {
+        "r" => (true, true, false),
+        "n" => (false, false, false),
+        "t" => (false, true, true),
+        _ => (false, false, true),
+    };
+    let mut endpoint = json!({"addresses": [format!("10.244.{third}.{}", parts[1])],
+        "conditions": {"ready": ready, "serving": serving, "terminating": terminating}});
+    if parts[0] != "-" {
+        endpoint["nodeName"] = json!(parts[0]);
+    }
+    endpoint
+}
+
+fn choose(viewpoint: &str, policy: Value, endpoints: &str) -> Candidates {
+    let store = CatalogStore::new();
+    nodes(&store);
+    let mut spec = json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]});
+    spec.as_object_mut().unwrap().extend(policy.as_object().unwrap().clone());
+    store.apply_service(
+        &serde_json::from_value(json!({"metadata": {"namespace": "d", "name": "s"}, "spec": spec})).unwrap(),
+    );
+    let endpoints: Vec<Value> = endpoints.split_whitespace().map(endpoint).collect();
+    store.apply_endpoint_slice(
+        &serde_json::from_value(json!({
+            "addressType": "IPv4", "ports": [{"port": 8080}], "endpoints": endpoints,
+            "metadata": {"namespace": "d", "name": "s-1", "labels": {"kubernetes.io/service-name": "s"}},
+        }))
+        .unwrap(),
+    );
+    store.publish();
+    let catalog = store.snapshot();
+    let port = catalog.port_at("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp).unwrap();
+    Viewpoint::of(&catalog, viewpoint).candidates(&catalog, port)
+}
+
+#[test]
+fn the_nearest_tier_that_has_usable_endpoints_is_chosen() {
+    let local = json!({"internalTrafficPolicy": "Local"});
+    let publish = json!({"publishNotReadyAddresses": true});
+    let any = json!({});
+    let table: &[(&str, &Value, &str, Tier, &str)] = &[
+        // viewpoint, policy, endpoints, expected tier, expected addresses (third and last byte)
+        ("edge-a1", &any, "edge-a1:1:r edge-a2:1:r edge-b1:1:r", Tier::Node, "1.1"),
+        ("edge-a1", &any, "edge-a2:1:r edge-a2:2:r edge-b1:1:r", Tier::Network, "2.1 2.2"),
+        ("edge-a1", &any, "edge-b1:1:r cloud-1:1:r", Tier::Remote, "4.1 5.1"),
+        ("edge-b1", &any, "edge-a1:1:r edge-a2:1:r", Tier::Remote, "1.1 2.1"),
+        // not ready ones don't hold a tier
+        ("edge-a1", &any, "edge-a1:1:n edge-a2:1:r", Tier::Network, "2.1"),
+        ("edge-a1", &any, "edge-a1:1:n edge-a2:1:n edge-b1:1:r", Tier::Remote, "4.1"),
+        ("edge-a1", &any, "edge-a1:1:n", Tier::Remote, ""),
+        ("edge-a1", &any, "", Tier::Remote, ""),
+        // terminating ones serve only when nothing is ready anywhere
+        ("edge-a1", &any, "edge-a1:1:t edge-b1:1:r", Tier::Remote, "4.1"),
+        ("edge-a1", &any, "edge-a1:1:t edge-b1:1:t", Tier::Node, "1.1"),
+        ("edge-a1", &any, "edge-a1:1:d edge-b1:1:t", Tier::Remote, "4.1"),
+        ("edge-a1", &any, "edge-a1:1:d", Tier::Remote, ""),
+        // publishNotReadyAddresses
+        ("edge-a1", &publish, "edge-a1:1:n edge-a2:1:r", Tier::Node, "1.1"),
+        // internalTrafficPolicy: Local
+        ("edge-a1", &local, "edge-a1:1:r edge-a2:1:r", Tier::Node, "1.1"),
+        ("edge-a1", &local, "edge-a2:1:r", Tier::Node, ""),
+        ("edge-a1", &local, "edge-a1:1:t edge-a2:1:r", Tier::Node, "1.1"),
+        // nodes that are not Ready come last in their tier
+        ("edge-a1", &any, "edge-a2:1:r edge-a3:1:r", Tier::Network, "2.1"),
+        ("edge-a1", &any, "edge-a3:1:r edge-b1:1:r", Tier::Network, "3.1"),
+        ("edge-a3", &any, "edge-a3:1:r edge-a2:1:r", Tier::Node, "3.1"),
+        // outside of the cluster, and on nodes that nobody knows
+        ("edge-a1", &any, "-:9:r", Tier::Network, "200.9"),
+        ("edge-a1", &any, "ghost:9:r", Tier::Remote, "200.9"),
+        ("edge-a1", &any, "ghost:9:r edge-a2:1:r", Tier::Network, "2.1"),
+        // a viewpoint that the catalog doesn't know is in the default network
+        ("new", &any, "cloud-1:1:r edge-a1:1:r", Tier::Network, "5.1"),
+        ("cloud-1", &any, "edge-a1:1:r", Tier::Remote, "1.1"),
+    ];
+    for (viewpoint, policy, endpoints, tier, expected) in table {
+        let got = choose(viewpoint, (*policy).clone(), endpoints);
+        let list: Vec<String> =
+            got.endpoints.iter().map(|e| e.address.to_string().trim_start_matches("10.244.").to_owned()).collect();
+        assert_eq!((got.tier, &*list.join(" ")), (*tier, *expected), "from {viewpoint}: {endpoints} {policy}");
+    }
+}
+
+#[test]
+fn an_endpoint_without_a_node_name_is_placed_by_its_address() {
+    let store = CatalogStore::new();
+    nodes(&store);
+    store.publish();
+    let catalog = store.snapshot();
+    let here = Viewpoint::of(&catalog, "edge-a1");
+    let mut found = choose("edge-a1", json!({}), "-:9:r").endpoints[0].as_ref().clone();
+    for (address, expected) in [
+        ("10.244.1.7", Reach::Local),
+        ("10.244.2.7", Reach::Direct),
+        ("10.244.4.7", Reach::Tunnel { node: "edge-b1".into() }),
+        ("203.0.113.7", Reach::Direct),
+    ] {
+        found.address = address.parse().unwrap();
+        assert_eq!(here.reach(&catalog, &found), expected, "{address}");
+    }
+}
+
+#[test]
+fn random_keys_spread_and_a_client_keeps_its_endpoint() {
+    let all = choose("edge-b1", json!({}), "edge-a1:1:r edge-a1:2:r edge-a2:1:r edge-a2:2:r");
+    let mut counts = [0; 4];
+    for key in 0..4000_u64 {
+        let picked = all.pick(key).unwrap();
+        counts[all.endpoints.iter().position(|e| e == picked).unwrap()] += 1;
+    }
+    assert_eq!(counts, [1000; 4]);
+    let less = choose("edge-b1", json!({}), "edge-a1:1:r edge-a1:2:r edge-a2:1:r");
+    let mut used = HashSet::new();
+    for last in 0..200 {
+        let client = IpAddr::from([10, 244, 4, last]);
+        let before = all.pick_for_client(client).unwrap();
+        used.insert(before.address);
+        // Only the clients of the endpoint that is gone move.
+        if less.endpoints.contains(before) {
+            assert_eq!(less.pick_for_client(client).unwrap(), before);
+        }
+    }
+    assert_eq!(used.len(), 4);
+    let none = choose("edge-b1", json!({}), "");
+    assert!(none.pick(7).is_none() && none.pick_for_client(IpAddr::from([10, 0, 0, 1])).is_none());
+}
