@@ -293,11 +293,10 @@ impl EdgeSession {
         }
     }
 
-    /// Something (a network that came up) makes an attempt worthwhile at once.
-    pub fn retry_now(&mut self, now: Millis) {
-        if matches!(self.phase, EdgePhase::Waiting(_)) {
-            self.backoff.reset();
-            self.enter(now, EdgePhase::Waiting(now));
+    /// The attempt to connect failed in a way that the session should know.
+    pub fn failed(&mut self, now: Millis, fault: Fault) {
+        if self.phase == EdgePhase::Connecting {
+            self.end(now, fault);
         }
     }
 

@@ -92,7 +92,14 @@ fn upsert(
         transaction.put(&place, object, Some(origin))?;
         return Ok(());
     }
+    let told = object.get("status").cloned();
     keep_local(node, key, &pending, born_here, &local, &mut object);
+    // The cloud holds another status of what runs here, perhaps from a time when it took the node for lost: say it again.
+    // The hub drops what the cloud has already, so this ends.
+    let waits = pending.iter().any(|(op, _)| matches!(op, WriteOp::UpdateStatus | WriteOp::Create | WriteOp::Delete));
+    if runs_here(node, key) && !waits && local.get("status").is_some_and(|own| told.as_ref() != Some(own)) {
+        transaction.outbox(WriteOp::UpdateStatus, key, &uid, &object)?;
+    }
     let local_version = fields::meta(&local, "resourceVersion");
     fields::map_in(&mut object, "metadata").insert("resourceVersion".to_owned(), json!(local_version));
     if object == *local {
@@ -120,13 +127,12 @@ fn keep_local(
 ) {
     let is_pending = |op: WriteOp| pending.iter().any(|(o, _)| *o == op);
     let resource = (key.resource.group.as_str(), key.resource.plural.as_str());
-    let runs_here = resource == ("", "pods") || (resource == ("", "nodes") && key.name == node);
     let take = |object: &mut Value, part: &str| {
         if let Some(value) = local.get(part) {
             fields::as_map(object).insert(part.to_owned(), value.clone());
         }
     };
-    if runs_here || born_here || is_pending(WriteOp::UpdateStatus) {
+    if runs_here(node, key) || born_here || is_pending(WriteOp::UpdateStatus) {
         take(object, "status");
     }
     if !(is_pending(WriteOp::Update) || is_pending(WriteOp::Create)) {
@@ -143,6 +149,12 @@ fn keep_local(
         }
         _ => {}
     }
+}
+
+/// Whether the object is something on this node, of which the node itself knows the status best.
+fn runs_here(node: &str, key: &ObjectKey) -> bool {
+    key.resource.group.is_empty()
+        && (key.resource.plural == "pods" || (key.resource.plural == "nodes" && key.name == node))
 }
 
 fn remove(transaction: &mut Transaction<'_>, key: &ObjectKey, uid: Option<&str>) -> Result<(), ApiError> {
