@@ -1,11 +1,12 @@
 //! Who gets in: tokens, certificates, and what the nodes' port does with everything else.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
+
 mod nodes;
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use nodes::{DEADLINE, Edge, Hub, eventually};
 use edgemesh_api::{
     link::{EdgeFrame, Heartbeat, Hello, HubFrame, ObjectRef, RefuseCode, ToEdge, ToHub, Write, WriteVerb, Writes},
     names::NODE_LEASE_NAMESPACE,
@@ -15,6 +16,7 @@ use edgemesh_link::{
     tls::{self, KeyPair},
     transport::{self, Connection, Event},
 };
+use nodes::{DEADLINE, Edge, Hub, eventually};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

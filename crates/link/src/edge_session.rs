@@ -419,14 +419,12 @@ impl EdgeSession {
     /// Checks the deadlines, and begins an attempt to connect when it is time.
     pub fn tick(&mut self, now: Millis) {
         match self.phase {
-            EdgePhase::Waiting(at) => {
-                if now >= at {
-                    self.enter(now, EdgePhase::Connecting);
-                    self.effects.push_back(EdgeEffect::Connect);
-                }
+            EdgePhase::Waiting(at) if now >= at => {
+                self.enter(now, EdgePhase::Connecting);
+                self.effects.push_back(EdgeEffect::Connect);
             }
             // The owner's own deadlines end an attempt.
-            EdgePhase::Connecting => {}
+            EdgePhase::Waiting(_) | EdgePhase::Connecting => {}
             EdgePhase::Greeting if now >= self.phase_since + self.limits.greeting => {
                 self.end(now, Fault::SlowStart(self.limits.greeting));
             }

@@ -274,13 +274,18 @@ fn broken(error: &tungstenite::Error) -> Fault {
 /// The hub answered the upgrade with an HTTP error; its body says why.
 fn refused(error: &tungstenite::Error) -> Fault {
     let tungstenite::Error::Http(response) = error else { return broken(error) };
-    let text =
-        response.body().as_deref().map(|body| String::from_utf8_lossy(&body[..body.len().min(512)]).trim().to_owned());
+    // The hub answers with a Kubernetes Status; whatever stands in between may answer with anything.
+    let body = response.body().as_deref().map(|body| &body[..body.len().min(4_096)]).unwrap_or_default();
+    let status = serde_json::from_slice::<serde_json::Value>(body).ok();
+    let text = match status.as_ref().and_then(|status| status["message"].as_str()) {
+        Some(message) => message.to_owned(),
+        None => String::from_utf8_lossy(&body[..body.len().min(256)]).trim().to_owned(),
+    };
     let code = match response.status() {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => edgemesh_api::link::RefuseCode::Identity,
         _ => edgemesh_api::link::RefuseCode::Unavailable,
     };
-    Fault::Refused { code, message: format!("{}: {}", response.status(), text.unwrap_or_default()) }
+    Fault::Refused { code, message: format!("{}: {text}", response.status()) }
 }
 
 #[cfg(test)]

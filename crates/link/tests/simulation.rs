@@ -2,6 +2,8 @@
 //! silent at any point, frames of old connections that arrive late, a store that is slow, crashes of either end, a node
 //! whose store is made anew. Each seed is one history; after it the faults stop and both sides must agree.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,

@@ -64,7 +64,10 @@ impl Hub {
     /// Starts one and waits until it is ready.
     pub(crate) async fn start() -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        edgemesh_telemetry::logging::start("warn,edgecore=info,hub=info", edgemesh_telemetry::logging::LogFormat::Text);
+        edgemesh_telemetry::logging::start(
+            "warn,edgecore=info,kube_client=off",
+            edgemesh_telemetry::logging::LogFormat::Text,
+        );
         let folder = tempfile::tempdir().unwrap();
         let (api, link, admin) = (free_address(), free_address(), free_address());
         let child = spawn(folder.path(), api, link, admin);
