@@ -1,4 +1,5 @@
 //! Discovery against the real API: it follows every change, and knows what it knew when the API is away.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test ends where something fails")]
 
 use std::{
     net::SocketAddr,

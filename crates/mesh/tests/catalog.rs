@@ -1,4 +1,5 @@
 //! The catalog as its readers see it, built from Kubernetes objects in every order.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test ends where something fails")]
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -1,4 +1,5 @@
 //! Endpoint choice as a table: where the caller is, what the endpoints are like, and which it gets.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
 use std::{collections::HashSet, net::IpAddr};
 

@@ -1,4 +1,5 @@
 //! DNS as a client sees it: the whole server on a free port, asked over UDP and TCP.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
 mod cluster;
 mod forwarding;
