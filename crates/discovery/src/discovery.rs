@@ -38,11 +38,14 @@ pub struct DiscoveryConfig {
 #[derive(Debug)]
 pub struct Discovery;
 
+/// Namespaces and names of what was listed so far.
+type Listing = HashSet<(Arc<str>, Arc<str>)>;
+
 enum Change {
-    Service(Event<Service>),
-    EndpointSlice(Event<EndpointSlice>),
-    Node(Event<Node>),
-    MeshNode(Event<MeshNode>),
+    Service(Box<Event<Service>>),
+    EndpointSlice(Box<Event<EndpointSlice>>),
+    Node(Box<Event<Node>>),
+    MeshNode(Box<Event<MeshNode>>),
 }
 
 impl Discovery {
@@ -70,16 +73,15 @@ impl Discovery {
             owner.load(path);
         }
         let (changes, received) = mpsc::channel(QUEUE);
-        shutdown.spawn(follow(Api::all(client.clone()), false, slim::service, Change::Service, changes.clone()));
-        shutdown.spawn(follow(
-            Api::all(client.clone()),
-            false,
-            slim::endpoint_slice,
-            Change::EndpointSlice,
-            changes.clone(),
-        ));
-        shutdown.spawn(follow(Api::all(client.clone()), false, slim::node, Change::Node, changes.clone()));
-        shutdown.spawn(follow(Api::all(client), true, slim::mesh_node, Change::MeshNode, changes));
+        let all = Api::all(client.clone());
+        shutdown.spawn(follow(all, false, slim::service, |event| Change::Service(Box::new(event)), changes.clone()));
+        let all = Api::all(client.clone());
+        let wrap = |event| Change::EndpointSlice(Box::new(event));
+        shutdown.spawn(follow(all, false, slim::endpoint_slice, wrap, changes.clone()));
+        let all = Api::all(client.clone());
+        shutdown.spawn(follow(all, false, slim::node, |event| Change::Node(Box::new(event)), changes.clone()));
+        let all = Api::all(client);
+        shutdown.spawn(follow(all, true, slim::mesh_node, |event| Change::MeshNode(Box::new(event)), changes));
         let stop = shutdown.clone();
         shutdown.spawn(async move { owner.run(received, &stop).await });
         store
@@ -92,7 +94,7 @@ struct Owner {
     writes: bool,
     copy: DiskCopy,
     /// Of each kind that is being listed: what was listed so far.
-    listing: [Option<HashSet<(Arc<str>, Arc<str>)>>; KINDS.len()],
+    listing: [Option<Listing>; KINDS.len()],
     /// Kinds that were listed completely since the start.
     listed: HashSet<&'static str>,
     dirty_since: Option<Instant>,
@@ -187,10 +189,10 @@ impl Owner {
 
     fn apply(&mut self, change: Change) {
         match change {
-            Change::Service(event) => self.event(event, Self::put_service),
-            Change::EndpointSlice(event) => self.event(event, Self::put_endpoint_slice),
-            Change::Node(event) => self.event(event, Self::put_node),
-            Change::MeshNode(event) => self.event(event, Self::put_mesh_node),
+            Change::Service(event) => self.event(*event, Self::put_service),
+            Change::EndpointSlice(event) => self.event(*event, Self::put_endpoint_slice),
+            Change::Node(event) => self.event(*event, Self::put_node),
+            Change::MeshNode(event) => self.event(*event, Self::put_mesh_node),
         }
     }
 

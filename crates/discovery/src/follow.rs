@@ -37,7 +37,13 @@ pub async fn follow<K, T>(
     let mut events = pin!(watcher::watcher(api, config));
     let mut wait = FIRST_WAIT;
     let mut down = false;
-    while let Some(event) = events.next().await {
+    loop {
+        // With the receiver gone nobody waits for what comes next, and shutdown waits for this task.
+        let event = tokio::select! {
+            event = events.next() => event,
+            () = changes.closed() => return,
+        };
+        let Some(event) = event else { return };
         match event {
             Ok(event) => {
                 if std::mem::take(&mut down) {

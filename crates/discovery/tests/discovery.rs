@@ -118,9 +118,7 @@ impl Running {
     }
 
     async fn stop(self) {
-        self.shutdown.stopping().cancel();
-        // The watches have nothing to finish; only the copy has.
-        self.shutdown.drain(Duration::from_secs(2)).await;
+        assert!(self.shutdown.drain(DEADLINE).await, "something didn't end by itself");
     }
 }
 

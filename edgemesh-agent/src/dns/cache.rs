@@ -47,6 +47,8 @@ impl Key {
 pub(super) struct Entry {
     /// Response code.
     pub(super) rcode: u8,
+    /// It was cut for UDP, and the whole couldn't be had over TCP.
+    pub(super) truncated: bool,
     /// Answer, authority and additional records, without OPT.
     pub(super) counts: [u16; 3],
     /// The records in wire form. Their pointers count from the message's begin; the question's length is part of the key.
@@ -121,6 +123,7 @@ impl Entry {
         };
         Ok(Self {
             rcode,
+            truncated: word(message, 2) & 0x0200 != 0,
             counts: kept,
             body: message[begin..at].into(),
             ttls: ttls.into(),
@@ -246,6 +249,7 @@ mod tests {
     fn entry(lifetime: u64, size: usize) -> Arc<Entry> {
         Arc::new(Entry {
             rcode: 0,
+            truncated: false,
             counts: [0; 3],
             body: vec![0; size].into(),
             ttls: Box::default(),

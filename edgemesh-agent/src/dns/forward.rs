@@ -357,10 +357,12 @@ impl Forwarder {
             let name = self.loop_zone.as_ref().and_then(|z| Name::under(&[format!("{}-{index}", self.loop_mark)], z));
             let Some(name) = name else { continue };
             let upstream = Arc::clone(upstream);
+            let stopping = self.shutdown.stopping().clone();
             self.shutdown.spawn(async move {
                 // The answer doesn't matter: the query itself shows up here, or not.
                 let key = Key::new(&name, kind::A, false, false);
-                drop(tokio::time::timeout(DEADLINE, upstream.ask(&key)).await);
+                let asked = tokio::time::timeout(DEADLINE, upstream.ask(&key));
+                drop(stopping.run_until_cancelled(asked).await);
             });
         }
     }
@@ -371,7 +373,7 @@ impl Forwarder {
     }
 }
 
-/// An answer that says nothing about the name: another upstream, or a stale answer, may.
+/// An answer that says nothing about the name, or not all: another upstream, or a stale answer, may.
 fn is_failure(entry: &Entry) -> bool {
-    !matches!(entry.rcode, rcode::NOERROR | rcode::NXDOMAIN)
+    entry.truncated || !matches!(entry.rcode, rcode::NOERROR | rcode::NXDOMAIN)
 }

@@ -160,7 +160,8 @@ impl<'a> Reply<'a> {
         self.count(Section::Additional, 1);
     }
 
-    fn truncated(&mut self) {
+    /// Says that records are left out.
+    pub(super) fn truncated(&mut self) {
         self.out[2] |= 0x02;
     }
 

@@ -179,6 +179,15 @@ impl Resolver {
         source: Source,
         out: &mut Vec<u8>,
     ) {
+        if entry.truncated {
+            // Over UDP the client is told that there is more; over TCP there is no way to say so.
+            let code = if transport == Transport::Tcp { rcode::SERVFAIL } else { entry.rcode };
+            let mut reply = Reply::new(query, transport, code, out);
+            reply.truncated();
+            reply.finish();
+            self.metrics.answered(query.kind, code, source);
+            return;
+        }
         let mut reply = Reply::new(query, transport, entry.rcode, out);
         let at = reply.position();
         if reply.raw(&entry.body, entry.counts) {

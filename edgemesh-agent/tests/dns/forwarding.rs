@@ -104,6 +104,23 @@ async fn an_answer_too_long_for_udp_is_fetched_over_tcp() {
 }
 
 #[tokio::test]
+async fn a_cut_answer_is_never_taken_for_the_whole() {
+    // This upstream closes every TCP connection.
+    let upstream = Upstream::start(|query, tcp| {
+        let mut answer = addresses(query, &["192.0.2.1"], 60);
+        answer.metadata.truncation = true;
+        (!tcp).then_some(answer)
+    })
+    .await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    for _ in 0..2 {
+        assert!(dns.ask("big.example.", RecordType::A).await.metadata.truncation);
+        assert_eq!(code(&dns.ask_tcp("big.example.", RecordType::A).await), ResponseCode::ServFail);
+    }
+    assert!(dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 1"), "it answers, if not in full");
+}
+
+#[tokio::test]
 async fn past_its_time_an_answer_is_served_when_upstream_is_gone() {
     let upstream = Upstream::fixed("192.0.2.1", 0).await;
     let dns = Dns::start(&[], &[upstream.address]);

@@ -193,8 +193,10 @@ pub(crate) struct Upstream {
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
+type Answers = Box<dyn Fn(&Query, bool) -> Option<Message> + Send + Sync>;
+
 struct Inner {
-    answers: Box<dyn Fn(&Query, bool) -> Option<Message> + Send + Sync>,
+    answers: Answers,
     silent: AtomicBool,
     asked: AtomicUsize,
 }
