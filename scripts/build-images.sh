@@ -34,6 +34,7 @@ image() {
 mkdir -p "$work/pause/bin" "$work/demo/bin" "$work/demo/tmp" "$work/demo/etc" "$work/demo/proc" "$work/demo/sys"
 compile pause.rs "$work/pause/bin/pause"
 compile demo_server.rs "$work/demo/bin/demo-server"
+compile call.rs "$work/demo/bin/call"
 cp /bin/busybox "$work/demo/bin/busybox"
 for applet in $(/bin/busybox --list | grep -vx busybox); do ln -sf busybox "$work/demo/bin/$applet"; done
 image edgemesh.dev/pause:1 "$work/pause" "$out/pause.tar" /bin/pause

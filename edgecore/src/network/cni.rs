@@ -12,6 +12,8 @@ use super::NetworkError;
 
 /// The node's bridge. Interface names have at most 15 characters.
 pub const BRIDGE: &str = "edgemesh0";
+/// The network's name; the IPAM plugin keeps its addresses in a folder of this name.
+pub const NETWORK: &str = "edgemesh";
 /// The file that is ours in the configuration folder.
 pub const FILE_NAME: &str = "10-edgemesh.conflist";
 /// The version that every plugin and runtime since 2020 speaks.
@@ -85,7 +87,7 @@ pub fn conflist(config: &CniConfig) -> Value {
     if config.with_portmap {
         plugins.push(json!({"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}));
     }
-    json!({"cniVersion": CNI_VERSION, "name": "edgemesh", "plugins": plugins})
+    json!({"cniVersion": CNI_VERSION, "name": NETWORK, "plugins": plugins})
 }
 
 /// Writes the configuration, unless the folder holds one of somebody else or ours is right. Returns whether it was written.

@@ -1,5 +1,6 @@
 //! The network of the node's pods: CNI configuration where there is none, forwarding and masquerading.
 
+pub mod addresses;
 pub mod cni;
 pub mod masquerade;
 

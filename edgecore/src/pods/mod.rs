@@ -38,12 +38,12 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
-    network::{self, NetworkConfig},
+    network::{self, NetworkConfig, addresses::Addresses},
     runtime::{Runtime, RuntimeCondition, RuntimeError, RuntimeMetrics, RuntimeVersion},
 };
 
-/// Sandboxes that are made at the same time: after a reboot all pods want one.
-const SANDBOXES_AT_ONCE: usize = 4;
+/// Sandboxes that are made at the same time: each pod's address is prepared for the one run of the network plugin.
+const SANDBOXES_AT_ONCE: usize = 1;
 /// Images that are pulled at the same time.
 const PULLS_AT_ONCE: usize = 2;
 
@@ -142,12 +142,14 @@ impl PodRunner {
         let runtime = Runtime::new(&config.cri_socket, runtime_metrics)?;
         let api = api::NodeApi::new(store.clone(), &config.node_name);
         let events = events::Events::start(api.clone(), &config.node_name, metrics.clone(), shutdown);
+        let ipam_dir = config.pods_dir.with_file_name("ipam");
+        let addresses = Addresses::new(&ipam_dir, &config.pods_dir);
         network::start(
             NetworkConfig {
                 node_name: config.node_name.clone(),
                 cni_conf_dir: config.cni_conf_dir.clone(),
                 cni_bin_dir: config.cni_bin_dir.clone(),
-                ipam_dir: config.pods_dir.with_file_name("ipam"),
+                ipam_dir,
                 cluster_ranges: config.cluster_ranges.clone(),
                 mtu: None,
             },
@@ -157,6 +159,7 @@ impl PodRunner {
         let (relists, conditions) = relist::start(runtime.clone(), shutdown);
         let shared = Arc::new(worker::Shared {
             machine: resources::Machine::read(),
+            addresses,
             sandbox_slots: Semaphore::new(SANDBOXES_AT_ONCE),
             pull_slots: Semaphore::new(PULLS_AT_ONCE),
             runtime: runtime.clone(),

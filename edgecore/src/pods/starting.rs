@@ -87,12 +87,18 @@ impl Worker {
         let config = self.sandbox_config(pod, attempt);
         let result = {
             let _slot = self.shared.sandbox_slots.acquire().await;
+            if !host_network && let Err(error) = self.shared.addresses.prepare(self.folder.path()) {
+                tracing::warn!(pod = %self.name(), %error, "the pod may get another address than before");
+            }
             self.shared.runtime.run_sandbox(config, "").await
         };
         match result {
             Ok(id) => {
                 tracing::debug!(pod = %self.name(), sandbox = id, attempt, "made a sandbox");
                 self.backoff.succeeded(SANDBOX_KEY);
+                if !host_network {
+                    self.remember_address(&id).await?;
+                }
                 Ok(Step::Again)
             }
             Err(error) if error.is_unreachable() => Err(error),
@@ -104,6 +110,15 @@ impl Worker {
                 Ok(Step::Wait(self.backoff.remaining(SANDBOX_KEY, Instant::now()).max(super::worker::RETRY)))
             }
         }
+    }
+
+    async fn remember_address(&self, sandbox: &str) -> Result<(), RuntimeError> {
+        let status = self.shared.runtime.sandbox_status(sandbox).await?;
+        let address = status.network.map(|network| network.ip).unwrap_or_default();
+        if let Err(error) = self.shared.addresses.remember(self.folder.path(), &address) {
+            tracing::warn!(pod = %self.name(), %error, "the pod's address can't be kept for its next sandbox");
+        }
+        Ok(())
     }
 
     fn sandbox_config(&self, pod: &Pod, attempt: u32) -> PodSandboxConfig {

@@ -34,7 +34,10 @@ use super::{
     status::{self, Observed, Waiting},
     volumes,
 };
-use crate::runtime::{Runtime, RuntimeError};
+use crate::{
+    network::addresses::Addresses,
+    runtime::{Runtime, RuntimeError},
+};
 
 /// Without any news a pod is looked at again so often; logs are rotated then.
 const RESYNC: Duration = Duration::from_secs(60);
@@ -54,6 +57,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: PodMetrics,
     pub(crate) machine: Machine,
     pub(crate) conditions: watch::Receiver<NodeConditions>,
+    pub(crate) addresses: Addresses,
     pub(crate) sandbox_slots: Semaphore,
     pub(crate) pull_slots: Semaphore,
 }

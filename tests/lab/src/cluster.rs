@@ -87,7 +87,7 @@ fn power_on(lab: &Lab, topology: &Topology, host: &Host) -> Result<()> {
 
 fn dnsmasq_settings(folder: &Path) -> String {
     let mut text = format!(
-        "port=53\nlisten-address={INTERNET_DNS},{INTERNET_GATEWAY}\nbind-interfaces\nno-resolv\nno-hosts\nuser=root\npid-file={}\nlog-facility=-\n",
+        "port=53\nlisten-address={INTERNET_DNS},{INTERNET_GATEWAY}\nbind-interfaces\nlocal-ttl=60\nno-resolv\nno-hosts\nuser=root\npid-file={}\nlog-facility=-\n",
         folder.join("dnsmasq.pid").display()
     );
     for (name, address) in OUTSIDE_NAMES {

@@ -66,13 +66,13 @@ fn node_of(answer: &str) -> Result<String> {
 
 /// Calls a Service from a pod over HTTP; gives the node that answered.
 pub(super) fn call_http(stage: &Stage, pod: &str, url: &str) -> Result<String> {
-    node_of(&stage.in_pod(pod, &format!("wget -q -T 5 -O - {url}"))?.ok()?)
+    node_of(&stage.in_pod(pod, &format!("call {url}"))?.ok()?)
 }
 
 /// Calls a Service from a pod over plain TCP or UDP; gives the node that answered.
 pub(super) fn call_raw(stage: &Stage, pod: &str, host: &str, port: u16, udp: bool) -> Result<String> {
-    let flag = if udp { "-u " } else { "" };
-    node_of(&stage.in_pod(pod, &format!("echo hello | timeout 5 nc {flag}-w 2 {host} {port} | head -n 1"))?.ok()?)
+    let scheme = if udp { "udp" } else { "tcp" };
+    node_of(&stage.in_pod(pod, &format!("call {scheme}://{host}:{port}"))?.ok()?)
 }
 
 /// Connections that a node's agent carried to other networks since it started.

@@ -7,6 +7,8 @@ use anyhow::{Result, ensure};
 use super::applications::{self, NODES, RUNNING_DEADLINE};
 use crate::Stage;
 
+const CONTAINERD: &str = "/run/containerd/containerd.sock";
+
 pub(super) fn run(stage: &Stage) -> Result<()> {
     applications::apply(stage, "web.yaml", &["web"])?;
     stage.kubectl("get nodes,pods,svc,endpointslices -o wide")?.ok()?;
@@ -61,41 +63,10 @@ fn everything_shown_is_true(stage: &Stage) -> Result<()> {
 fn containers(stage: &Stage, app: &str) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for node in NODES {
-        let filter = "labels.\"io.cri-containerd.kind\"==container";
-        let words = [
-            "node",
-            node,
-            "--",
-            "ctr",
-            "-a",
-            "/run/containerd/containerd.sock",
-            "-n",
-            "k8s.io",
-            "containers",
-            "list",
-            filter,
-        ];
+        let filter = format!("labels.\"io.cri-containerd.kind\"==container,labels.\"io.kubernetes.pod.name\"~=^{app}-");
+        let words = ["node", node, "--", "ctr", "-a", CONTAINERD, "-n", "k8s.io", "containers", "list", "-q", &filter];
         let list = stage.unseen().lab(&words)?.ok()?;
-        let ids: Vec<_> = list.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
-        for id in ids {
-            let words = [
-                "node",
-                node,
-                "--",
-                "ctr",
-                "-a",
-                "/run/containerd/containerd.sock",
-                "-n",
-                "k8s.io",
-                "containers",
-                "label",
-                id,
-            ];
-            let labels = stage.unseen().lab(&words)?.text;
-            if labels.contains(&format!("io.kubernetes.pod.name={app}-")) {
-                found.push(format!("{node}/{id}"));
-            }
-        }
+        found.extend(list.lines().map(|id| format!("{node}/{id}")));
     }
     Ok(found)
 }

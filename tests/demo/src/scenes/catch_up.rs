@@ -58,7 +58,7 @@ fn converged(stage: &Stage) -> Result<()> {
     stage.until("edge-a1 calls the new Service and the changed port", PROPAGATION_DEADLINE, |stage| {
         applications::call_http(stage, caller, "http://extra:81/")?;
         applications::call_http(stage, caller, "http://only-a2:8888/")?;
-        ensure!(stage.in_pod(caller, "wget -q -T 1 -O - http://only-a2:80/")?.code != 0, "the old port still answers");
+        ensure!(stage.in_pod(caller, "call http://only-a2:80/")?.code != 0, "the old port still answers");
         Ok(())
     })?;
     stage.until("the stores of site a equal the API", PROPAGATION_DEADLINE, |stage| {
