@@ -45,11 +45,12 @@ impl Addresses {
         fs::write(&self.last_reserved, last.to_string())
     }
 
-    /// Keeps the address that a pod got.
+    /// Keeps the address that a pod got. A pod without volumes has no folder before.
     ///
     /// # Errors
     /// When its file can't be written.
     pub fn remember(&self, pod: &Path, address: &str) -> io::Result<()> {
+        fs::create_dir_all(pod)?;
         fs::write(pod.join(FILE), address)
     }
 
@@ -80,7 +81,6 @@ mod tests {
         let (ipam, pods) = (dir.path().join("ipam"), dir.path().join("pods"));
         let addresses = Addresses::new(&ipam, &pods);
         for (name, address) in [("old", "10.244.2.4"), ("other", "10.244.2.11")] {
-            fs::create_dir_all(pods.join(name)).unwrap();
             addresses.remember(&pods.join(name), address).unwrap();
         }
         let next_after = || fs::read_to_string(ipam.join(NETWORK).join("last_reserved_ip.0")).unwrap();
