@@ -42,6 +42,8 @@ pub struct Objects {
     pub secrets: BTreeMap<Name, Arc<Secret>>,
 }
 
+// Changes live for a moment in one short queue: boxing each would cost more than the room that small ones waste.
+#[allow(clippy::large_enum_variant)]
 enum Change {
     Class(Event<GatewayClass>),
     Gateway(Event<Gateway>),

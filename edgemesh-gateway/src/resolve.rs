@@ -43,8 +43,11 @@ pub struct Statuses {
     /// Of Gateways.
     pub gateways: Vec<(Name, GatewayVerdict)>,
     /// Of HTTPRoutes: a list for each parent that is one of our Gateways, by the parent's place in the route.
-    pub routes: Vec<(Name, Vec<(usize, Vec<Verdict>)>)>,
+    pub routes: Vec<(Name, Vec<ParentVerdict>)>,
 }
+
+/// A parent's place in its route, and its conditions.
+pub type ParentVerdict = (usize, Vec<Verdict>);
 
 /// A condition without its time.
 #[derive(Debug, Clone, PartialEq, Eq)]

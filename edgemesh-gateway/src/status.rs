@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use crate::{
     objects::Name,
-    resolve::{GatewayVerdict, Resolved, Verdict},
+    resolve::{GatewayVerdict, ParentVerdict, Resolved, Verdict},
 };
 
 const RETRY: Duration = Duration::from_secs(5);
@@ -149,7 +149,7 @@ fn gateway_status(gateway: &Gateway, verdict: &GatewayVerdict) -> Option<Value> 
 }
 
 /// Parents of other controllers stay as they are.
-fn route_status(route: &HttpRoute, parents: &[(usize, Vec<Verdict>)]) -> Option<Value> {
+fn route_status(route: &HttpRoute, parents: &[ParentVerdict]) -> Option<Value> {
     let before = serde_json::to_value(route.status.as_ref().map(|status| &status.parents)).unwrap_or_default();
     let known = route.status.as_ref().map(|status| status.parents.as_slice()).unwrap_or_default();
     let mut after: Vec<Value> = known

@@ -1,4 +1,5 @@
 //! The standalone controllers against the real embedded API: from an applied Deployment to ready endpoints, and back to nothing.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod cluster;
 
