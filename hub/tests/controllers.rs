@@ -190,9 +190,10 @@ async fn recreate_ends_every_old_pod_before_it_starts_a_new_one() {
     let image = json!({"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "web:2"}]}}}});
     deployments.patch("web", &PatchParams::default(), &Patch::Strategic(&image)).await.unwrap();
     rolled_out(&deployments, "web").await;
-    let observed = cluster.observed.lock().unwrap();
-    assert_eq!((observed.most, observed.fewest_ready), (3, 0));
-    drop(observed);
+    {
+        let observed = cluster.observed.lock().unwrap();
+        assert_eq!((observed.most, observed.fewest_ready), (3, 0));
+    }
     cluster.stop().await;
 }
 
