@@ -94,6 +94,8 @@ struct Wire {
 
 enum StoreWork {
     Digest,
+    /// A digest that was read, but is not answered yet.
+    DigestRead(Vec<HeldVersion>),
     /// The session's epoch, and its changes.
     Apply(u64, Vec<EdgeChange>),
     Outbox {
@@ -418,7 +420,12 @@ impl World {
     }
 
     fn finish_store_work(&mut self) {
-        let Some(work) = self.work.pop_front() else { return };
+        if self.work.is_empty() {
+            return;
+        }
+        // The protocol promises no order among what it asks of the store.
+        let at = self.random.random_range(0..self.work.len());
+        let Some(work) = self.work.remove(at) else { return };
         match work {
             StoreWork::Digest => {
                 let held = self.store.iter().map(|(key, (uid, version))| HeldVersion {
@@ -427,8 +434,9 @@ impl World {
                     origin_version: version.to_string(),
                 });
                 let held = held.collect();
-                self.edge.digest_loaded(self.now, Ok(held));
+                self.work.push_back(StoreWork::DigestRead(held));
             }
+            StoreWork::DigestRead(held) => self.edge.digest_loaded(self.now, Ok(held)),
             StoreWork::Apply(epoch, changes) => {
                 if self.chance(0.03) {
                     self.edge.applied(self.now, Err("disk full".to_owned()));
