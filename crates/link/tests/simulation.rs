@@ -127,6 +127,8 @@ struct World {
     last_value: HashMap<ObjectKey, u64>,
     reject_rate: f64,
     fault_rate: f64,
+    /// How often the store does nothing when it could.
+    store_delay: f64,
     stats: Stats,
 }
 
@@ -142,7 +144,8 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let reject_rate = if random.random_bool(0.3) { 0.05 } else { 0.0 };
-        let fault_rate = random.random_range(0.01..0.5);
+        let fault_rate = random.random_range(0.002..0.3);
+        let store_delay = if random.random_bool(0.5) { random.random_range(0.5..0.98) } else { 0.0 };
         Self {
             now: 1,
             cloud: Objects::new(),
@@ -165,6 +168,7 @@ impl World {
             last_value: HashMap::new(),
             reject_rate,
             fault_rate,
+            store_delay,
             stats: Stats::default(),
             random,
         }
@@ -420,7 +424,7 @@ impl World {
     }
 
     fn finish_store_work(&mut self) {
-        if self.work.is_empty() {
+        if self.work.is_empty() || self.chance(self.store_delay) {
             return;
         }
         // The protocol promises no order among what it asks of the store.
@@ -559,6 +563,7 @@ impl World {
     /// No more faults and no more changes: how long until both sides agree?
     fn settle(&mut self, seed: u64) {
         self.reject_rate = 0.0;
+        self.store_delay = 0.0;
         let began = self.now;
         // A rejected object is sent again in the next session, so end the present one.
         self.break_wire();
