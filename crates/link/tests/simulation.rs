@@ -144,7 +144,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let reject_rate = if random.random_bool(0.3) { 0.05 } else { 0.0 };
-        let fault_rate = random.random_range(0.002..0.3);
+        let fault_rate = random.random_range(0.002..0.15);
         let store_delay = if random.random_bool(0.5) { random.random_range(0.5..0.98) } else { 0.0 };
         Self {
             now: 1,
@@ -181,9 +181,9 @@ impl World {
     fn step(&mut self, faults: bool) {
         let choice = self.random.random_range(0..if faults { 125 } else { 80 });
         match choice {
-            0..20 => self.hub_turn(),
-            20..40 => self.edge_turn(),
-            40..65 => self.deliver(),
+            0..20 => (0..self.random.random_range(1..5)).for_each(|_| self.hub_turn()),
+            20..40 => (0..self.random.random_range(1..5)).for_each(|_| self.edge_turn()),
+            40..65 => (0..self.random.random_range(1..9)).for_each(|_| self.deliver()),
             65..72 => self.finish_store_work(),
             72..76 => self.finish_write(),
             76..80 => self.deliver_watch(),
