@@ -191,6 +191,25 @@ async fn a_node_registers_itself_and_holds_what_concerns_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_hub_serves_nodes_from_any_kubernetes_api_by_kubeconfig() {
+    let api = Hub::start().await;
+    let hub = Hub::beside(&api).await;
+    let edge = Edge::join(&hub, "edge-1").await;
+    edge.wait_live().await;
+    let client = api.client().await;
+    let services: Api<Service> = Api::namespaced(client.clone(), "default");
+    services.create(&PostParams::default(), &service("web", 80)).await.unwrap();
+    agree(&client, &edge).await;
+    // Its authority is in the cluster, so it is the same after it lost its own disk.
+    let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(client, "edgemesh-system");
+    assert!(secrets.get("edgemesh-ca").await.unwrap().data.unwrap().contains_key("tls.key"));
+    let again = Hub::beside(&api).await;
+    Edge::join(&again, "edge-2").await.wait_live().await;
+    let ca = |edge: &Edge| std::fs::read(edge.folder.path().join("pki/ca.crt")).unwrap();
+    assert_eq!(ca(&edge), ca(&Edge::join(&again, "edge-3").await));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_changed_while_a_node_was_away_arrives_and_nothing_deleted_comes_back() {
     let mut hub = Hub::start().await;
     let mut edge = Edge::join(&hub, "edge-1").await;

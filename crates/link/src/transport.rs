@@ -267,6 +267,9 @@ fn broken(error: &tungstenite::Error) -> Fault {
         tungstenite::Error::Capacity(_) | tungstenite::Error::Protocol(_) | tungstenite::Error::Utf8(_) => {
             Fault::protocol(error.to_string())
         }
+        tungstenite::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Fault::Transport("the peer went away without a word".to_owned())
+        }
         _ => Fault::Transport(error.to_string()),
     }
 }

@@ -76,6 +76,18 @@ impl Hub {
         hub
     }
 
+    /// Starts one that takes its objects from the API of another.
+    pub(crate) async fn beside(other: &Self) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (link, admin) = (free_address(), free_address());
+        std::fs::copy(other.kubeconfig(), folder.path().join("admin.kubeconfig")).unwrap();
+        let kubeconfig = format!("kubeconfig={}", folder.path().join("admin.kubeconfig").display());
+        let child = program(folder.path(), link, admin).args(["--set", &kubeconfig]).spawn().unwrap();
+        let hub = Self { child, folder, api: other.api, link, admin };
+        hub.wait_ready().await;
+        hub
+    }
+
     /// kill -9, as from outside.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
@@ -129,16 +141,19 @@ impl Hub {
 }
 
 fn spawn(folder: &Path, api: SocketAddr, link: SocketAddr, admin: SocketAddr) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_hub"))
-        .arg("--standalone")
+    let listen = format!("api.listen=\"{api}\"");
+    program(folder, link, admin).args(["--standalone", "--set", &listen]).spawn().unwrap()
+}
+
+fn program(folder: &Path, link: SocketAddr, admin: SocketAddr) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hub"));
+    command
         .args(["--set", &format!("dataDir={}", folder.display())])
-        .args(["--set", &format!("api.listen=\"{api}\"")])
         .args(["--set", &format!("link.listen=\"{link}\"")])
         .args(["--set", &format!("admin.listen=\"{admin}\"")])
         .env("EDGEMESH_LOG", std::env::var("EDGEMESH_TEST_LOG").unwrap_or_else(|_| "warn".to_owned()))
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap()
+        .stdin(Stdio::null());
+    command
 }
 
 /// The answer to a plain GET, headers and all.
