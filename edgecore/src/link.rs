@@ -16,7 +16,7 @@ use edgemesh_api::link::{ToEdge, ToHub, WriteVerb};
 use edgemesh_apiserver::store::{OutboxEntry, ReplicaChange, Store, WriteOp};
 use edgemesh_link::{
     EdgeEffect, EdgeSession, Fault, Limits, Millis,
-    edge_session::{EdgeChange, HeldVersion, OutboxWrite, Rejection},
+    edge_effect::{EdgeChange, HeldVersion, OutboxWrite, Rejection},
     frames,
     tls::{self, KeyPair},
     transport::{self, Connection, Event},

@@ -182,6 +182,14 @@ async fn a_node_registers_itself_and_holds_what_concerns_it() {
         if phase.as_deref() == Some("Running") { Ok(()) } else { Err(format!("{phase:?}")) }
     })
     .await;
+    // What runs at the node is the node's to say: another opinion in the cluster is overwritten.
+    let opinion = json!({"status": {"phase": "Failed"}});
+    pods.patch_status("mine", &PatchParams::default(), &Patch::Merge(opinion)).await.unwrap();
+    eventually("the node says again what is true", || async {
+        let phase = pods.get("mine").await.map_err(|error| error.to_string())?.status.and_then(|status| status.phase);
+        if phase.as_deref() == Some("Running") { Ok(()) } else { Err(format!("{phase:?}")) }
+    })
+    .await;
     pods.delete("mine", &DeleteParams::default().grace_period(0)).await.unwrap();
     agree(&client, &edge).await;
     let metrics = http_get(edge.bound().admin, "/metrics").await.unwrap();

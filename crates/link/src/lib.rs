@@ -2,6 +2,7 @@
 //! `docs/link-protocol.md` is the specification.
 
 pub mod backoff;
+pub mod edge_effect;
 pub mod edge_session;
 pub mod fault;
 pub mod frames;
@@ -10,7 +11,8 @@ pub mod limits;
 pub mod tls;
 pub mod transport;
 
-pub use edge_session::{EdgeEffect, EdgePhase, EdgeSession};
+pub use edge_effect::{EdgeEffect, EdgePhase};
+pub use edge_session::EdgeSession;
 pub use fault::Fault;
 pub use hub_session::{HeldObject, HubEvent, HubNode, View};
 pub use limits::Limits;

@@ -49,7 +49,7 @@ impl Default for Limits {
             window_batches: 16,
             window_bytes: 4 << 20,
             digest_chunk: 1_000,
-            digest_entries: 1 << 20,
+            digest_entries: 200_000,
             write_window: 64,
             backoff_first: 200,
             backoff_cap: 2_000,

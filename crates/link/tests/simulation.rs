@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
 
+mod objects;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
@@ -11,69 +13,21 @@ use std::{
 
 use bytes::Bytes;
 use edgemesh_api::{
-    ObjectKey, ResourceName,
-    link::{EdgeFrame, HubFrame, ToEdge, ToHub, WriteVerb},
+    ObjectKey,
+    link::{HubFrame, ToEdge, ToHub, WriteVerb},
 };
 use edgemesh_link::{
-    EdgeEffect, EdgePhase, EdgeSession, HeldObject, HubNode, Limits, Millis, View,
-    edge_session::{EdgeChange, HeldVersion, OutboxWrite, Rejection},
+    EdgeEffect, EdgePhase, EdgeSession, HubNode, Millis,
+    edge_effect::{EdgeChange, HeldVersion, OutboxWrite, Rejection},
     hub_session::{NodeWrite, WriteOutcome, refusal},
 };
+use objects::{HubView, key, limits};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 const KEYS: u64 = 12;
 const QUEUE: usize = 3;
 
-/// Small numbers, so that windows fill and batches end within a difference.
-fn limits() -> Limits {
-    Limits {
-        batch_changes: 3,
-        batch_bytes: 2_000,
-        window_batches: 3,
-        window_bytes: 4_000,
-        digest_chunk: 4,
-        write_window: 3,
-        ..Limits::default()
-    }
-}
-
-fn key(n: u64) -> ObjectKey {
-    let plural = ["pods", "services", "configmaps"][(n % 3) as usize];
-    ObjectKey::new(ResourceName::new("", "v1", plural), "default", format!("o{n}"))
-}
-
 type Objects = BTreeMap<ObjectKey, (u64, u64)>;
-
-struct HubView(BTreeMap<Arc<ObjectKey>, Arc<HeldObject>>);
-
-impl HubView {
-    fn set(&mut self, key: &ObjectKey, state: Option<(u64, u64)>) {
-        match state {
-            Some((uid, version)) => {
-                let held = HeldObject {
-                    uid: uid.to_string(),
-                    origin_version: version.to_string(),
-                    json: Bytes::from(vec![b'x'; (version % 900) as usize]),
-                };
-                self.0.insert(Arc::new(key.clone()), Arc::new(held));
-            }
-            None => {
-                self.0.remove(key);
-            }
-        }
-    }
-}
-
-impl View for HubView {
-    fn get(&self, key: &ObjectKey) -> Option<Arc<HeldObject>> {
-        self.0.get(key).cloned()
-    }
-    fn for_each(&self, each: &mut dyn FnMut(&Arc<ObjectKey>, &HeldObject)) {
-        for (key, held) in &self.0 {
-            each(key, held);
-        }
-    }
-}
 
 struct Hub {
     node: HubNode,
@@ -633,122 +587,4 @@ fn every_history_of_faults_ends_in_agreement_and_loses_nothing() {
     // A simulation in which nothing happens proves nothing.
     assert!(total.sessions > seeds && total.applied > 20 * seeds && total.writes > 5 * seeds, "{total:?}");
     println!("{seeds} histories: {total:?}");
-}
-
-/// A node that is in step with an empty hub, after its first connection.
-fn live_edge() -> (EdgeSession, HubNode, HubView) {
-    let mut hub = HubNode::new("n", limits());
-    let view = HubView(BTreeMap::new());
-    let mut edge = EdgeSession::new("n", "t", limits(), 1);
-    edge.tick(0);
-    reconnect(&mut edge, &mut hub, &view, 0, 1);
-    edge.digest_loaded(0, Ok(Vec::new()));
-    hub.on_frame(0, 1, edge.next_frame(0).unwrap(), &view).unwrap();
-    edge.on_frame(0, hub.next_frame(0, 1, &view).unwrap().unwrap());
-    assert_eq!(edge.phase(), EdgePhase::Live);
-    while edge.next_effect().is_some() {}
-    (edge, hub, view)
-}
-
-fn reconnect(edge: &mut EdgeSession, hub: &mut HubNode, view: &HubView, now: Millis, epoch: u64) {
-    hub.attach(now, epoch);
-    edge.connected(now);
-    hub.on_frame(now, epoch, edge.next_frame(now).unwrap(), view).unwrap();
-    edge.on_frame(now, hub.next_frame(now, epoch, view).unwrap().unwrap());
-}
-
-fn asks_for_digest(edge: &mut EdgeSession) -> bool {
-    std::iter::from_fn(|| edge.next_effect()).any(|effect| effect == EdgeEffect::LoadDigest)
-}
-
-#[test]
-fn a_new_connection_says_what_the_node_holds_only_after_the_old_ones_transaction_has_ended() {
-    let (mut edge, mut hub, mut view) = live_edge();
-    view.set(&key(1), Some((1, 1)));
-    hub.changed(&Arc::new(key(1)));
-    edge.on_frame(0, hub.next_frame(0, 1, &view).unwrap().unwrap());
-    assert!(matches!(edge.next_effect(), Some(EdgeEffect::Apply(_))));
-    edge.disconnected(0, "broken");
-    edge.tick(5_000);
-    reconnect(&mut edge, &mut hub, &view, 5_000, 2);
-    assert!(!asks_for_digest(&mut edge), "what is being committed would be missing in it");
-    edge.applied(5_000, Ok(Vec::new()));
-    assert!(asks_for_digest(&mut edge));
-    assert!(edge.next_frame(5_000).is_none(), "an old session's batch must not be acknowledged in the new one");
-}
-
-#[test]
-fn a_digest_that_was_read_for_an_older_connection_is_read_again() {
-    let (mut edge, mut hub, view) = live_edge();
-    edge.disconnected(0, "broken");
-    edge.tick(5_000);
-    reconnect(&mut edge, &mut hub, &view, 5_000, 2);
-    assert!(asks_for_digest(&mut edge));
-    edge.disconnected(5_000, "broken again");
-    edge.tick(10_000);
-    reconnect(&mut edge, &mut hub, &view, 10_000, 3);
-    assert!(!asks_for_digest(&mut edge), "one is still being read");
-    edge.digest_loaded(10_000, Ok(Vec::new()));
-    assert!(edge.next_frame(10_000).is_none(), "the old one is not sent");
-    assert!(asks_for_digest(&mut edge));
-    edge.digest_loaded(10_000, Ok(Vec::new()));
-    assert!(matches!(edge.next_frame(10_000).unwrap().frame, Some(HubFrame::Digest(_))));
-}
-
-#[test]
-fn a_digest_that_names_what_the_hub_lacks_leads_to_its_deletion() {
-    let mut hub = HubNode::new("n", limits());
-    let view = HubView(BTreeMap::new());
-    hub.attach(0, 1);
-    let mut edge = EdgeSession::new("n", "t", limits(), 1);
-    edge.tick(0);
-    edge.connected(0);
-    hub.on_frame(0, 1, edge.next_frame(0).unwrap(), &view).unwrap();
-    edge.on_frame(0, hub.next_frame(0, 1, &view).unwrap().unwrap());
-    let held = HeldVersion { key: key(1), uid: "u".into(), origin_version: "5".into() };
-    edge.digest_loaded(0, Ok(vec![held]));
-    hub.on_frame(0, 1, edge.next_frame(0).unwrap(), &view).unwrap();
-    let frame = hub.next_frame(0, 1, &view).unwrap().unwrap();
-    let Some(EdgeFrame::Batch(batch)) = frame.frame else { panic!("{frame:?}") };
-    assert_eq!(batch.changes.len(), 1);
-    assert_eq!(batch.changes[0].object, None);
-}
-
-#[test]
-fn a_half_open_connection_is_found_by_both_ends_within_fifteen_seconds() {
-    let mut hub = HubNode::new("n", Limits::default());
-    let view = HubView(BTreeMap::new());
-    hub.attach(0, 1);
-    let mut edge = EdgeSession::new("n", "t", Limits::default(), 1);
-    edge.tick(0);
-    edge.connected(0);
-    hub.on_frame(0, 1, edge.next_frame(0).unwrap(), &view).unwrap();
-    edge.on_frame(0, hub.next_frame(0, 1, &view).unwrap().unwrap());
-    edge.digest_loaded(0, Ok(Vec::new()));
-    hub.on_frame(0, 1, edge.next_frame(0).unwrap(), &view).unwrap();
-    edge.on_frame(0, hub.next_frame(0, 1, &view).unwrap().unwrap());
-    assert_eq!(edge.phase(), EdgePhase::Live);
-    let (mut edge_at, mut hub_at) = (None, None);
-    for now in (0..15_000).step_by(100) {
-        edge.tick(now);
-        if edge_at.is_none() && matches!(edge.phase(), EdgePhase::Waiting(_)) {
-            edge_at = Some(now);
-        }
-        if hub_at.is_none() && hub.tick(now, 1).is_err() {
-            hub_at = Some(now);
-        }
-    }
-    assert!(edge_at.is_some() && hub_at.is_some(), "{edge_at:?} {hub_at:?}");
-}
-
-#[test]
-fn an_older_session_of_the_node_is_told_that_it_was_replaced() {
-    let mut hub = HubNode::new("n", limits());
-    let view = HubView(BTreeMap::new());
-    hub.attach(0, 1);
-    hub.attach(0, 2);
-    let late = ToHub::from(HubFrame::Heartbeat(edgemesh_api::link::Heartbeat {}));
-    assert_eq!(hub.on_frame(0, 1, late, &view), Err(edgemesh_link::Fault::Replaced));
-    hub.detach(1);
-    assert!(hub.current(2), "the end of the old connection must not end the new session");
 }
