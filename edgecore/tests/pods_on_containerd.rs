@@ -105,7 +105,8 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         assert!(log.contains("nameserver 10.96.0.10\n") && log.contains("options ndots:5\n"), "{log}");
         assert!(log.contains("search shop.svc.cluster.local svc.cluster.local cluster.local lan.example\n"), "{log}");
         assert!(log.contains(&format!("{ip}\tweb\n")), "{log}");
-        assert!(log.contains("file=blue secret=hunter2 init=done\nweb\n"), "{log}");
+        // What goes to standard error comes in between somewhere.
+        assert!(log.contains("file=blue secret=hunter2 init=done\n") && log.contains("\nweb\n"), "{log}");
         assert!(log.contains("read-only\n"), "{log}");
 
         // Straight to the pod, from the node.

@@ -68,6 +68,11 @@ impl Stage {
         Self { shown: false, ..self.clone() }
     }
 
+    /// Whether somebody is watching.
+    pub fn is_shown(&self) -> bool {
+        self.shown
+    }
+
     /// The checkout.
     pub fn root(&self) -> &Path {
         &self.root

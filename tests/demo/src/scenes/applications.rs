@@ -9,6 +9,7 @@ use crate::Stage;
 
 /// The nodes of the demo's lab.
 pub(super) const NODES: [&str; 4] = ["cloud-1", "edge-a1", "edge-a2", "edge-b1"];
+const END_OF_ANSWER: &str = "--end-of-answer--";
 /// How long a pod may take from `kubectl apply` to Running.
 pub(super) const RUNNING_DEADLINE: Duration = Duration::from_secs(15);
 /// How long a change may take to reach a node's datapath.
@@ -64,15 +65,19 @@ fn node_of(answer: &str) -> Result<String> {
     first.split(' ').nth(1).map(str::to_owned).ok_or_else(|| anyhow!("no answer of the application: {answer:?}"))
 }
 
-/// Calls a Service from a pod over HTTP; gives the node that answered.
-pub(super) fn call_http(stage: &Stage, pod: &str, url: &str) -> Result<String> {
+/// Calls a URL (`http://`, `tcp://` or `udp://`) from a pod; gives the node that answered.
+pub(super) fn call(stage: &Stage, pod: &str, url: &str) -> Result<String> {
     node_of(&stage.in_pod(pod, &format!("call {url}"))?.ok()?)
 }
 
-/// Calls a Service from a pod over plain TCP or UDP; gives the node that answered.
-pub(super) fn call_raw(stage: &Stage, pod: &str, host: &str, port: u16, udp: bool) -> Result<String> {
-    let scheme = if udp { "udp" } else { "tcp" };
-    node_of(&stage.in_pod(pod, &format!("call {scheme}://{host}:{port}"))?.ok()?)
+/// Calls several URLs from a pod; gives the nodes that answered. Where nobody watches, the pod is entered only once.
+pub(super) fn call_all(stage: &Stage, pod: &str, urls: &[String]) -> Result<Vec<String>> {
+    if stage.is_shown() {
+        return urls.iter().map(|url| call(stage, pod, url)).collect();
+    }
+    let lines: Vec<_> = urls.iter().map(|url| format!("call {url} && echo {END_OF_ANSWER}")).collect();
+    let text = stage.in_pod(pod, &lines.join(" && "))?.ok()?;
+    text.split_terminator(&format!("{END_OF_ANSWER}\n")).map(|answer| node_of(answer.trim_start())).collect()
 }
 
 /// Connections that a node's agent carried to other networks since it started.

@@ -34,7 +34,7 @@ pub(super) fn run(stage: &Stage) -> Result<()> {
     ensure!(before == after, "daemons before: {before:?}, after: {after:?}");
     stage.say("    every daemon is still the same process, and the mesh works:");
     let pods = applications::pods_by_node(stage, "web")?;
-    let by = applications::call_http(stage, &pods["edge-a1"], "http://only-b1/")?;
+    let by = applications::call(stage, &pods["edge-a1"], "http://only-b1/")?;
     ensure!(by == "edge-b1", "{by} answered");
     Ok(())
 }

@@ -18,14 +18,9 @@ pub(super) fn all_paths(stage: &Stage, pods: &BTreeMap<String, String>) -> Resul
     for (node, pod) in pods {
         // One node's calls are shown; the others are the same.
         let stage = if node == "edge-a1" { stage.clone() } else { stage.unseen() };
-        for name in ["web", "web.default.svc.cluster.local"] {
-            let answered = [
-                applications::call_http(&stage, pod, &format!("http://{name}/"))?,
-                applications::call_raw(&stage, pod, name, 7000, false)?,
-                applications::call_raw(&stage, pod, name, 7000, true)?,
-            ];
-            ensure!(answered.iter().all(|by| by == node), "{pod} called {name}: {answered:?} answered");
-        }
+        let urls: Vec<_> = ["web", "web.default.svc.cluster.local"].iter().flat_map(|name| urls_of(name)).collect();
+        let answered = applications::call_all(&stage, pod, &urls)?;
+        ensure!(answered.iter().all(|by| by == node), "{pod} called {urls:?}: {answered:?} answered");
     }
     stage.say("   only-a2 runs at edge-a2 alone, only-b1 at edge-b1 alone:");
     for node in NODES {
@@ -37,17 +32,18 @@ pub(super) fn all_paths(stage: &Stage, pods: &BTreeMap<String, String>) -> Resul
     Ok(())
 }
 
+/// The three ports of the example Services.
+fn urls_of(name: &str) -> Vec<String> {
+    vec![format!("http://{name}/"), format!("tcp://{name}:7000"), format!("udp://{name}:7000")]
+}
+
 /// All ways to call a Service reach its only endpoint, through the tunnel or not, as the node's counter says.
 fn path_is(stage: &Stage, node: &str, pod: &str, service: &str, home: &str, direct: bool) -> Result<()> {
     let before = applications::tunnelled(stage, node)?;
     let unseen = if node == "edge-a1" { stage.clone() } else { stage.unseen() };
-    let full = format!("{service}.default.svc.cluster.local");
-    let answered = [
-        applications::call_http(&unseen, pod, &format!("http://{service}/"))?,
-        applications::call_http(&unseen, pod, &format!("http://{full}/"))?,
-        applications::call_raw(&unseen, pod, service, 7000, false)?,
-        applications::call_raw(&unseen, pod, &full, 7000, true)?,
-    ];
+    let mut urls = urls_of(service);
+    urls.push(format!("http://{service}.default.svc.cluster.local/"));
+    let answered = applications::call_all(&unseen, pod, &urls)?;
     ensure!(answered.iter().all(|by| by == home), "{pod} on {node} called {service}: {answered:?} answered");
     let carried = applications::tunnelled(stage, node)? - before;
     let path = if direct { "directly" } else { "through the tunnel" };

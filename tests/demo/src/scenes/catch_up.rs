@@ -56,8 +56,8 @@ fn converged(stage: &Stage) -> Result<()> {
     let pods = applications::pods_by_node(stage, "web")?;
     let caller = &pods["edge-a1"];
     stage.until("edge-a1 calls the new Service and the changed port", PROPAGATION_DEADLINE, |stage| {
-        applications::call_http(stage, caller, "http://extra:81/")?;
-        applications::call_http(stage, caller, "http://only-a2:8888/")?;
+        applications::call(stage, caller, "http://extra:81/")?;
+        applications::call(stage, caller, "http://only-a2:8888/")?;
         ensure!(stage.in_pod(caller, "call http://only-a2:80/")?.code != 0, "the old port still answers");
         Ok(())
     })?;

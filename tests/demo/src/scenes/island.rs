@@ -33,18 +33,18 @@ fn alone(stage: &Stage, a1: &str, a2: &str) -> Result<()> {
         Ok(())
     })?;
     stage.until("edge-a1 reaches edge-a2 by Service name", BACK_DEADLINE, |stage| {
-        let by = applications::call_http(stage, a1, "http://only-a2/")?;
+        let by = applications::call(stage, a1, "http://only-a2/")?;
         ensure!(by == "edge-a2", "{by} answered");
         Ok(())
     })?;
-    let by = applications::call_http(stage, a1, "http://only-a2.default.svc.cluster.local/")?;
+    let by = applications::call(stage, a1, "http://only-a2.default.svc.cluster.local/")?;
     ensure!(by == "edge-a2", "{by} answered edge-a1");
     stage.until("edge-a2 has its own endpoints", BACK_DEADLINE, |stage| {
-        let by = applications::call_http(stage, a2, "http://web/")?;
+        let by = applications::call(stage, a2, "http://web/")?;
         ensure!(by == "edge-a2", "{by} answered");
         Ok(())
     })?;
-    let by = applications::call_raw(stage, a2, "web", 7000, true)?;
+    let by = applications::call(stage, a2, "udp://web:7000")?;
     ensure!(by.starts_with("edge-a"), "{by} answered edge-a2");
     Ok(())
 }
