@@ -1,0 +1,178 @@
+//! The load generators: each measures a subject and its baseline by turns, in one process, and gives every pair.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use socket2::SockRef;
+
+use crate::serve::{BUFFER, DISCARD, ECHO, MESSAGE};
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
+const RETRY: Duration = Duration::from_millis(5);
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    /// One connection that sends as fast as it can, in Gbit/s until the server has counted everything.
+    Throughput,
+    /// Messages of 64 bytes, one at a time on one connection, in round trips per second.
+    RoundTrips,
+    /// Connect, 64 bytes there and back, close; one at a time, in microseconds each.
+    Connect,
+}
+
+/// A measurement of the subject and one of the baseline, taken one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Pair {
+    /// Through the mesh.
+    pub(crate) value: f64,
+    /// Without it.
+    pub(crate) baseline: f64,
+}
+
+/// Measures `rounds` pairs, for `each` per side. Every second pair begins with the baseline, so that drift of the machine cancels out.
+///
+/// # Errors
+/// When a connection fails.
+pub(crate) fn measure(
+    kind: Kind,
+    subject: SocketAddr,
+    baseline: SocketAddr,
+    rounds: u32,
+    each: Duration,
+) -> Result<Vec<Pair>> {
+    let one = |side: &str, address: SocketAddr| -> Result<f64> {
+        match kind {
+            Kind::Throughput => throughput(address, each),
+            Kind::RoundTrips => round_trips(address, each),
+            Kind::Connect => connections(address, each),
+        }
+        .with_context(|| format!("{side} at {address}"))
+    };
+    // The first connection may have to build the path.
+    for (side, address) in [("subject", subject), ("baseline", baseline)] {
+        one(side, address)?;
+    }
+    let mut pairs = Vec::new();
+    for round in 0..rounds {
+        let pair = if round % 2 == 0 {
+            let value = one("subject", subject)?;
+            Pair { value, baseline: one("baseline", baseline)? }
+        } else {
+            let baseline = one("baseline", baseline)?;
+            Pair { value: one("subject", subject)?, baseline }
+        };
+        pairs.push(pair);
+    }
+    Ok(pairs)
+}
+
+fn open(address: SocketAddr) -> Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, CONNECT_DEADLINE)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(ANSWER_DEADLINE))?;
+    stream.set_write_timeout(Some(ANSWER_DEADLINE))?;
+    Ok(stream)
+}
+
+fn throughput(address: SocketAddr, each: Duration) -> Result<f64> {
+    let mut stream = open(address)?;
+    let block = vec![0x5a; BUFFER];
+    let begin = Instant::now();
+    let mut sent = 0_u64;
+    stream.write_all(&[DISCARD])?;
+    while begin.elapsed() < each {
+        stream.write_all(&block)?;
+        sent += block.len() as u64;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut counted = [0; 8];
+    stream.read_exact(&mut counted)?;
+    let took = begin.elapsed();
+    let counted = u64::from_be_bytes(counted);
+    ensure!(counted == sent, "{counted} of {sent} bytes arrived");
+    Ok(sent as f64 * 8.0 / took.as_secs_f64() / 1e9)
+}
+
+fn round_trips(address: SocketAddr, each: Duration) -> Result<f64> {
+    let mut stream = open(address)?;
+    stream.write_all(&[ECHO])?;
+    let mut count = 0_u32;
+    let begin = Instant::now();
+    while begin.elapsed() < each {
+        round_trip(&mut stream, count)?;
+        count += 1;
+    }
+    Ok(f64::from(count) / begin.elapsed().as_secs_f64())
+}
+
+/// One message there and back; it must be the same.
+fn round_trip(stream: &mut TcpStream, number: u32) -> Result<()> {
+    let mut message = [0x2a; MESSAGE];
+    message[..4].copy_from_slice(&number.to_be_bytes());
+    stream.write_all(&message)?;
+    let mut answer = [0; MESSAGE];
+    stream.read_exact(&mut answer)?;
+    ensure!(answer == message, "another message came back");
+    Ok(())
+}
+
+fn connections(address: SocketAddr, each: Duration) -> Result<f64> {
+    let mut count = 0_u32;
+    let begin = Instant::now();
+    while begin.elapsed() < each {
+        let mut stream = TcpStream::connect_timeout(&address, CONNECT_DEADLINE)?;
+        stream.set_read_timeout(Some(ANSWER_DEADLINE))?;
+        round_trip(&mut stream, count)?;
+        // Closed by a reset: thousands of ports in TIME_WAIT would change what is measured.
+        SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+        count += 1;
+    }
+    Ok(begin.elapsed().as_secs_f64() * 1e6 / f64::from(count))
+}
+
+/// One echoed message over a new connection.
+///
+/// # Errors
+/// When it isn't answered.
+pub(crate) fn ask(address: SocketAddr) -> Result<()> {
+    let mut stream = open(address)?;
+    stream.write_all(&[ECHO])?;
+    round_trip(&mut stream, 0)
+}
+
+/// Asks for `/` at `HOST:PORT` over HTTP until the first answer, looking the name up each time.
+///
+/// # Errors
+/// When there is none within the deadline; the message is that of the last attempt.
+pub(crate) fn await_answer(target: &str, deadline: Duration) -> Result<()> {
+    let begin = Instant::now();
+    loop {
+        match first_answer(target) {
+            Ok(()) => return Ok(()),
+            Err(error) if begin.elapsed() > deadline => return Err(error),
+            Err(_) => thread::sleep(RETRY),
+        }
+    }
+}
+
+fn first_answer(target: &str) -> Result<()> {
+    let address = target.to_socket_addrs()?.next().context("the name has no address")?;
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
+    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+    stream.write_all(format!("GET / HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n").as_bytes())?;
+    let mut head = [0; 12];
+    stream.read_exact(&mut head)?;
+    if !head.starts_with(b"HTTP/1.1 200") {
+        bail!("{}", String::from_utf8_lossy(&head));
+    }
+    Ok(())
+}

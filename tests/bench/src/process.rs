@@ -1,0 +1,123 @@
+//! Processes on the lab's nodes: finding one, what CPU time and memory it has used, and those that the bench starts itself.
+
+use std::{
+    fs,
+    io::Read,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Unit of the times in /proc/PID/stat: `USER_HZ`, which Linux keeps at 100 for programs.
+const TICKS_PER_SECOND: f64 = 100.0;
+const START_DEADLINE: Duration = Duration::from_secs(10);
+
+/// CPU seconds (user and system) that a process has used.
+///
+/// # Errors
+/// When it is gone.
+pub(crate) fn cpu_seconds(pid: i32) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid}"))?;
+    // The name, in parentheses, may hold spaces; utime and stime are the 12th and 13th field behind it.
+    let (_, rest) = stat.rsplit_once(')').context("/proc/PID/stat has a name")?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let mut next = || fields.next().and_then(|field| field.parse::<f64>().ok()).context("/proc/PID/stat has times");
+    Ok((next()? + next()?) / TICKS_PER_SECOND)
+}
+
+/// Resident memory of a process in MB (10^6 bytes).
+///
+/// # Errors
+/// When it is gone.
+pub(crate) fn resident_megabytes(pid: i32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("/proc/PID/status has VmRSS")?;
+    let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kibibytes * 1024.0 / 1e6)
+}
+
+/// The process called `name` below the control group `group`.
+pub(crate) fn find_process(name: &str, group: &str) -> Option<i32> {
+    let pids =
+        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let mut found = pids.filter(|pid| {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        read("comm").trim() == name && read("cgroup").contains(&format!("{group}/"))
+    });
+    found.next()
+}
+
+/// A program that runs on a node until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Background {
+    child: Child,
+    /// Its process.
+    pub(crate) pid: i32,
+}
+
+impl Background {
+    /// Starts `command`, which becomes a process called `name` in the control group `group`.
+    ///
+    /// # Errors
+    /// When it ends at once; the message is what it said.
+    pub(crate) fn start(mut command: Command, name: &str, group: &str) -> Result<Self> {
+        if let Some(pid) = find_process(name, group) {
+            bail!("a process {name} ({pid}) runs there already");
+        }
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let deadline = Instant::now() + START_DEADLINE;
+        loop {
+            if let Some(pid) = find_process(name, group) {
+                // Nobody may fill the pipe of a program that talks.
+                if let Some(mut errors) = child.stderr.take() {
+                    thread::spawn(move || std::io::copy(&mut errors, &mut std::io::sink()));
+                }
+                return Ok(Self { child, pid });
+            }
+            if child.try_wait()?.is_some() || Instant::now() > deadline {
+                let mut said = String::new();
+                child.kill()?;
+                if let Some(errors) = child.stderr.as_mut() {
+                    errors.take(4096).read_to_string(&mut said)?;
+                }
+                bail!("{name} doesn't start: {}", said.trim());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // Gone already is what is wanted.
+        drop(kill(Pid::from_raw(self.pid), Signal::SIGKILL));
+        drop(self.child.wait());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_uses_memory_and_time() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert!(resident_megabytes(pid).unwrap() > 0.5);
+        let begin = Instant::now();
+        while cpu_seconds(pid).unwrap() < 0.02 {
+            assert!(begin.elapsed() < Duration::from_secs(20), "no CPU time is counted");
+        }
+    }
+
+    #[test]
+    fn a_process_that_is_gone_is_an_error() {
+        assert!(cpu_seconds(i32::MAX).is_err());
+        assert!(resident_megabytes(i32::MAX).is_err());
+    }
+}
