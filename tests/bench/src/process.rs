@@ -96,7 +96,7 @@ impl Background {
 impl Drop for Background {
     fn drop(&mut self) {
         // Gone already is what is wanted.
-        drop(kill(Pid::from_raw(self.pid), Signal::SIGKILL));
+        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         drop(self.child.wait());
     }
 }
