@@ -12,7 +12,10 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
-use crate::serve::{BUFFER, DISCARD, ECHO, MESSAGE};
+use crate::{
+    process::{Side, stay},
+    serve::{BUFFER, DISCARD, ECHO, MESSAGE},
+};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
@@ -49,6 +52,7 @@ pub(crate) fn measure(
     rounds: u32,
     each: Duration,
 ) -> Result<Vec<Pair>> {
+    stay(Side::Client)?;
     let one = |side: &str, address: SocketAddr| -> Result<f64> {
         match kind {
             Kind::Throughput => throughput(address, each),

@@ -93,7 +93,15 @@ fn say(text: &str) {
     println!("{text}");
 }
 
-fn main() -> Result<ExitCode> {
+#[allow(clippy::print_stderr)]
+fn main() -> ExitCode {
+    act().unwrap_or_else(|error| {
+        eprintln!("bench: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn act() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     match arguments.part {
         None => return run(&arguments),

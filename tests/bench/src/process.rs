@@ -1,4 +1,5 @@
-//! Processes on the lab's nodes: finding one, what CPU time and memory it has used, and those that the bench starts itself.
+//! Processes: finding one on the lab's nodes, what CPU time and memory it has used, those that the bench starts itself, and
+//! the CPU on which a thread stays.
 
 use std::{
     fs,
@@ -10,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -17,6 +19,33 @@ use nix::{
 /// Unit of the times in /proc/PID/stat: `USER_HZ`, which Linux keeps at 100 for programs.
 const TICKS_PER_SECOND: f64 = 100.0;
 const START_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Which CPU a thread of a load generator stays on. Left to the scheduler, client and server share a CPU in some
+/// measurements and not in others, which changes round trips by half.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// The first that is allowed.
+    Client,
+    /// The last that is allowed.
+    Server,
+}
+
+/// Keeps the calling thread on one CPU.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn stay(side: Side) -> Result<()> {
+    let this = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this)?;
+    let mut cpus = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false));
+    let cpu = match side {
+        Side::Client => cpus.next(),
+        Side::Server => cpus.last(),
+    };
+    let mut one = CpuSet::new();
+    one.set(cpu.context("no CPU is allowed")?)?;
+    Ok(sched_setaffinity(this, &one)?)
+}
 
 /// CPU seconds (user and system) that a process has used.
 ///

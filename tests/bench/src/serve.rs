@@ -9,6 +9,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use crate::process::{Side, stay};
+
 /// First byte of a connection that only sends: the server counts, and answers with the count at the end.
 pub(crate) const DISCARD: u8 = b'D';
 /// First byte of a connection on which every message of [`MESSAGE`] bytes comes back.
@@ -60,6 +62,9 @@ fn web(listener: &TcpListener) {
 
 /// One connection after the other on one thread, so that little but the connection itself costs anything.
 fn connections(listener: &TcpListener) {
+    if stay(Side::Server).is_err() {
+        return;
+    }
     for mut stream in listener.incoming().flatten() {
         let mut message = [0; MESSAGE];
         let answered = stream.read_exact(&mut message).and_then(|()| stream.write_all(&message));
@@ -71,6 +76,7 @@ fn connections(listener: &TcpListener) {
 }
 
 fn answer_stream(mut stream: TcpStream) -> io::Result<()> {
+    stay(Side::Server).map_err(io::Error::other)?;
     stream.set_nodelay(true)?;
     let mut kind = [0];
     stream.read_exact(&mut kind)?;

@@ -109,6 +109,8 @@ fn port_exists(netns: &str, port: &str) -> bool {
 }
 
 /// A home router: hides the LAN behind its address, lets answers in, and forwards 80 and 443 to the site's gateway.
+/// It drops what comes to itself unasked, as such routers do. Answered packets would be remembered as connections, and keep their
+/// addresses and ports from the LAN's hosts: no hole could be punched.
 fn nat_rules(topology: &Topology, site: &str) -> String {
     let gateway = topology.nodes().into_iter().find(|node| node.site.as_deref() == Some(site) && node.gateway);
     let forward = gateway.map(|node| format!("iifname \"{WAN}\" tcp dport {{ 80, 443 }} dnat ip to {}", node.address));
@@ -120,6 +122,11 @@ fn nat_rules(topology: &Topology, site: &str) -> String {
                 type filter hook forward priority filter; policy accept;
                 iifname \"{WAN}\" ct state established,related accept
                 iifname \"{WAN}\" ct status dnat accept
+                iifname \"{WAN}\" drop
+            }}
+            chain input {{
+                type filter hook input priority filter; policy accept;
+                iifname \"{WAN}\" ct state established,related accept
                 iifname \"{WAN}\" drop
             }}
         }}\n",
