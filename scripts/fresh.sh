@@ -15,7 +15,8 @@ cleanup() {
 }
 trap cleanup EXIT
 
-mirror=$(sed -n 's/^URIs: *//p; s/^deb \([^ ]*\) bookworm .*/\1/p' /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n1)
+mirror=$(find /etc/apt \( -name sources.list -o -name debian.sources \) \
+    -exec sed -n 's/^URIs: *//p; s/^deb \([^ ]*\) bookworm .*/\1/p' {} + | head -n1)
 debootstrap --variant=minbase --include=ca-certificates,git,make bookworm "$root" "${mirror:-http://deb.debian.org/debian}"
 cp /etc/apt/sources.list.d/*.sources "$root/etc/apt/sources.list.d/" 2>/dev/null && rm -f "$root"/etc/apt/sources.list.d/nodesource.sources "$root/etc/apt/sources.list"
 # The machine's way to the package registries: name servers, proxies and certificate authorities.
