@@ -50,7 +50,11 @@ async fn a_peer_that_is_not_known_is_refused() {
     let (a, b) = (Endpoint::start("a", |_| {}), Endpoint::start("b", |_| {}));
     a.tunnel.set_peers(&[b.peer(2).await]);
     let error = within("open", a.tunnel.open("b", &header(Carried::Tcp, echo().await))).await.unwrap_err();
-    assert!(matches!(error, TunnelError::Unreachable { .. } | TunnelError::Lost { .. }), "{error}");
+    // The dialer of a QUIC connection is through before the other side has decided: it learns of the refusal by a close, and
+    // where that packet is lost, by silence. What counts is that the other side took nothing.
+    let refused =
+        matches!(error, TunnelError::Unreachable { .. } | TunnelError::Lost { .. } | TunnelError::Timeout { .. });
+    assert!(refused, "{error}");
     assert!(b.metric("edgemesh_tunnel_strangers_refused_total") >= 1);
     assert_eq!(b.metric("edgemesh_tunnel_streams_accepted_total{path=\"quic\"}"), 0);
 }
