@@ -40,7 +40,7 @@ pub(crate) fn stay(side: Side) -> Result<()> {
     let mut cpus = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false));
     let cpu = match side {
         Side::Client => cpus.next(),
-        Side::Server => cpus.last(),
+        Side::Server => cpus.next_back(),
     };
     let mut one = CpuSet::new();
     one.set(cpu.context("no CPU is allowed")?)?;
