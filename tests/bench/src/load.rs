@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use crate::{
-    process::{Side, stay},
+    process::stay_on_first_cpu,
     serve::{BUFFER, DISCARD, ECHO, MESSAGE},
 };
 
@@ -52,7 +52,9 @@ pub(crate) fn measure(
     rounds: u32,
     each: Duration,
 ) -> Result<Vec<Pair>> {
-    stay(Side::Client)?;
+    if kind != Kind::Throughput {
+        stay_on_first_cpu()?;
+    }
     let one = |side: &str, address: SocketAddr| -> Result<f64> {
         match kind {
             Kind::Throughput => throughput(address, each),

@@ -20,30 +20,17 @@ use nix::{
 const TICKS_PER_SECOND: f64 = 100.0;
 const START_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Which CPU a thread of a load generator stays on. Left to the scheduler, client and server share a CPU in some
-/// measurements and not in others, which changes round trips by half.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Side {
-    /// The first that is allowed.
-    Client,
-    /// The last that is allowed.
-    Server,
-}
-
-/// Keeps the calling thread on one CPU.
+/// Keeps the calling thread on the first CPU that is allowed. A client and a server that take turns do it both: left to the
+/// scheduler they share a CPU in some measurements and not in others, and waking another CPU costs more than what is measured.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) fn stay(side: Side) -> Result<()> {
+pub(crate) fn stay_on_first_cpu() -> Result<()> {
     let this = Pid::from_raw(0);
     let allowed = sched_getaffinity(this)?;
-    let mut cpus = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false));
-    let cpu = match side {
-        Side::Client => cpus.next(),
-        Side::Server => cpus.next_back(),
-    };
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap_or(false));
     let mut one = CpuSet::new();
-    one.set(cpu.context("no CPU is allowed")?)?;
+    one.set(first.context("no CPU is allowed")?)?;
     Ok(sched_setaffinity(this, &one)?)
 }
 

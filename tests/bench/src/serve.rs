@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{Side, stay};
+use crate::process::stay_on_first_cpu;
 
 /// First byte of a connection that only sends: the server counts, and answers with the count at the end.
 pub(crate) const DISCARD: u8 = b'D';
@@ -62,7 +62,7 @@ fn web(listener: &TcpListener) {
 
 /// One connection after the other on one thread, so that little but the connection itself costs anything.
 fn connections(listener: &TcpListener) {
-    if stay(Side::Server).is_err() {
+    if stay_on_first_cpu().is_err() {
         return;
     }
     for mut stream in listener.incoming().flatten() {
@@ -76,11 +76,11 @@ fn connections(listener: &TcpListener) {
 }
 
 fn answer_stream(mut stream: TcpStream) -> io::Result<()> {
-    stay(Side::Server).map_err(io::Error::other)?;
     stream.set_nodelay(true)?;
     let mut kind = [0];
     stream.read_exact(&mut kind)?;
     if kind[0] == ECHO {
+        stay_on_first_cpu().map_err(io::Error::other)?;
         let mut message = [0; MESSAGE];
         loop {
             stream.read_exact(&mut message)?;
