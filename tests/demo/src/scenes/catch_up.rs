@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use super::applications::{self, PROPAGATION_DEADLINE};
 use crate::Stage;
 
+const LINK_BACK_DEADLINE: Duration = Duration::from_secs(45);
 const EXTRA: &str = r#"
 apiVersion: v1
 kind: Service
@@ -27,7 +28,8 @@ spec:
 pub(super) fn run(stage: &Stage) -> Result<()> {
     applications::ensure_all(stage)?;
     stage.kubectl_with("apply -f -", DOOMED)?.ok()?;
-    stage.until("pod doomed runs at edge-a1", applications::RUNNING_DEADLINE, |stage| {
+    // The scene before cut this site off: its link may still have to notice that it is back.
+    stage.until("pod doomed runs at edge-a1", LINK_BACK_DEADLINE, |stage| {
         let pod = stage.json("pod doomed")?;
         ensure!(pod["status"]["phase"] == "Running", "{}", pod["status"]);
         Ok(())
