@@ -16,13 +16,12 @@ const PAGE: u32 = 200;
 const WATCH_SECONDS: u32 = 60;
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
-/// Wait between attempts while the API doesn't know the kind.
-const ABSENT_WAIT: Duration = Duration::from_secs(15);
 
 /// Sends every event of a kind, slimmed, until the receiver is gone. Errors are retried with backoff; after a gap the
 /// watcher lists again (`Init`, `InitApply`…, `InitDone`), and what isn't listed has been deleted.
 ///
-/// With `may_be_absent`, a kind that the API doesn't know (a custom resource that isn't installed) counts as empty.
+/// With `may_be_absent`, a kind that the API doesn't know (a custom resource that isn't installed) counts as empty. It is
+/// asked for again as soon as after an error: on a node that has just joined, its definition is on the way.
 pub async fn follow<K, T>(
     api: Api<K>,
     may_be_absent: bool,
@@ -70,9 +69,8 @@ pub async fn follow<K, T>(
                 } else {
                     tracing::debug!(kind, %error, "still can't be watched");
                 }
-                let pause = if absent { ABSENT_WAIT } else { wait };
                 tokio::select! {
-                    () = tokio::time::sleep(pause.mul_f64(rand::random_range(0.7..1.0))) => {}
+                    () = tokio::time::sleep(wait.mul_f64(rand::random_range(0.7..1.0))) => {}
                     () = changes.closed() => return,
                 }
                 wait = (wait * 2).min(LONGEST_WAIT);

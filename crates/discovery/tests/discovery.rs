@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use edgemesh_api::MeshNode;
 use edgemesh_apiserver::{
     Identity, Mode, Store, StoreOptions,
     auth::{Authenticator, Authorizer},
@@ -17,7 +18,7 @@ use edgemesh_discovery::{Discovery, DiscoveryConfig, api_client};
 use edgemesh_mesh::{Catalog, CatalogStore};
 use edgemesh_telemetry::{Readiness, Shutdown};
 use kube::{
-    Api, Client,
+    Api, Client, CustomResourceExt,
     api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
     core::{ApiResource, GroupVersionKind},
 };
@@ -209,6 +210,27 @@ async fn the_catalog_follows_the_api_and_survives_its_absence() {
                 && catalog.node("edge-a1").is_none()
         })
         .await;
+    running.stop().await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mesh_nodes_are_known_soon_after_their_kind_is_installed() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(folder.path(), "127.0.0.1:0").await;
+    let running = Running::start(cluster.address, &folder.path().join("catalog.json")).await;
+    running.ready().await;
+    cluster.create(node("cloud-1", "cloud")).await;
+    cluster.create(serde_json::to_value(MeshNode::crd()).unwrap()).await;
+    let peer =
+        json!({"peerId": "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp", "addresses": [], "relay": true});
+    cluster
+        .create(json!({"apiVersion": "edgemesh.dev/v1alpha1", "kind": "MeshNode", "metadata": {"name": "cloud-1"},
+            "spec": {"peers": {"agent": peer}}}))
+        .await;
+    let installed = Instant::now();
+    running.until("the MeshNode", |catalog| catalog.node("cloud-1").is_some_and(|node| !node.peers.is_empty())).await;
+    assert!(installed.elapsed() < Duration::from_secs(3), "it took {:?}", installed.elapsed());
     running.stop().await;
     cluster.stop().await;
 }
