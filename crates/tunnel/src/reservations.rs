@@ -7,8 +7,11 @@ use libp2p::{PeerId, core::transport::ListenerId};
 use rand::Rng as _;
 use tokio::time::Instant;
 
-/// First pause after a failure; it doubles up to [`LONGEST_PAUSE`].
+/// Pause after each of the first [`QUICK_ATTEMPTS`] failures; then it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+/// A relay refuses a node that it doesn't know yet. A node that has just joined knows the relay first, so it is refused until
+/// its MeshNode has gone through the cloud: some seconds, in which nobody reaches it.
+const QUICK_ATTEMPTS: u32 = 20;
 /// A node that comes back to the network should be reachable soon, and one more handshake every few seconds is cheap.
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 
@@ -116,7 +119,7 @@ impl Reservations {
 
 /// The pause after `failures` failures, with jitter so that nodes don't return to a restarted relay all at once.
 fn pause(failures: u32) -> Duration {
-    let longest = SHORTEST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(8)).min(LONGEST_PAUSE);
+    let longest = SHORTEST_PAUSE.saturating_mul(1 << failures.saturating_sub(QUICK_ATTEMPTS).min(8)).min(LONGEST_PAUSE);
     longest.mul_f64(rand::rng().random_range(0.5..1.0))
 }
 

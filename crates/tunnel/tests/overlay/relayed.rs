@@ -1,5 +1,7 @@
 //! Paths through a relay: the peers know no direct address of each other.
 
+use std::time::{Duration, Instant};
+
 use edgemesh_tunnel::{Carried, Path, TunnelPeer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -68,7 +70,7 @@ async fn a_relayed_stream_has_no_data_cap() {
         }
         writer.shutdown().await.unwrap();
     });
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     let mut buffer = vec![0; 64 * 1024];
     let mut total = 0;
     while let read @ 1.. = within("data", reader.read(&mut buffer)).await.unwrap() {
@@ -89,6 +91,23 @@ async fn udp_goes_through_the_relay_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_new_node_is_reached_soon_after_the_relay_learns_of_it() {
+    let relay = Endpoint::start("relay", |config| config.relay_server = true);
+    let a = Endpoint::start("a", |_| {});
+    a.tunnel.set_peers(&[relay.peer(2).await]);
+    within("refusals", async {
+        while relay.metric("edgemesh_tunnel_strangers_refused_total") < 6 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    relay.tunnel.set_peers(&[hidden(&a).await]);
+    let known = Instant::now();
+    a.circuits().await;
+    assert!(known.elapsed() < Duration::from_millis(1500), "it took {:?}", known.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nodes_return_to_a_restarted_relay() {
     let mut site = site(false).await;
     let server = echo().await;
@@ -99,7 +118,7 @@ async fn nodes_return_to_a_restarted_relay() {
         loop {
             match site.a.tunnel.open("b", &header(Carried::Tcp, server)).await {
                 Ok(stream) if stream.path().label() == "relay" => break,
-                _ => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+                _ => tokio::time::sleep(Duration::from_millis(100)).await,
             }
         }
     })
@@ -114,7 +133,7 @@ async fn a_relayed_connection_is_upgraded_to_a_direct_one() {
     round_trip(&site.a.tunnel, "b", server, "hello").await;
     within("the upgrade", async {
         while matches!(site.a.tunnel.path("b"), Path::Relayed { .. } | Path::None) {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })
     .await;
