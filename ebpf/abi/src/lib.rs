@@ -89,6 +89,12 @@ impl FrontendKey {
         Self(address.0 | (protocol as u64) << 48)
     }
 
+    /// The key that stands for all ports of the address that have no frontend of their own: the one with port 0.
+    #[inline(always)]
+    pub const fn any_port(self) -> Self {
+        Self(self.0 & !(0xffff << 32))
+    }
+
     /// The word in the map.
     #[inline(always)]
     pub const fn to_bits(self) -> u64 {
@@ -241,6 +247,7 @@ mod tests {
         assert_eq!((address.octets(), address.port()), ([10, 96, 0, 10], 53));
         let key = FrontendKey::new(address, UDP);
         assert_eq!((key.address(), key.protocol()), (address, UDP));
+        assert_eq!(key.any_port(), FrontendKey::new(SocketAddress::new([10, 96, 0, 10], 0), UDP));
         let frontend = Frontend::new(Frontend::MAX_SLOT, u16::MAX, 0xabcd);
         assert_eq!((frontend.first(), frontend.count(), frontend.generation()), (Frontend::MAX_SLOT, u16::MAX, 0xabcd));
         let backend = Backend::new(address, u16::MAX);

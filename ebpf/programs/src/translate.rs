@@ -100,7 +100,10 @@ pub fn forget(socket: &SockContext) {
 fn choose(key: FrontendKey, tcp: bool, cookie: u64) -> Choice {
     for _ in 0..LOOKUPS {
         // SAFETY: the value is one word, read at once; the generation tells if the element was reused meanwhile.
-        let Some(&frontend) = (unsafe { FRONTENDS.get(&key) }) else { return Choice::None };
+        let Some(&frontend) = (unsafe { FRONTENDS.get(&key) }) else {
+            // A Service's address belongs to nobody else: what is not one of its ports is closed.
+            return if FRONTENDS.get_ptr(key.any_port()).is_some() { Choice::Refuse } else { Choice::None };
+        };
         if frontend.count() == 0 {
             return Choice::Refuse;
         }

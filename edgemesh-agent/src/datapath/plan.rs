@@ -19,7 +19,7 @@ pub const DNS_PORT: u16 = 53;
 /// An address at which a Service port is called on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Frontend {
-    /// Address and port.
+    /// Address and port. Port 0 stands for all ports without a frontend of their own.
     pub address: SocketAddrV4,
     /// Protocol.
     pub protocol: Protocol,
@@ -78,6 +78,7 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
         if let IpAddr::V4(ip) = ip {
             let target = target(catalog, surroundings, service_port);
             plan.insert(Frontend { address: SocketAddrV4::new(ip, port), protocol }, target);
+            close_other_ports(&mut plan, ip);
         }
     }
     let node_addresses: Vec<Ipv4Addr> = own_addresses(catalog, &viewpoint.node);
@@ -92,11 +93,19 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             plan.insert(Frontend { address, protocol }, Target::Listener(listener));
         }
+        close_other_ports(&mut plan, *address.ip());
     }
     let live: HashSet<ServicePortName> =
         catalog.services().flat_map(|service| service.ports.iter()).map(|port| (&**port).into()).collect();
     allocator.retire(&live);
     plan
+}
+
+/// What is sent to a port that a Service doesn't have would leave the node and wait for an answer that never comes.
+fn close_other_ports(plan: &mut Plan, ip: Ipv4Addr) {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        plan.insert(Frontend { address: SocketAddrV4::new(ip, 0), protocol }, Target::Refuse);
+    }
 }
 
 /// What must be done to come from one plan to another.
@@ -236,8 +245,13 @@ mod tests {
         endpoints(&store, &[("10.244.1.5", "a1", true)]);
         let plan = plan_at(&store, "a1", &allocator);
         let frontends: Vec<String> = plan.keys().map(Frontend::to_string).collect();
-        assert_eq!(frontends, ["10.96.0.20:80/tcp", "127.0.0.1:30080/tcp", "192.168.1.11:30080/tcp"]);
-        assert!(plan.values().all(|target| *target == direct(&["10.244.1.5:8080"])));
+        let closed = ["10.96.0.20:0/tcp", "10.96.0.20:0/udp"];
+        let called = ["10.96.0.20:80/tcp", "127.0.0.1:30080/tcp", "192.168.1.11:30080/tcp"];
+        assert_eq!(frontends, [closed.as_slice(), called.as_slice()].concat());
+        for (frontend, target) in &plan {
+            let expected = if frontend.address.port() == 0 { Target::Refuse } else { direct(&["10.244.1.5:8080"]) };
+            assert_eq!(*target, expected, "{frontend}");
+        }
     }
 
     #[test]

@@ -71,6 +71,19 @@ fn a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service() {
 }
 
 #[test]
+fn ports_that_a_service_does_not_have_are_refused_at_once() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    tcp_server(PODS[0]);
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut programs, Tcp, "10.96.0.20:0", Some(&[]));
+    assert_eq!(call_tcp("10.96.0.20:81").unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(call_tcp(VIP).unwrap(), PODS[0]);
+    assert_eq!(call_tcp("10.96.0.21:81").unwrap_err().kind(), ErrorKind::NetworkUnreachable, "no Service's address");
+    assert_eq!(counters.get(Counter::Refused).unwrap(), 1);
+}
+
+#[test]
 fn connections_spread_over_all_pods_of_a_service() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     let (mut programs, _) = sandbox.programs();
