@@ -191,7 +191,7 @@ impl Stage {
         self.lab(&["pod", pod, "--", "/bin/sh", "-c", line])
     }
 
-    /// Tries until it succeeds.
+    /// Tries until it succeeds, which must be before the deadline.
     ///
     /// # Errors
     /// The last failure, once the deadline passed.
@@ -201,7 +201,14 @@ impl Stage {
         loop {
             match attempt(&unseen) {
                 Ok(value) => {
-                    self.say(&format!("    {what}: after {:.1} s", begin.elapsed().as_secs_f64()));
+                    let took = begin.elapsed();
+                    ensure!(
+                        took <= deadline,
+                        "within {:.1} s, not {} s: {what}",
+                        took.as_secs_f64(),
+                        deadline.as_secs()
+                    );
+                    self.say(&format!("    {what}: after {:.1} s", took.as_secs_f64()));
                     return Ok(value);
                 }
                 Err(error) if begin.elapsed() > deadline => {
