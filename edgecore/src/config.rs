@@ -157,6 +157,13 @@ impl Validate for Config {
         if !self.cgroup_root.starts_with('/') {
             problems.add("cgroupRoot", "must begin with /");
         }
+        if self.labels.contains_key(names::GATEWAY_NODE_LABEL) {
+            let label = names::GATEWAY_NODE_LABEL;
+            problems.add(
+                "labels",
+                format!("{label} is not the node's to set: join with a token of `hub token create --gateway`"),
+            );
+        }
         for (name, value) in &self.labels {
             if !is_label_name(name) || !is_label_value(value) {
                 problems.add("labels", format!("{name}: {value:?} is no valid label"));
@@ -200,6 +207,10 @@ mod tests {
 
     #[test]
     fn labels_are_checked_before_the_api_refuses_the_node() {
+        let labels = [(names::GATEWAY_NODE_LABEL.to_owned(), "true".to_owned())].into();
+        let mut problems = Problems::default();
+        Config { labels, ..Config::default() }.validate(&mut problems);
+        assert!(problems.list()[0].contains("hub token create --gateway"), "{:?}", problems.list());
         assert!(is_label_name("edgemesh.dev/gateway") && is_label_name("zone"));
         assert!(!is_label_name("UPPER/x") && !is_label_name("a/b/c") && !is_label_name("x/"));
         assert!(is_label_value("") && is_label_value("site-a") && !is_label_value("-a"));

@@ -148,7 +148,7 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
     })
 }
 
-/// Makes a join token for a node, with the cluster's API by `kubeconfig`, else by the configuration.
+/// Makes a join token for a node, which may run a `gateway`, with the cluster's API by `kubeconfig`, else by the configuration.
 ///
 /// # Errors
 /// When there is no kubeconfig, or the API refuses.
@@ -156,10 +156,11 @@ pub async fn create_token(
     config: &Config,
     kubeconfig: Option<PathBuf>,
     node: &str,
+    gateway: bool,
     ttl_seconds: u64,
 ) -> anyhow::Result<String> {
     let path = kubeconfig.or_else(|| config.kubeconfig.clone());
     let path = path.unwrap_or_else(|| config.data_dir.join("admin.kubeconfig"));
     let client = standalone::client_from(&path).await?;
-    crate::tokens::create(&client, node, ttl_seconds).await
+    crate::tokens::create(&client, node, gateway, ttl_seconds).await
 }

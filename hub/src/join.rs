@@ -3,11 +3,16 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use edgemesh_api::names::{NODE_USER_PREFIX, NODES_GROUP};
+use edgemesh_api::names::{GATEWAY_NODE_LABEL, NODE_USER_PREFIX, NODES_GROUP};
 use edgemesh_apiserver::pki::CertificateAuthority;
 use http::StatusCode;
-use kube::Client;
+use k8s_openapi::api::core::v1::Node;
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::{
     identity::is_node_name,
@@ -89,6 +94,10 @@ impl Joining {
             .authority
             .sign_csr(&request.csr_pem, &common_name, &[NODES_GROUP], CERTIFICATE_TTL)
             .map_err(|error| ("malformed", StatusCode::BAD_REQUEST, "BadRequest", error.to_string()))?;
+        if token.gateway {
+            // Before the token is used up: whoever was given a gateway's token is to have a gateway, or a token.
+            mark_gateway(&self.client, &request.node).await.map_err(|error| refused(error.into()))?;
+        }
         tokens::use_up(&self.client, token).await.map_err(refused)?;
         tracing::info!(node = request.node, "a node joined");
         let response = JoinResponse {
@@ -99,5 +108,20 @@ impl Joining {
         serde_json::to_vec(&response)
             .map(Bytes::from)
             .map_err(|error| ("internal", StatusCode::INTERNAL_SERVER_ERROR, "InternalError", error.to_string()))
+    }
+}
+
+/// Labels a Node, which may not exist yet, as one that runs a gateway. A node can't do so itself.
+async fn mark_gateway(client: &Client, node: &str) -> Result<(), kube::Error> {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let label = json!({"metadata": {"labels": {GATEWAY_NODE_LABEL: "true"}}});
+    match nodes.patch_metadata(node, &PatchParams::default(), &Patch::Merge(&label)).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            let mut fresh = Node::default();
+            fresh.metadata.name = Some(node.to_owned());
+            fresh.metadata.labels = Some([(GATEWAY_NODE_LABEL.to_owned(), "true".to_owned())].into());
+            nodes.create(&PostParams::default(), &fresh).await.map(drop)
+        }
+        result => result.map(drop),
     }
 }

@@ -42,6 +42,9 @@ enum TokenCommand {
         /// The node's name.
         #[arg(long)]
         node: String,
+        /// The node may run a gateway: it gets the TLS Secrets that Gateways name.
+        #[arg(long)]
+        gateway: bool,
         /// How long the token can be used, for example 30m or 2h.
         #[arg(long, default_value = "1h", value_parser = tokens::parse_ttl)]
         ttl: u64,
@@ -74,8 +77,8 @@ fn main() -> ExitCode {
         tracing::debug!("a TLS provider was already installed");
     }
     match flags.command {
-        Some(Command::Token { command: TokenCommand::Create { node, ttl, kubeconfig } }) => {
-            match create_token(&settings, kubeconfig, &node, ttl) {
+        Some(Command::Token { command: TokenCommand::Create { node, gateway, ttl, kubeconfig } }) => {
+            match create_token(&settings, kubeconfig, &node, gateway, ttl) {
                 Ok(token) => {
                     println!("{token}");
                     ExitCode::SUCCESS
@@ -100,8 +103,14 @@ fn main() -> ExitCode {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn create_token(settings: &Config, kubeconfig: Option<PathBuf>, node: &str, ttl: u64) -> anyhow::Result<String> {
-    app::create_token(settings, kubeconfig, node, ttl).await
+async fn create_token(
+    settings: &Config,
+    kubeconfig: Option<PathBuf>,
+    node: &str,
+    gateway: bool,
+    ttl: u64,
+) -> anyhow::Result<String> {
+    app::create_token(settings, kubeconfig, node, gateway, ttl).await
 }
 
 #[tokio::main]

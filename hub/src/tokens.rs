@@ -1,7 +1,7 @@
 //! Join tokens: each is for one node name, once, for a short time.
 //!
 //! A token reads `ID.SECRET.CAHASH`. The cluster holds a Secret `edgemesh-join-ID` with the hash of SECRET, the node's name
-//! and the expiry; CAHASH lets the node check that it talks to the right hub before it says SECRET.
+//! the expiry and what the node may be; CAHASH lets the node check that it talks to the right hub before it says SECRET.
 
 use anyhow::Context;
 use edgemesh_api::names::SYSTEM_NAMESPACE;
@@ -59,11 +59,11 @@ impl TokenError {
     }
 }
 
-/// Makes a token for one node.
+/// Makes a token for one node, which may run a gateway or not.
 ///
 /// # Errors
 /// When the name is no node name, the lifetime is out of range, or the API refuses.
-pub(crate) async fn create(client: &Client, node: &str, ttl_seconds: u64) -> anyhow::Result<String> {
+pub(crate) async fn create(client: &Client, node: &str, gateway: bool, ttl_seconds: u64) -> anyhow::Result<String> {
     anyhow::ensure!(is_node_name(node), "{node:?} can't be the name of a node");
     anyhow::ensure!(
         (1..=MAX_TTL_SECONDS).contains(&ttl_seconds),
@@ -80,7 +80,7 @@ pub(crate) async fn create(client: &Client, node: &str, ttl_seconds: u64) -> any
     let object: Secret = serde_json::from_value(json!({
         "metadata": {"name": secret_name(&id), "namespace": SYSTEM_NAMESPACE},
         "type": SECRET_TYPE,
-        "stringData": {"node": node, "secretHash": hash(&secret), "expires": expires.to_string()},
+        "stringData": {"node": node, "secretHash": hash(&secret), "expires": expires.to_string(), "gateway": gateway.to_string()},
     }))?;
     let secrets: Api<Secret> = Api::namespaced(client.clone(), SYSTEM_NAMESPACE);
     secrets.create(&PostParams::default(), &object).await.context("the token can't be stored in the cluster")?;
@@ -90,6 +90,8 @@ pub(crate) async fn create(client: &Client, node: &str, ttl_seconds: u64) -> any
 /// A token that was found good, and is still to be used up.
 #[derive(Debug)]
 pub(crate) struct GoodToken {
+    /// Whether the node may run a gateway.
+    pub(crate) gateway: bool,
     name: String,
     uid: Option<String>,
     resource_version: Option<String>,
@@ -127,6 +129,7 @@ pub(crate) async fn check(client: &Client, token: &str, node: &str) -> Result<Go
         return Err(TokenError::OtherNode { for_node, asked: node.chars().take(253).collect() });
     }
     Ok(GoodToken {
+        gateway: text("gateway") == "true",
         name: secret_name(id),
         uid: found.metadata.uid.clone(),
         resource_version: found.metadata.resource_version.clone(),

@@ -2,7 +2,11 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use edgemesh_api::{ObjectKey, link::WriteVerb, names::NODE_LEASE_NAMESPACE};
+use edgemesh_api::{
+    ObjectKey,
+    link::WriteVerb,
+    names::{GATEWAY_NODE_LABEL, NODE_LEASE_NAMESPACE},
+};
 use edgemesh_link::hub_session::{NodeWrite, WriteOutcome};
 use edgemesh_telemetry::Shutdown;
 use kube::{
@@ -113,11 +117,17 @@ impl Writer {
             Ok(resource) => resource,
             Err(message) => return WriteOutcome::Refused { reason: "Forbidden".to_owned(), message },
         };
-        let body: Value = match serde_json::from_slice(&write.body) {
+        let mut body: Value = match serde_json::from_slice(&write.body) {
             Ok(body @ Value::Object(_)) => body,
             Ok(_) => return bad_request("the body is no object"),
             Err(error) => return bad_request(&error.to_string()),
         };
+        // Whether a node is a gateway, and sees certificates, is not the node's to say.
+        if resource.kind == "Node"
+            && let Some(labels) = body["metadata"]["labels"].as_object_mut()
+        {
+            labels.remove(GATEWAY_NODE_LABEL);
+        }
         let mut delay = RETRY.0;
         while slot.state.lock().current(write.epoch) {
             let attempt = async {

@@ -9,13 +9,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use edgemesh_api::{
     link::{EdgeFrame, Heartbeat, Hello, HubFrame, ObjectRef, RefuseCode, ToEdge, ToHub, Write, WriteVerb, Writes},
-    names::NODE_LEASE_NAMESPACE,
+    names::{GATEWAY_NODE_LABEL, NODE_LEASE_NAMESPACE},
 };
 use edgemesh_link::{
     Fault, frames,
     tls::{self, KeyPair},
     transport::{self, Connection, Event},
 };
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, ResourceExt};
 use nodes::{DEADLINE, Edge, Hub, eventually};
 use serde_json::json;
 use tokio::{
@@ -60,6 +62,21 @@ async fn a_token_admits_its_own_node_once() {
     assert!(refusal(&hub, short.trim(), "edge-3").await.contains("expired"));
     let bad = hub.command(&["token", "create", "--node", "Not A Node"]);
     assert!(!bad.status.success() && bad.stdout.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_gateways_token_makes_a_gateway_node() {
+    let hub = Hub::start().await;
+    let client = hub.client().await;
+    let nodes: Api<Node> = Api::all(client);
+    let made = hub.command(&["token", "create", "--node", "edge-g", "--gateway"]);
+    let token = String::from_utf8(made.stdout).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    edgecore::join::join(folder.path(), &hub.url(), token.trim(), "edge-g").await.unwrap();
+    assert_eq!(nodes.get("edge-g").await.unwrap().labels()[GATEWAY_NODE_LABEL], "true");
+    // A node that joins again, with another token, stays what it is.
+    edgecore::join::join(folder.path(), &hub.url(), &hub.token("edge-g"), "edge-g").await.unwrap();
+    assert_eq!(nodes.get("edge-g").await.unwrap().labels()[GATEWAY_NODE_LABEL], "true");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,6 +161,14 @@ async fn a_node_is_who_its_certificate_says_and_writes_only_what_is_its_own() {
         write(3, "", "secrets", "default", "edge-1", WriteVerb::Create),
         write(4, "", "nodes", "", "edge-1", WriteVerb::Delete),
         write(5, "", "pods", "default", "other", WriteVerb::UpdateStatus),
+        // A gateway's label is taken out of the node's own word about itself.
+        Write {
+            body: Bytes::from(
+                json!({"metadata": {"name": "edge-1", "labels": {GATEWAY_NODE_LABEL: "true", "zone": "a"}}})
+                    .to_string(),
+            ),
+            ..write(6, "", "nodes", "", "edge-1", WriteVerb::Update)
+        },
     ];
     let count = writes.len();
     send(&mut node, HubFrame::Writes(Writes { writes })).await;
@@ -155,7 +180,10 @@ async fn a_node_is_who_its_certificate_says_and_writes_only_what_is_its_own() {
     }
     results.sort_by_key(|result| result.seq);
     let reasons: Vec<_> = results.iter().map(|result| result.reason.as_str()).collect();
-    assert_eq!(reasons, ["Forbidden", "Forbidden", "Forbidden", "Forbidden", "NotFound"]);
+    assert_eq!(reasons, ["Forbidden", "Forbidden", "Forbidden", "Forbidden", "NotFound", ""]);
+    let itself = Api::<Node>::all(hub.client().await).get("edge-1").await.unwrap();
+    assert_eq!(itself.labels()["zone"], "a");
+    assert!(!itself.labels().contains_key(GATEWAY_NODE_LABEL));
 
     // A newer connection of the node ends the older one.
     let mut newer = connect(&hub, &edge).await;

@@ -161,5 +161,16 @@ async fn nodes_touch_only_what_is_theirs() {
     assert!(nodes.create(&PostParams::default(), &named("edge-1")).await.is_ok());
     refused(nodes.create(&PostParams::default(), &named("edge-2")).await.map(drop), "cannot create");
     refused(nodes.delete("edge-1", &DeleteParams::default()).await.map(drop), "cannot delete");
+    let labelled = |value| Patch::Merge(json!({"metadata": {"labels": {"edgemesh.dev/gateway": value}}}));
+    let to_itself = nodes.patch("edge-1", &PatchParams::default(), &labelled(json!("true"))).await;
+    refused(to_itself.map(drop), "can't set or remove its own label edgemesh.dev/gateway");
+    let all_nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(admin);
+    all_nodes.patch("edge-1", &PatchParams::default(), &labelled(json!("true"))).await.unwrap();
+    refused(
+        nodes.patch("edge-1", &PatchParams::default(), &labelled(json!(null))).await.map(drop),
+        "can't set or remove its own label",
+    );
+    let zone = Patch::Merge(json!({"metadata": {"labels": {"zone": "a"}}}));
+    nodes.patch("edge-1", &PatchParams::default(), &zone).await.unwrap();
     server.stop().await;
 }

@@ -108,7 +108,7 @@ fn first_start(lab: &Lab, hub_host: &Host, node: &Host, images: &Path) -> Result
     }
     let hub = lab.namespace(&hub_host.name);
     Daemon::Hub.wait_ready(&hub)?;
-    let token = join_token(lab, &hub, &node.name)?;
+    let token = join_token(lab, &hub, node)?;
     let mut join = lab.program(Daemon::Edgecore, &host);
     let url = format!("https://{}:{}", hub_host.address, settings::LINK_PORT);
     join.insert(1, "join".to_owned());
@@ -121,10 +121,14 @@ fn first_start(lab: &Lab, hub_host: &Host, node: &Host, images: &Path) -> Result
 ///
 /// # Errors
 /// When the hub refuses.
-pub fn join_token(lab: &Lab, hub: &HostNamespace, node: &str) -> Result<String> {
+fn join_token(lab: &Lab, hub: &HostNamespace, node: &Host) -> Result<String> {
     let config = hub.folder.join("hub.yaml").display().to_string();
     let program = lab.programs.join("hub").display().to_string();
-    let words = [&program, "token", "create", "--node", node, "--config", &config].map(str::to_owned);
+    let mut words =
+        [&program, "token", "create", "--node", &node.name, "--config", &config].map(str::to_owned).to_vec();
+    if node.gateway {
+        words.push("--gateway".to_owned());
+    }
     command::finish(&mut hub.command("shell", &words)?)
 }
 

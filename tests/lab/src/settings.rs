@@ -40,10 +40,6 @@ pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
     let cni = folder.join("cni");
     fs::create_dir_all(&cni)?;
     fs::write(folder.join("containerd.toml"), containerd(namespace, &cni))?;
-    let mut labels = serde_json::Map::new();
-    if host.gateway {
-        labels.insert("edgemesh.dev/gateway".to_owned(), json!("true"));
-    }
     write(
         &folder.join("edgecore.yaml"),
         &json!({
@@ -52,7 +48,6 @@ pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
             "nodeIp": host.address.to_string(),
             "network": network,
             "role": if in_cloud { "cloud" } else { "edge" },
-            "labels": labels,
             "cgroupRoot": namespace.cgroup,
             "criSocket": CONTAINERD_SOCKET,
             "cniConfDir": cni,

@@ -79,6 +79,26 @@ impl Authorizer {
     }
 }
 
+/// Whether a write leaves alone what a node may not say of itself: that it runs a gateway, which shows it the certificates of
+/// Gateways (Kubernetes, "Admission Control": NodeRestriction).
+///
+/// # Errors
+/// 403, when the user is a node and the write changes it.
+pub(crate) fn admit_node_labels(
+    user: &Identity,
+    key: &ObjectKey,
+    old: Option<&Value>,
+    new: &Value,
+) -> Result<(), ApiError> {
+    let is_node = key.resource.group.is_empty() && key.resource.plural == "nodes";
+    let label = |node: &Value| fields::at(node, &["metadata", "labels", GATEWAY_NODE_LABEL]).cloned();
+    if !is_node || user.node_name().is_none() || old.and_then(label) == label(new) {
+        return Ok(());
+    }
+    let why = format!("a node can't set or remove its own label {GATEWAY_NODE_LABEL}; an administrator can");
+    Err(ApiError::forbidden(key, &why))
+}
+
 /// The rules for one node.
 struct Rules<'a> {
     store: &'a Store,

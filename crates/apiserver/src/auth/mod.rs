@@ -5,4 +5,5 @@ mod authorize;
 
 pub(crate) use authenticate::certificate_user;
 pub use authenticate::{AuthError, Authenticator};
+pub(crate) use authorize::admit_node_labels;
 pub use authorize::{Attributes, Authorizer, Decision, Visible};

@@ -16,6 +16,7 @@ use super::{
     transaction::Transaction,
 };
 use crate::{
+    auth::admit_node_labels,
     context::{FieldValidation, RequestContext},
     error::{ApiError, Cause, Details, Reason},
     fields,
@@ -109,6 +110,7 @@ pub(crate) fn create(
     if !fields::meta(&object, "resourceVersion").is_empty() {
         return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
     }
+    admit_node_labels(&context.user, &key, None, &object)?;
     if let Mode::Replica { node } = &transaction.shared.mode {
         replica::admit(node, WriteOp::Create, &key, None, Some(&object))?;
     } else if info.namespaced {
@@ -172,6 +174,9 @@ pub(crate) fn modify(
     if let Mode::Replica { node } = &transaction.shared.mode {
         let op = if part == Part::Status { WriteOp::UpdateStatus } else { WriteOp::Update };
         replica::admit(node, op, key, Some(&old), Some(&new))?;
+    }
+    if part == Part::Main {
+        admit_node_labels(&context.user, key, Some(&old), &new)?;
     }
     keep_server_side(&old, &mut new);
     let errors = match part {
