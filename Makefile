@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/edgemesh/target
+# A second kubectl for the API's tests; scripts/setup.sh fetches it.
+export KUBECTL_OLD ?= $(HOME)/.cache/edgemesh/kubectl-old/usr/bin/kubectl
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 BIN := $(CARGO_TARGET_DIR)/debug
 

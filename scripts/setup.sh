@@ -37,6 +37,19 @@ if [ ${#missing[@]} -gt 0 ]; then
     RUNLEVEL=1 apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
+# The embedded API is tried with two kubectls: the one on PATH, and Debian's old one, which speaks an older dialect.
+old_kubectl=$HOME/.cache/edgemesh/kubectl-old
+if [ ! -x "$old_kubectl/usr/bin/kubectl" ]; then
+    echo "setup: fetching Debian's kubectl"
+    download=$(mktemp -d)
+    chmod 755 "$download"
+    apt-get update -q
+    (cd "$download" && apt-get download -q kubernetes-client)
+    rm -rf "$old_kubectl"
+    dpkg-deb --extract "$download"/kubernetes-client_*.deb "$old_kubectl"
+    rm -rf "$download"
+fi
+
 required=1.95
 version=$(rustc --version | cut -d' ' -f2)
 if [ "$(printf '%s\n%s\n' "$required" "$version" | sort -V | head -n1)" != "$required" ]; then
