@@ -389,8 +389,20 @@ impl Node {
         ids
     }
 
-    /// The reasons of the events about a pod.
-    pub async fn event_reasons(&self, pod: &str) -> Vec<String> {
+    /// Waits until there are events about a pod with these reasons. They are written after the status that they explain.
+    pub async fn wait_events(&self, pod: &str, reasons: &[&str]) {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let found = self.event_reasons(pod).await;
+            if reasons.iter().all(|reason| found.iter().any(|found| found == reason)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "events of {pod} have the reasons {found:?}, not all of {reasons:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn event_reasons(&self, pod: &str) -> Vec<String> {
         let list = self.store.list(&ResourceName::new("", "v1", "events"), &ListOptions::namespace("shop")).await;
         let events = list.unwrap().items;
         let about = events.iter().filter(|event| event["involvedObject"]["name"] == pod);
