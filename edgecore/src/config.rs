@@ -7,7 +7,7 @@ use std::{
 };
 
 use edgemesh_api::names;
-use edgemesh_telemetry::{Problems, Validate, logging::LogFormat};
+use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
 /// Where distributions put the CNI plugins.
@@ -76,24 +76,6 @@ pub struct ListenConfig {
     pub listen: SocketAddr,
 }
 
-/// The admin endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct AdminConfig {
-    /// Where it listens.
-    pub listen: SocketAddr,
-}
-
-/// Logging.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct LogConfig {
-    /// Level, or a filter such as `info,edgecore=debug`. `EDGEMESH_LOG` wins.
-    pub level: String,
-    /// `text` or `json`.
-    pub format: LogFormat,
-}
-
 impl Default for Config {
     fn default() -> Self {
         let cni_bin_dir = CNI_BIN_DIRS.into_iter().find(|dir| std::path::Path::new(dir).is_dir());
@@ -114,7 +96,7 @@ impl Default for Config {
             cluster_ranges: vec![names::DEFAULT_POD_CIDR.to_owned()],
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             metaserver: ListenConfig::default(),
-            admin: AdminConfig::default(),
+            admin: AdminConfig::on(names::EDGECORE_ADMIN_PORT),
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -124,18 +106,6 @@ impl Default for Config {
 impl Default for ListenConfig {
     fn default() -> Self {
         Self { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, names::METASERVER_PORT)) }
-    }
-}
-
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, names::EDGECORE_ADMIN_PORT)) }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Text }
     }
 }
 

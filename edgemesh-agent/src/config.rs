@@ -7,7 +7,7 @@ use std::{
 
 use edgemesh_api::names;
 use edgemesh_mesh::{Catalog, Viewpoint};
-use edgemesh_telemetry::{Problems, Validate, logging::LogFormat};
+use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
 use crate::node_local::Ipv4Range;
@@ -57,14 +57,6 @@ pub enum DatapathMode {
     Ebpf,
 }
 
-/// The admin endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct AdminConfig {
-    /// Where it listens.
-    pub listen: SocketAddr,
-}
-
 /// Cluster DNS.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
@@ -103,16 +95,6 @@ pub struct TunnelConfig {
     pub advertise: Vec<String>,
 }
 
-/// Logging.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct LogConfig {
-    /// Level, or a filter such as `info,edgemesh_agent=debug`. `EDGEMESH_LOG` wins.
-    pub level: String,
-    /// `text` or `json`.
-    pub format: LogFormat,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -125,18 +107,12 @@ impl Default for Config {
             cgroup: PathBuf::from("/"),
             node_local_cidr: Ipv4Range::default(),
             routes: true,
-            admin: AdminConfig::default(),
+            admin: AdminConfig::on(names::AGENT_ADMIN_PORT),
             dns: DnsConfig::default(),
             tunnel: TunnelConfig::default(),
             log: LogConfig::default(),
             drain_seconds: 5,
         }
-    }
-}
-
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, names::AGENT_ADMIN_PORT)) }
     }
 }
 
@@ -164,12 +140,6 @@ impl Default for TunnelConfig {
             relay: false,
             advertise: Vec::new(),
         }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Text }
     }
 }
 

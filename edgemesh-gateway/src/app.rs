@@ -1,6 +1,6 @@
 //! Builds the daemon: binds what it serves, loads what is on disk, then starts its tasks.
 
-use std::{net::SocketAddr, path::Path, sync::Arc};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use edgemesh_discovery::{Discovery, DiscoveryConfig, api_client};
@@ -22,6 +22,14 @@ pub struct Bound {
     pub listeners: tokio::sync::watch::Receiver<Vec<SocketAddr>>,
     /// Stops it.
     pub shutdown: Shutdown,
+    drain: Duration,
+}
+
+impl Bound {
+    /// Stops it: requests in flight get the configured time.
+    pub async fn stop(self) {
+        self.shutdown.drain(self.drain).await;
+    }
 }
 
 /// Starts a gateway.
@@ -30,6 +38,7 @@ pub struct Bound {
 /// When the admin endpoint or the tunnel can't listen, or the API's credentials can't be used.
 pub async fn build(config: Config) -> Result<Bound> {
     let shutdown = Shutdown::default();
+    let drain = Duration::from_secs(config.drain_seconds);
     let readiness = Readiness::default();
     let registry = Arc::new(RwLock::new(Registry::default()));
     let metrics = Arc::new(Metrics::register(&mut registry.write()));
@@ -69,5 +78,5 @@ pub async fn build(config: Config) -> Result<Bound> {
         },
     );
     tokio::spawn(admin.serve(registry, readiness, routes, shutdown.clone()));
-    Ok(Bound { admin: admin_address, listeners: opened, shutdown })
+    Ok(Bound { admin: admin_address, listeners: opened, shutdown, drain })
 }

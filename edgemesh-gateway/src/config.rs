@@ -1,12 +1,12 @@
 //! The gateway's settings.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr},
     path::PathBuf,
 };
 
 use edgemesh_api::names;
-use edgemesh_telemetry::{Problems, Validate, logging::LogFormat};
+use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
 /// All settings. Where a setting is left out, its default holds.
@@ -37,14 +37,6 @@ pub struct Config {
     pub drain_seconds: u64,
 }
 
-/// The admin endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct AdminConfig {
-    /// Where it listens.
-    pub listen: SocketAddr,
-}
-
 /// The overlay to nodes of other networks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
@@ -53,16 +45,6 @@ pub struct TunnelConfig {
     pub port: u16,
     /// Further multiaddrs under which this node is reached, for example of a public address in front of it.
     pub advertise: Vec<String>,
-}
-
-/// Logging.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct LogConfig {
-    /// Level, or a filter such as `info,edgemesh_gateway=debug`. `EDGEMESH_LOG` wins.
-    pub level: String,
-    /// `text` or `json`.
-    pub format: LogFormat,
 }
 
 impl Default for Config {
@@ -75,7 +57,7 @@ impl Default for Config {
             listen: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             max_connections: 8192,
             response_timeout_seconds: 60,
-            admin: AdminConfig::default(),
+            admin: AdminConfig::on(names::GATEWAY_ADMIN_PORT),
             tunnel: TunnelConfig::default(),
             log: LogConfig::default(),
             drain_seconds: 10,
@@ -83,21 +65,9 @@ impl Default for Config {
     }
 }
 
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, names::GATEWAY_ADMIN_PORT)) }
-    }
-}
-
 impl Default for TunnelConfig {
     fn default() -> Self {
         Self { port: names::GATEWAY_TUNNEL_PORT, advertise: Vec::new() }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Text }
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use edgemesh_api::names;
-use edgemesh_telemetry::{Problems, Validate, logging::LogFormat};
+use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
 use crate::controllers::PodRange;
@@ -50,24 +50,6 @@ pub struct EndpointConfig {
     pub advertise: Vec<String>,
 }
 
-/// The admin endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct AdminConfig {
-    /// Where it listens.
-    pub listen: SocketAddr,
-}
-
-/// Logging.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct LogConfig {
-    /// Level, or a filter such as `info,hub=debug`. `EDGEMESH_LOG` wins.
-    pub level: String,
-    /// `text` or `json`.
-    pub format: LogFormat,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -79,7 +61,7 @@ impl Default for Config {
             service_cidr: names::DEFAULT_SERVICE_CIDR.to_owned(),
             pod_cidr: names::DEFAULT_POD_CIDR.to_owned(),
             cluster_dns: Ipv4Addr::new(10, 96, 0, 10),
-            admin: AdminConfig::default(),
+            admin: AdminConfig::on(names::HUB_ADMIN_PORT),
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -122,18 +104,6 @@ impl EndpointConfig {
 impl Default for EndpointConfig {
     fn default() -> Self {
         Self::on(0)
-    }
-}
-
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from((Ipv4Addr::LOCALHOST, names::HUB_ADMIN_PORT)) }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { level: "info".to_owned(), format: LogFormat::Text }
     }
 }
 

@@ -3,25 +3,22 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use edgemesh_telemetry::{config, drain, logging};
-use hub::{app, config::Config, tokens};
+use edgemesh_telemetry::daemon::{self, SettingFlags};
+use hub::{
+    app::{self, Bound},
+    config::Config,
+    tokens,
+};
 
 /// The cloud side of the mesh.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Flags {
-    /// YAML file with settings.
-    #[arg(long, value_name = "FILE", global = true)]
-    config: Option<PathBuf>,
-    /// One setting, for example `--set link.listen=0.0.0.0:443`. May be repeated; wins over the file and the environment.
-    #[arg(long = "set", value_name = "SETTING=VALUE", global = true)]
-    sets: Vec<String>,
+    #[command(flatten)]
+    settings: SettingFlags,
     /// Serve the Kubernetes API and run its controllers, too: no cluster is needed.
     #[arg(long)]
     standalone: bool,
-    /// Prints the settings in force and ends.
-    #[arg(long)]
-    print_config: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -58,24 +55,12 @@ enum TokenCommand {
 fn main() -> ExitCode {
     let mut flags = Flags::parse();
     if flags.standalone {
-        flags.sets.push("standalone=true".to_owned());
+        flags.settings.sets.push("standalone=true".to_owned());
     }
-    let loaded = config::load::<Config>(flags.config.as_deref(), "EDGEMESH_HUB", &flags.sets);
-    let shown = loaded.and_then(|config| Ok((config::to_yaml(&config)?, config)));
-    let settings = match shown {
-        Ok((yaml, _)) if flags.print_config => {
-            print!("{yaml}");
-            return ExitCode::SUCCESS;
-        }
-        Ok((_, settings)) => settings,
-        Err(error) => {
-            eprintln!("{error}");
-            return ExitCode::from(u8::try_from(config::EXIT_USAGE).unwrap_or(u8::MAX));
-        }
+    let settings = match flags.settings.settings::<Config>("EDGEMESH_HUB") {
+        Ok(settings) => settings,
+        Err(code) => return code,
     };
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
-        tracing::debug!("a TLS provider was already installed");
-    }
     match flags.command {
         Some(Command::Token { command: TokenCommand::Create { node, gateway, ttl, kubeconfig } }) => {
             match create_token(&settings, kubeconfig, &node, gateway, ttl) {
@@ -89,16 +74,7 @@ fn main() -> ExitCode {
                 }
             }
         }
-        None => {
-            logging::start(&settings.log.level, settings.log.format);
-            match run(settings) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    tracing::error!("{error:#}");
-                    ExitCode::FAILURE
-                }
-            }
-        }
+        None => daemon::run(&settings.log.clone(), app::build(settings), Bound::stop),
     }
 }
 
@@ -110,14 +86,6 @@ async fn create_token(
     gateway: bool,
     ttl: u64,
 ) -> anyhow::Result<String> {
+    daemon::install_tls_provider();
     app::create_token(settings, kubeconfig, node, gateway, ttl).await
-}
-
-#[tokio::main]
-async fn run(settings: Config) -> anyhow::Result<()> {
-    let bound = app::build(settings).await?;
-    drain::stop_signal().await?;
-    tracing::info!("stopping");
-    bound.stop().await;
-    Ok(())
 }

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// The exit code for a configuration that can't be used (`EX_USAGE` of sysexits.h).
-pub const EXIT_USAGE: i32 = 64;
+pub const EXIT_USAGE: u8 = 64;
 
 /// What is wrong with a configuration: each problem names the setting and the fix.
 #[derive(Debug, Default)]

@@ -2,11 +2,13 @@
 
 pub mod admin;
 pub mod config;
+pub mod daemon;
 pub mod drain;
 pub mod logging;
 pub mod readiness;
 
 pub use admin::{Admin, AdminRoutes};
 pub use config::{ConfigError, Problems, Validate};
+pub use daemon::{AdminConfig, LogConfig};
 pub use drain::{DrainToken, Shutdown};
 pub use readiness::{Readiness, ReadinessTask};

@@ -11,7 +11,7 @@ use std::{
 
 use edgecore::{
     app::Bound,
-    config::{AdminConfig, Config, ListenConfig},
+    config::{Config, ListenConfig},
 };
 use kube::{
     Client,
@@ -203,7 +203,7 @@ impl Edge {
             network: Some("lan".to_owned()),
             cri_socket: PathBuf::new(),
             metaserver: ListenConfig { listen: any },
-            admin: AdminConfig { listen: any },
+            admin: edgemesh_telemetry::AdminConfig { listen: any },
             ..Config::default()
         };
         self.bound = Some(edgecore::app::build(config).await.unwrap());
