@@ -6,6 +6,9 @@ use anyhow::Result;
 
 use crate::{Stage, scenes::Scene};
 
+/// Lines of each daemon's log that are shown after a failure.
+const LOG_LINES: usize = 8;
+
 /// What came of the scenes.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -28,11 +31,31 @@ pub fn run(stage: &Stage, scenes: &[Scene]) -> Outcome {
             }
             Err(error) => {
                 stage.say(&format!("   ✘ {} ({:.1} s): {error:#}", scene.name, begin.elapsed().as_secs_f64()));
+                if let Err(error) = show_logs(stage) {
+                    stage.say(&format!("     the logs can't be shown: {error:#}"));
+                }
                 outcome.failed.push((scene.name, format!("{error:#}")));
             }
         }
     }
     outcome
+}
+
+/// The ends of all daemons' logs: the lab may be gone when somebody wants to know why a scene failed.
+fn show_logs(stage: &Stage) -> Result<()> {
+    let unseen = stage.unseen();
+    let status: serde_json::Value = serde_json::from_str(&unseen.lab(&["status", "--json"])?.ok()?)?;
+    for host in status["hosts"].as_array().into_iter().flatten() {
+        let name = host["name"].as_str().unwrap_or_default();
+        for daemon in host["daemons"].as_object().into_iter().flat_map(|daemons| daemons.keys()) {
+            let log = unseen.lab(&["logs", name, daemon])?.text;
+            let lines: Vec<_> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+                stage.say(&format!("     {name} {daemon}: {line}"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Brings the lab up, runs the scenes, and removes the lab unless `keep`.

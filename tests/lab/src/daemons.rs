@@ -137,7 +137,7 @@ impl Daemon {
         host.spawn(&self.leaf(), program, &self.log(host))
     }
 
-    /// Kills it with SIGKILL and waits until it is gone. What it started (containers) stays.
+    /// Kills it with SIGKILL and waits until it is gone, with its sockets and locks. What it started (containers) stays.
     ///
     /// # Errors
     /// When it can't be killed.
@@ -150,10 +150,12 @@ impl Daemon {
             {
                 return Err(error).context(format!("kill {} of {}", self.name(), host.name));
             }
-            if Instant::now() > deadline {
-                bail!("{} of {} can't be killed", self.name(), host.name);
+            while !has_ended(pid) {
+                if Instant::now() > deadline {
+                    bail!("{} of {} can't be killed", self.name(), host.name);
+                }
+                thread::sleep(Duration::from_millis(5));
             }
-            thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }
@@ -195,5 +197,37 @@ impl Daemon {
             thread::sleep(Duration::from_millis(50));
         }
         Ok(())
+    }
+}
+
+/// Whether all threads of a process have ended. A killed process leaves its control group when its threads begin to end, and
+/// keeps its sockets and file locks until the last one has: one that is started in between finds its port taken.
+fn has_ended(pid: i32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    let ended = |stat: String| {
+        stat.rsplit(')').next().is_some_and(|rest| matches!(rest.trim_start().chars().next(), Some('Z' | 'X')))
+    };
+    // A thread whose file can't be read has gone in between.
+    threads.flatten().all(|thread| fs::read_to_string(thread.path().join("stat")).map_or(true, ended))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_ended_when_all_its_threads_have() {
+        assert!(!has_ended(i32::try_from(std::process::id()).unwrap()));
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(!has_ended(pid));
+        child.kill().unwrap();
+        let deadline = Instant::now() + END_DEADLINE;
+        while !has_ended(pid) {
+            assert!(Instant::now() < deadline, "a killed process that nobody has waited for yet counts as ended");
+            thread::sleep(Duration::from_millis(5));
+        }
+        child.wait().unwrap();
+        assert!(has_ended(pid));
     }
 }
