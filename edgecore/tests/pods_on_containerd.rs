@@ -265,6 +265,26 @@ fn a_new_runner_takes_over_running_pods_and_removes_unknown_ones() {
 }
 
 #[test]
+fn a_pod_in_a_new_sandbox_keeps_its_addresses() {
+    on_node(|mut node| async {
+        let script = format!("cat /sys/class/net/eth0/address; {FOREVER}");
+        node.apply_pod("moved", "u-moved", json!({"containers": [shell("c", &script)]})).await;
+        let before = node.wait_ready("moved").await;
+        let address: std::net::Ipv4Addr = before["status"]["podIP"].as_str().unwrap().parse().unwrap();
+        let link: Vec<_> = edgecore::network::link_address::of(address).iter().map(|b| format!("{b:02x}")).collect();
+        node.kill_sandbox("u-moved").await;
+        let after = node.wait("moved", "in a new sandbox", |pod| restarts(pod) == 1 && node::is_ready(pod)).await;
+        assert_eq!(after["status"]["podIP"], before["status"]["podIP"]);
+        for attempt in [0, 1] {
+            let log = || node.log("u-moved", "c", attempt);
+            node.until("the container says its link address", || !log().is_empty()).await;
+            assert_eq!(log().trim(), link.join(":"), "attempt {attempt}");
+        }
+        node
+    });
+}
+
+#[test]
 fn all_pods_return_after_a_reboot_from_the_store_alone() {
     on_node(|mut node| async {
         const PODS: usize = 5;

@@ -2,6 +2,7 @@
 
 pub mod addresses;
 pub mod cni;
+pub mod link_address;
 pub mod masquerade;
 
 use std::{path::PathBuf, time::Duration};

@@ -23,7 +23,7 @@ use super::{
     volumes::{self, VolumeError, VolumePaths},
     worker::{Step, Worker},
 };
-use crate::runtime::RuntimeError;
+use crate::{network::link_address, runtime::RuntimeError};
 
 /// Something that a person or the cloud must change first; it's tried again when it does, or after this time.
 const CONFIG_RETRY: Duration = Duration::from_secs(20);
@@ -117,6 +117,12 @@ impl Worker {
         let address = status.network.map(|network| network.ip).unwrap_or_default();
         if let Err(error) = self.shared.addresses.remember(self.folder.path(), &address) {
             tracing::warn!(pod = %self.name(), %error, "the pod's address can't be kept for its next sandbox");
+        }
+        if let Ok(address) = address.parse()
+            && let Some(namespace) = self.shared.runtime.sandbox_network_namespace(sandbox).await?
+            && let Err(error) = link_address::set(&namespace, address).await
+        {
+            tracing::warn!(pod = %self.name(), %error, "the pod keeps a random link address: if it gets a new sandbox, it may be out of reach for a minute");
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 pub use metrics::RuntimeMetrics;
+use serde_json::Value;
 
 /// Deadline of a call that only reads state.
 const READ_DEADLINE: Duration = Duration::from_secs(10);
@@ -236,6 +237,20 @@ impl Runtime {
         let operation = "pod_sandbox_status";
         let answer = self.call(operation, READ_DEADLINE, self.runtime().pod_sandbox_status(request)).await?;
         answer.status.ok_or(RuntimeError::Incomplete { operation, part: "status" })
+    }
+
+    /// The file of a sandbox's network namespace, as the runtime tells it in its own words (containerd and CRI-O alike); none
+    /// where it doesn't.
+    ///
+    /// # Errors
+    /// When the sandbox does not exist or the runtime can't be reached.
+    pub async fn sandbox_network_namespace(&self, id: &str) -> Result<Option<PathBuf>, RuntimeError> {
+        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
+        let answer = self.call("pod_sandbox_status", READ_DEADLINE, self.runtime().pod_sandbox_status(request)).await?;
+        let info: Value = answer.info.get("info").and_then(|info| serde_json::from_str(info).ok()).unwrap_or_default();
+        let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array();
+        let network = namespaces.into_iter().flatten().find(|namespace| namespace["type"] == "network");
+        Ok(network.and_then(|network| network["path"].as_str()).map(PathBuf::from))
     }
 
     /// The state of one container, with its exit code.

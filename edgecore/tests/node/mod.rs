@@ -288,6 +288,19 @@ impl Node {
         self.start_runner();
     }
 
+    /// Kills the process that holds a pod's sandbox.
+    pub async fn kill_sandbox(&self, uid: &str) {
+        let runtime = self.runner.as_ref().unwrap().runtime();
+        let id = runtime.sandboxes(Some(uid)).await.unwrap().remove(0).id;
+        let is_its_own = |pid: &&i32| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "pause")
+                && fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|cgroups| cgroups.contains(&id))
+        };
+        let processes = self.files.processes();
+        let pid = processes.iter().find(is_its_own).expect("a sandbox has a process");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
     async fn stop(mut self) {
         self.stop_runner().await;
         self.containerd.kill().unwrap();
