@@ -8,7 +8,11 @@ command -v debootstrap >/dev/null || { apt-get update -q; apt-get install -y -q 
 
 root=${1:-$(mktemp -d /var/tmp/edgemesh-fresh.XXXXXX)}
 cleanup() {
-    mountpoint -q "$root" && umount -R "$root"
+    # What ran inside may need a moment to end.
+    for _ in 1 2 3 4 5; do
+        if ! mountpoint -q "$root" || umount -R "$root"; then break; fi
+        sleep 1
+    done
     # Nothing of the machine may still be mounted below what is about to be deleted.
     if grep -q " $root[/ ]" /proc/self/mounts; then echo "fresh: $root is still in use, left in place" >&2; return; fi
     rm -rf "$root"

@@ -46,6 +46,7 @@ if [ ! -x "$old_kubectl/usr/bin/kubectl" ]; then
     apt-get update -q
     (cd "$download" && apt-get download -q kubernetes-client)
     rm -rf "$old_kubectl"
+    mkdir -p "$old_kubectl"
     dpkg-deb --extract "$download"/kubernetes-client_*.deb "$old_kubectl"
     rm -rf "$download"
 fi
