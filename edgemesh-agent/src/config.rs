@@ -79,8 +79,10 @@ pub struct DnsConfig {
     pub cluster_domain: String,
     /// Servers for all other names; those of the host's resolv.conf if empty.
     pub upstreams: Vec<SocketAddr>,
-    /// Where the host names its servers; read if `upstreams` is empty, and followed as it changes.
+    /// Where the host names its servers, used if `upstreams` is empty, and its search domains. Followed as it changes.
     pub resolv_conf: PathBuf,
+    /// Whether a query for the first entry of a pod's search path is answered with what the later entries have.
+    pub search_path_completion: bool,
     /// How long clients may keep an answer about a cluster name, in seconds.
     pub ttl: u32,
     /// Answers of upstreams that are kept; 1 KiB of memory each at most. 0 keeps none.
@@ -149,6 +151,7 @@ impl Default for DnsConfig {
             cluster_domain: names::DEFAULT_CLUSTER_DOMAIN.to_owned(),
             upstreams: Vec::new(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            search_path_completion: true,
             ttl: 5,
             cache_entries: 5_000,
             max_queries: 1_000,

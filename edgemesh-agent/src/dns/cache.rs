@@ -33,6 +33,11 @@ impl Key {
         question
     }
 
+    /// The name that is asked for.
+    pub(super) fn name(&self) -> Option<Name> {
+        Name::read(&self.0, 0).ok().map(|(name, _)| name)
+    }
+
     pub(super) fn dnssec_ok(&self) -> bool {
         self.0[self.0.len() - 1] & 1 != 0
     }
@@ -49,6 +54,8 @@ pub(super) struct Entry {
     pub(super) rcode: u8,
     /// It was cut for UDP, and the whole couldn't be had over TCP.
     pub(super) truncated: bool,
+    /// The root says that the whole top-level domain doesn't exist.
+    pub(super) denied_by_root: bool,
     /// Answer, authority and additional records, without OPT.
     pub(super) counts: [u16; 3],
     /// The records in wire form. Their pointers count from the message's begin; the question's length is part of the key.
@@ -90,6 +97,7 @@ impl Entry {
         let mut ttls = Vec::new();
         let mut lowest = u32::MAX;
         let mut negative_ttl = None;
+        let mut denied_by_root = false;
         let mut at = begin;
         'sections: for (section, count) in [answers, authority, additional].into_iter().enumerate() {
             for _ in 0..count {
@@ -108,6 +116,7 @@ impl Entry {
                     let minimum = message.get(record.data.end.wrapping_sub(4)..record.data.end).ok_or(Malformed)?;
                     let minimum = u32::from_be_bytes([minimum[0], minimum[1], minimum[2], minimum[3]]);
                     negative_ttl = Some(ttl.min(minimum));
+                    denied_by_root = rcode == rcode::NXDOMAIN && message[at] == 0;
                 }
                 ttls.push(u16::try_from(record.ttl_at - begin).map_err(|_| Malformed)?);
                 kept[section] += 1;
@@ -124,6 +133,7 @@ impl Entry {
         Ok(Self {
             rcode,
             truncated: word(message, 2) & 0x0200 != 0,
+            denied_by_root,
             counts: kept,
             body: message[begin..at].into(),
             ttls: ttls.into(),
@@ -250,6 +260,7 @@ mod tests {
         Arc::new(Entry {
             rcode: 0,
             truncated: false,
+            denied_by_root: false,
             counts: [0; 3],
             body: vec![0; size].into(),
             ttls: Box::default(),

@@ -39,8 +39,6 @@ const STALE_AFTER: Duration = Duration::from_secs(1);
 /// Waits between the probes of a dead upstream.
 const FIRST_REVIVE: Duration = Duration::from_millis(500);
 const LONGEST_REVIVE: Duration = Duration::from_secs(5);
-/// How often the host's resolv.conf is looked at.
-const RELOAD_EVERY: Duration = Duration::from_secs(5);
 /// Names under it are asked of upstreams only to see whether they come back. `invalid` never exists (RFC 6761).
 const LOOP_ZONE: &str = "loop.edgemesh.invalid";
 
@@ -62,6 +60,13 @@ pub(super) struct Found {
     pub(super) freshness: Freshness,
     /// Where it came from.
     pub(super) source: Source,
+}
+
+impl Found {
+    /// An entry from the cache, within its lifetime.
+    pub(super) fn cached(entry: Arc<Entry>) -> Self {
+        Self { entry: Some(entry), freshness: Freshness::Fresh, source: Source::Cache }
+    }
 }
 
 type Outcome = Option<Option<Arc<Entry>>>;
@@ -121,7 +126,7 @@ impl Forwarder {
                 let following = Arc::clone(&forwarder);
                 forwarder.shutdown.spawn(async move {
                     let stopping = following.shutdown.stopping().clone();
-                    while stopping.run_until_cancelled(tokio::time::sleep(RELOAD_EVERY)).await.is_some() {
+                    while stopping.run_until_cancelled(tokio::time::sleep(resolv_conf::RELOAD_EVERY)).await.is_some() {
                         known = following.reload(&path, known);
                     }
                 });
@@ -145,7 +150,7 @@ impl Forwarder {
             let found = cache.get(&key).map(|entry| (Arc::clone(entry), entry.freshness(now, &self.lifetimes)));
             match found {
                 Some((entry, Some(Freshness::Fresh))) => {
-                    return Found { entry: Some(entry), freshness: Freshness::Fresh, source: Source::Cache };
+                    return Found::cached(entry);
                 }
                 Some((entry, Some(Freshness::Stale))) => Some(entry),
                 Some((_, None)) | None => None,
@@ -318,7 +323,7 @@ impl Forwarder {
     }
 
     fn reload(self: &Arc<Self>, path: &std::path::Path, known: Option<Vec<SocketAddr>>) -> Option<Vec<SocketAddr>> {
-        match resolv_conf::read(path) {
+        match resolv_conf::read(path).map(|host| host.servers) {
             Ok(addresses) if known.as_ref() == Some(&addresses) => known,
             Ok(addresses) => {
                 tracing::info!(path = %path.display(), ?addresses, "upstreams");

@@ -53,6 +53,20 @@ struct QueryLabels {
     source: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TargetLabel {
+    target: &'static str,
+}
+
+/// Searches that were completed, by where the name was found.
+#[derive(Debug)]
+pub(super) struct Completions {
+    /// In the cluster zone.
+    pub(super) cluster: Counter,
+    /// Upstream.
+    pub(super) outside: Counter,
+}
+
 /// The metrics.
 #[derive(Debug)]
 pub(super) struct Metrics {
@@ -67,12 +81,16 @@ pub(super) struct Metrics {
     pub(super) upstreams_alive: Gauge,
     /// Entries in the cache.
     pub(super) cache_entries: Gauge,
+    /// Searches that were completed for the client.
+    pub(super) completions: Completions,
     /// Queries and connections refused by a limit.
     pub(super) limited: Counter,
 }
 
 impl Metrics {
     pub(super) fn new(registry: &mut Registry) -> Self {
+        let completions: Family<TargetLabel, Counter> = Family::default();
+        let completed = |target| completions.get_or_create_owned(&TargetLabel { target });
         let metrics = Self {
             queries: Family::default(),
             found: (0..(KINDS.len() + 1) * (RCODES.len() + 1) * SOURCES.len()).map(|_| OnceLock::new()).collect(),
@@ -80,6 +98,7 @@ impl Metrics {
             upstream_failures: Counter::default(),
             upstreams_alive: Gauge::default(),
             cache_entries: Gauge::default(),
+            completions: Completions { cluster: completed("cluster"), outside: completed("outside") },
             limited: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_dns");
@@ -88,6 +107,8 @@ impl Metrics {
         registry.register("upstream_failures", "Queries that no upstream answered", metrics.upstream_failures.clone());
         registry.register("upstreams_alive", "Upstreams that answer", metrics.upstreams_alive.clone());
         registry.register("cache_entries", "Answers in the cache", metrics.cache_entries.clone());
+        let help = "Searches that were completed for the client, by where the name is";
+        registry.register("completions", help, completions.clone());
         registry.register("limited", "Queries and connections refused by a limit", metrics.limited.clone());
         metrics
     }

@@ -1,6 +1,7 @@
 //! DNS on the node: the cluster's names from the catalog, all others from upstream servers through a cache.
 
 mod cache;
+mod completion;
 mod forward;
 mod metrics;
 mod reply;

@@ -21,10 +21,11 @@ use tokio::{
 
 use super::{
     cache::Lifetimes,
+    completion::Completion,
     forward::{Forwarder, Limits, Upstreams},
     metrics::Metrics,
     reply::Transport,
-    resolver::{Resolver, Step},
+    resolver::{Client, Resolver, Step},
     wire::Name,
     zone::Zone,
 };
@@ -115,7 +116,9 @@ impl Server {
         let metrics = self.metrics;
         let forwarder = Forwarder::start(self.upstreams, self.address, limits, Arc::clone(&metrics), shutdown.clone());
         let zone = Zone::new(self.zone, self.address.ip(), self.config.ttl);
-        let resolver = Arc::new(Resolver { zone, catalog: self.catalog, forwarder, metrics });
+        let completion =
+            self.config.search_path_completion.then(|| Completion::start(self.config.resolv_conf.clone(), shutdown));
+        let resolver = Arc::new(Resolver { zone, catalog: self.catalog, completion, forwarder, metrics });
         let queries = Arc::new(Semaphore::new(self.config.max_queries));
         for socket in self.udp {
             let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
@@ -188,7 +191,8 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
                 continue;
             }
             let message = &buffer[..length];
-            let answered = match resolver.at_once(message, Transport::Udp, &mut out) {
+            let asking = Client { address: client.ip(), transport: Transport::Udp };
+            let answered = match resolver.at_once(message, asking, &mut out) {
                 Step::Done => true,
                 Step::Ignore => false,
                 Step::Later => match Arc::clone(&queries).try_acquire_owned() {
@@ -199,7 +203,7 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
                         shutdown.spawn(async move {
                             let _permit = permit;
                             let mut out = Vec::new();
-                            if resolver.later(&message, Transport::Udp, &mut out).await {
+                            if resolver.later(&message, asking, &mut out).await {
                                 // A client that is gone needs no answer.
                                 drop(socket.send_to(&out, client).await);
                             }
@@ -223,12 +227,13 @@ async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     while let Some(accepted) = shutdown.stopping().run_until_cancelled(listener.accept()).await {
         match accepted {
-            Ok((stream, _)) => match Arc::clone(&connections).try_acquire_owned() {
+            Ok((stream, peer)) => match Arc::clone(&connections).try_acquire_owned() {
                 Ok(permit) => {
                     let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
                     shutdown.spawn(async move {
                         let _permit = permit;
-                        serve_connection(stream, resolver, queries, stop).await;
+                        let client = Client { address: peer.ip(), transport: Transport::Tcp };
+                        serve_connection(stream, client, resolver, queries, stop).await;
                     });
                 }
                 Err(_) => drop(resolver.metrics.limited.inc()),
@@ -241,7 +246,13 @@ async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<
     }
 }
 
-async fn serve_connection(stream: TcpStream, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
+async fn serve_connection(
+    stream: TcpStream,
+    client: Client,
+    resolver: Arc<Resolver>,
+    queries: Arc<Semaphore>,
+    shutdown: Shutdown,
+) {
     let (mut incoming, mut outgoing) = stream.into_split();
     let (answers, mut waiting) = mpsc::channel::<Vec<u8>>(MAX_PIPELINED);
     // It drops its end of the channel when it is done; the answers still under way are written.
@@ -261,7 +272,7 @@ async fn serve_connection(stream: TcpStream, resolver: Arc<Resolver>, queries: A
                 _ => return,
             };
             let mut out = Vec::new();
-            let answered = match resolver.at_once(&message, Transport::Tcp, &mut out) {
+            let answered = match resolver.at_once(&message, client, &mut out) {
                 Step::Done => true,
                 Step::Ignore => return,
                 Step::Later => match Arc::clone(&queries).try_acquire_owned() {
@@ -271,7 +282,7 @@ async fn serve_connection(stream: TcpStream, resolver: Arc<Resolver>, queries: A
                         shutdown.spawn(async move {
                             let _held = (permit, slot);
                             let mut out = Vec::new();
-                            if resolver.later(&message, Transport::Tcp, &mut out).await {
+                            if resolver.later(&message, client, &mut out).await {
                                 drop(answers.send(out).await);
                             }
                         });

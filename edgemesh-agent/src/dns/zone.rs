@@ -31,6 +31,8 @@ pub(super) struct Answer {
     pub(super) additional: Vec<Record>,
     /// The name at which the answer goes on, after a CNAME.
     pub(super) chase: Option<Name>,
+    /// Records are left out that nobody could give.
+    pub(super) truncated: bool,
 }
 
 impl Answer {
@@ -53,14 +55,19 @@ pub(super) struct Zone {
     ttl: u32,
     /// Added to the catalog's generation for the SOA's serial, so that it grows over restarts.
     serial_base: u32,
-    /// Turns the order of the endpoints of headless Services.
-    turn: AtomicUsize,
+    /// Turn the order of the endpoints of headless Services, each family on its own: clients ask for both at once.
+    turns: [AtomicUsize; 2],
 }
 
 impl Zone {
     pub(super) fn new(name: Name, server: IpAddr, ttl: u32) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        Self { name, server, ttl, serial_base: now.as_secs() as u32, turn: AtomicUsize::new(0) }
+        Self { name, server, ttl, serial_base: now.as_secs() as u32, turns: Default::default() }
+    }
+
+    /// The zone's own name.
+    pub(super) fn name(&self) -> &Name {
+        &self.name
     }
 
     /// Where in a name the zone begins; none for names outside of it.
@@ -122,6 +129,11 @@ impl Zone {
         }
     }
 
+    /// An alias for a name, to be followed.
+    pub(super) fn alias(&self, target: Name) -> Answer {
+        Answer { chase: Some(target.clone()), ..Answer::found(vec![self.record(None, Data::Cname(target))]) }
+    }
+
     /// Answers a reverse name, if its address is the cluster's: of a Service, an endpoint, or in a node's pod range.
     pub(super) fn reverse(&self, catalog: &Catalog, name: &Name, asked: u16) -> Option<Answer> {
         let ip = reverse_address(name)?;
@@ -170,8 +182,8 @@ impl Zone {
                 let Some(target) = Name::from_text(target) else {
                     return Answer { rcode: rcode::SERVFAIL, ..Answer::default() };
                 };
-                let alias = self.record(None, Data::Cname(target.clone()));
-                Answer { chase: (asked != kind::CNAME).then_some(target), ..Answer::found(vec![alias]) }
+                let alias = self.alias(target);
+                if asked == kind::CNAME { Answer { chase: None, ..alias } } else { alias }
             }
             ServiceKind::ClusterIp if asked == kind::SRV => {
                 self.services_records(service, service.ports.iter().map(|port| &**port))
@@ -185,7 +197,11 @@ impl Zone {
                 if asked == kind::SRV {
                     return self.services_records(service, service.ports.iter().map(|port| &**port));
                 }
-                let turn = self.turn.fetch_add(1, Ordering::Relaxed) % published.len();
+                let turn = match asked {
+                    kind::A => self.turns[0].fetch_add(1, Ordering::Relaxed),
+                    kind::AAAA => self.turns[1].fetch_add(1, Ordering::Relaxed),
+                    _ => 0,
+                } % published.len();
                 let (late, early) = published.split_at(turn);
                 self.addresses(asked, early.iter().chain(late).map(|endpoint| endpoint.address))
             }

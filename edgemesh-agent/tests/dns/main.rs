@@ -5,3 +5,4 @@ mod cluster;
 mod forwarding;
 mod harness;
 mod robustness;
+mod search_path;
