@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -47,8 +50,11 @@ impl Key {
     }
 }
 
+/// An entry that was used this often is popular.
+const POPULAR: u32 = 3;
+
 /// An upstream's answer, ready to be sent to any client that asks the same.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Entry {
     /// Response code.
     pub(super) rcode: u8,
@@ -65,6 +71,10 @@ pub(super) struct Entry {
     /// How long it is good for.
     lifetime: Duration,
     stored: Instant,
+    /// How often it was used.
+    uses: AtomicU32,
+    /// It is being asked for anew, or was in vain.
+    renewed: AtomicBool,
 }
 
 /// How an entry is to be used.
@@ -139,7 +149,19 @@ impl Entry {
             ttls: ttls.into(),
             lifetime,
             stored: Instant::now(),
+            uses: AtomicU32::new(0),
+            renewed: AtomicBool::new(false),
         })
+    }
+
+    /// Notes a use. True once, when it is popular and the last tenth of its lifetime, or the last second, has begun.
+    pub(super) fn is_to_be_renewed(&self, now: Instant) -> bool {
+        let popular = self.uses.fetch_add(1, Ordering::Relaxed) + 1 >= POPULAR;
+        let left = self.lifetime.saturating_sub(now.saturating_duration_since(self.stored));
+        popular
+            && self.rcode == rcode::NOERROR
+            && left <= (self.lifetime / 10).max(Duration::from_secs(1))
+            && !self.renewed.swap(true, Ordering::Relaxed)
     }
 
     /// Whether it can be used at a time, and how.
@@ -266,7 +288,17 @@ mod tests {
             ttls: Box::default(),
             lifetime: Duration::from_secs(lifetime),
             stored: Instant::now(),
+            uses: AtomicU32::new(0),
+            renewed: AtomicBool::new(false),
         })
+    }
+
+    #[test]
+    fn a_popular_entry_is_renewed_once_shortly_before_it_expires() {
+        let entry = entry(50, 0);
+        let at = |seconds| entry.is_to_be_renewed(entry.stored + Duration::from_secs(seconds));
+        assert_eq!([at(46), at(46)], [false, false], "not popular yet");
+        assert_eq!([at(44), at(46), at(47)], [false, true, false]);
     }
 
     #[test]

@@ -87,8 +87,17 @@ impl Completion {
         self.searches.store(Arc::new(usable.then_some(names)));
     }
 
-    /// Plans for a name of the zone that doesn't exist. The zone begins at `zone_at` in it.
-    pub(super) fn plan(&self, zone: &Zone, catalog: &Catalog, name: &Name, zone_at: usize, client: IpAddr) -> Plan {
+    /// Plans for a name of the zone that doesn't exist. The zone begins at `zone_at` in it. Names for which `known_outside`
+    /// holds are never taken for the cluster's.
+    pub(super) fn plan(
+        &self,
+        zone: &Zone,
+        catalog: &Catalog,
+        name: &Name,
+        zone_at: usize,
+        client: IpAddr,
+        known_outside: impl Fn(&Name) -> bool,
+    ) -> Plan {
         let Some(asked) = Asked::read(name, zone_at) else { return Plan::None };
         // Under a Service of that namespace are its own endpoints and ports, and nothing else.
         if !is_first_entry(catalog, client, asked.namespace) || catalog.service(asked.namespace, asked.last).is_some() {
@@ -104,7 +113,7 @@ impl Completion {
             return if found.answers.is_empty() { Plan::None } else { Plan::Cluster(candidate) };
         }
         let Some(bare) = Name::joined(asked.prefix, &Name::root()) else { return Plan::None };
-        if zone.holds(&bare).is_some() || looks_like_cluster(catalog, &bare, asked.last) {
+        if zone.holds(&bare).is_some() || !known_outside(&bare) && looks_like_cluster(catalog, &bare, asked.last) {
             return Plan::None;
         }
         let searches = self.searches.load();

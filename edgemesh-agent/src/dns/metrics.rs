@@ -67,6 +67,37 @@ pub(super) struct Completions {
     pub(super) outside: Counter,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TransportLabel {
+    transport: &'static str,
+}
+
+/// Messages sent to upstreams, probes and repeated questions included.
+#[derive(Debug)]
+pub(super) struct Exchanges {
+    pub(super) udp: Counter,
+    pub(super) tcp: Counter,
+    pub(super) tls: Counter,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LimitLabel {
+    limit: &'static str,
+}
+
+/// What was refused, by the limit that was met.
+#[derive(Debug)]
+pub(super) struct Limited {
+    /// Queries of all clients together.
+    pub(super) queries: Counter,
+    /// Queries of one client.
+    pub(super) client: Counter,
+    /// Questions being asked of upstreams.
+    pub(super) upstream: Counter,
+    /// TCP connections, in all or of one client.
+    pub(super) connections: Counter,
+}
+
 /// The metrics.
 #[derive(Debug)]
 pub(super) struct Metrics {
@@ -79,18 +110,28 @@ pub(super) struct Metrics {
     pub(super) upstream_failures: Counter,
     /// Upstreams that answer.
     pub(super) upstreams_alive: Gauge,
+    /// Messages sent to upstreams.
+    pub(super) exchanges: Exchanges,
+    /// Connections opened to upstreams over TLS.
+    pub(super) tls_connections: Counter,
+    /// Entries asked for anew before they expired.
+    pub(super) prefetches: Counter,
     /// Entries in the cache.
     pub(super) cache_entries: Gauge,
     /// Searches that were completed for the client.
     pub(super) completions: Completions,
     /// Queries and connections refused by a limit.
-    pub(super) limited: Counter,
+    pub(super) limited: Limited,
 }
 
 impl Metrics {
     pub(super) fn new(registry: &mut Registry) -> Self {
         let completions: Family<TargetLabel, Counter> = Family::default();
         let completed = |target| completions.get_or_create_owned(&TargetLabel { target });
+        let exchanges: Family<TransportLabel, Counter> = Family::default();
+        let over = |transport| exchanges.get_or_create_owned(&TransportLabel { transport });
+        let limited: Family<LimitLabel, Counter> = Family::default();
+        let by = |limit| limited.get_or_create_owned(&LimitLabel { limit });
         let metrics = Self {
             queries: Family::default(),
             found: (0..(KINDS.len() + 1) * (RCODES.len() + 1) * SOURCES.len()).map(|_| OnceLock::new()).collect(),
@@ -99,7 +140,15 @@ impl Metrics {
             upstreams_alive: Gauge::default(),
             cache_entries: Gauge::default(),
             completions: Completions { cluster: completed("cluster"), outside: completed("outside") },
-            limited: Counter::default(),
+            exchanges: Exchanges { udp: over("udp"), tcp: over("tcp"), tls: over("tls") },
+            tls_connections: Counter::default(),
+            prefetches: Counter::default(),
+            limited: Limited {
+                queries: by("queries"),
+                client: by("client"),
+                upstream: by("upstream"),
+                connections: by("connections"),
+            },
         };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_dns");
         registry.register("queries", "DNS queries answered", metrics.queries.clone());
@@ -108,8 +157,13 @@ impl Metrics {
         registry.register("upstreams_alive", "Upstreams that answer", metrics.upstreams_alive.clone());
         registry.register("cache_entries", "Answers in the cache", metrics.cache_entries.clone());
         let help = "Searches that were completed for the client, by where the name is";
-        registry.register("completions", help, completions.clone());
-        registry.register("limited", "Queries and connections refused by a limit", metrics.limited.clone());
+        registry.register("completions", help, completions);
+        registry.register("limited", "Queries and connections refused, by the limit that was met", limited);
+        registry.register("upstream_exchanges", "Messages sent to upstreams", exchanges);
+        let help = "Connections opened to upstreams over TLS";
+        registry.register("upstream_tls_connections", help, metrics.tls_connections.clone());
+        let help = "Answers asked for anew before they expired";
+        registry.register("prefetches", help, metrics.prefetches.clone());
         metrics
     }
 

@@ -13,6 +13,7 @@ use super::{
     cache::{Entry, Freshness, Key},
     completion::{Completion, Plan},
     forward::{Forwarder, Found},
+    limits::Reached,
     metrics::{Metrics, Source},
     reply::{Data, Record, Reply, Section, Transport, format_error},
     wire::{self, CLASS_IN, HEADER, Name, Query, Unreadable, kind, rcode},
@@ -163,7 +164,9 @@ impl Resolver {
             && is_address(query.kind)
             && let Some(completion) = &self.completion
         {
-            match completion.plan(&self.zone, catalog, &query.name, zone_at, client) {
+            match completion
+                .plan(&self.zone, catalog, &query.name, zone_at, client, |name| self.forwarder.has_domain_of(name))
+            {
                 Plan::None => {}
                 Plan::Cluster(target) => {
                     self.metrics.completions.cluster.inc();
@@ -248,10 +251,14 @@ impl Resolver {
     }
 
     /// Writes the answer to a query that a limit keeps from being resolved.
-    pub(super) fn overloaded(&self, message: &[u8], transport: Transport, out: &mut Vec<u8>) -> bool {
-        self.metrics.limited.inc();
+    pub(super) fn overloaded(&self, message: &[u8], transport: Transport, limit: Reached, out: &mut Vec<u8>) -> bool {
+        let (counter, code) = match limit {
+            Reached::All => (&self.metrics.limited.queries, rcode::SERVFAIL),
+            Reached::Client => (&self.metrics.limited.client, rcode::REFUSED),
+        };
+        counter.inc();
         let Ok(query) = wire::read_query(message) else { return false };
-        self.empty(&query, transport, rcode::SERVFAIL, Source::Upstream, out);
+        self.empty(&query, transport, code, Source::Refused, out);
         true
     }
 

@@ -6,3 +6,5 @@ mod forwarding;
 mod harness;
 mod robustness;
 mod search_path;
+mod tls;
+mod upstreams;
