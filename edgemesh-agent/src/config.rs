@@ -84,9 +84,9 @@ pub struct DnsConfig {
     /// Zone of the cluster's names.
     pub cluster_domain: String,
     /// Servers for all other names; those of the host's resolv.conf if empty. `ADDRESS[:PORT]` or `tls://ADDRESS[:PORT][#NAME]`.
-    pub upstreams: Vec<UpstreamAddress>,
+    pub upstreams: Vec<String>,
     /// Servers for the names of single domains, in place of `upstreams`.
-    pub zones: BTreeMap<String, Vec<UpstreamAddress>>,
+    pub zones: BTreeMap<String, Vec<String>>,
     /// PEM file of the CAs that upstreams over TLS may have their certificates from.
     pub tls_ca: PathBuf,
     /// Where the host names its servers, used if `upstreams` is empty, and its search domains. Followed as it changes.
@@ -261,6 +261,7 @@ impl Validate for DnsConfig {
         if self.upstreams.len() > MAX_UPSTREAMS {
             problems.add("dns.upstreams", format!("must be at most {MAX_UPSTREAMS} servers"));
         }
+        check_upstreams("dns.upstreams", &self.upstreams, problems);
         if self.zones.len() > MAX_ZONES {
             problems.add("dns.zones", format!("must be at most {MAX_ZONES} domains"));
         }
@@ -277,6 +278,7 @@ impl Validate for DnsConfig {
             if upstreams.is_empty() || upstreams.len() > MAX_UPSTREAMS {
                 problems.add(&setting, format!("must name 1 to {MAX_UPSTREAMS} servers"));
             }
+            check_upstreams(&setting, upstreams, problems);
         }
         if !self.tls_ca.is_absolute() {
             problems.add("dns.tlsCa", "must be an absolute path");
@@ -293,6 +295,12 @@ impl Validate for DnsConfig {
         if self.ttl > 3600 {
             problems.add("dns.ttl", "must be at most 3600 seconds: endpoints change");
         }
+    }
+}
+
+fn check_upstreams(setting: &str, upstreams: &[String], problems: &mut Problems) {
+    for error in upstreams.iter().filter_map(|text| text.parse::<UpstreamAddress>().err()) {
+        problems.add(setting, error);
     }
 }
 
@@ -328,16 +336,18 @@ mod tests {
     fn upstreams_over_tls_and_of_single_domains_are_read_and_checked() {
         let upstreams = "dns.upstreams=['10.0.0.53', 'tls://1.1.1.1#cloudflare-dns.com']";
         let config = load(&["nodeName=n1", upstreams, "dns.zones={corp.example: ['10.0.0.53:53']}"]).unwrap();
-        let read: Vec<String> = config.dns.upstreams.iter().map(ToString::to_string).collect();
-        assert_eq!(read, ["10.0.0.53:53", "tls://1.1.1.1:853#cloudflare-dns.com"]);
-        assert_eq!(config.dns.zones["corp.example"][0].address, "10.0.0.53:53".parse().unwrap());
+        assert_eq!(config.dns.upstreams, ["10.0.0.53", "tls://1.1.1.1#cloudflare-dns.com"]);
+        assert_eq!(config.dns.zones["corp.example"], ["10.0.0.53:53"]);
         for (setting, field) in [
-            ("dns.upstreams=['dns.example']", "dns"),
+            ("dns.upstreams=['dns.example']", "dns.upstreams"),
+            ("dns.upstreams=['https://1.1.1.1']", "dns.upstreams"),
+            ("dns.zones={corp.example: ['tls://1.1.1.1#']}", "dns.zones.corp.example"),
             ("dns.zones={corp.example: []}", "dns.zones.corp.example"),
             ("dns.zones={'.': ['10.0.0.53']}", "dns.zones.."),
             ("dns.zones={a..example: ['10.0.0.53']}", "dns.zones.a..example"),
             ("dns.zones={Sub.Cluster.local.: ['10.0.0.53']}", "dns.zones.Sub.Cluster.local."),
             ("dns.tlsCa=ca.crt", "dns.tlsCa"),
+            ("dns.ttl=3601", "dns.ttl"),
             ("dns.maxQueriesPerClient=1000000", "dns.maxQueriesPerClient"),
         ] {
             let errors = load(&["nodeName=n1", setting]).unwrap_err();

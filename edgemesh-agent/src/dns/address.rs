@@ -7,7 +7,6 @@ use std::{
 };
 
 use rustls::pki_types::ServerName;
-use serde::{Deserialize, Serialize};
 
 /// Port of DNS (RFC 1035).
 const PORT: u16 = 53;
@@ -15,8 +14,7 @@ const PORT: u16 = 53;
 const TLS_PORT: u16 = 853;
 
 /// An upstream server and how it is asked.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpstreamAddress {
     /// Its address and port.
     pub address: SocketAddr,
@@ -83,20 +81,6 @@ impl fmt::Display for UpstreamAddress {
             None => write!(f, "{}", self.address),
             Some(name) => write!(f, "tls://{}#{name}", self.address),
         }
-    }
-}
-
-impl TryFrom<String> for UpstreamAddress {
-    type Error = NoUpstream;
-
-    fn try_from(text: String) -> Result<Self, NoUpstream> {
-        text.parse()
-    }
-}
-
-impl From<UpstreamAddress> for String {
-    fn from(address: UpstreamAddress) -> Self {
-        address.to_string()
     }
 }
 

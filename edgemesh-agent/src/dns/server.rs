@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    address::UpstreamAddress,
+    address::{NoUpstream, UpstreamAddress},
     cache::Lifetimes,
     completion::Completion,
     dot,
@@ -66,6 +66,9 @@ pub enum DnsError {
     /// The cluster domain is no DNS name.
     #[error("clusterDomain {0:?} is no DNS name")]
     ClusterDomain(String),
+    /// An upstream can't be read.
+    #[error(transparent)]
+    Upstream(#[from] NoUpstream),
     /// A domain with upstreams of its own is no DNS name.
     #[error("{0:?} in zones is no DNS name")]
     Zone(String),
@@ -147,18 +150,17 @@ impl Server {
 
 /// The upstreams that the settings ask for.
 fn wanted(config: &DnsConfig, own: SocketAddr) -> Result<Wanted, DnsError> {
-    let default = if config.upstreams.is_empty() {
-        Origin::ResolvConf(config.resolv_conf.clone())
-    } else {
-        Origin::Listed(config.upstreams.clone())
-    };
-    let domain = |(name, upstreams): (&String, &Vec<UpstreamAddress>)| {
+    let read = |texts: &[String]| texts.iter().map(|text| text.parse()).collect::<Result<Vec<UpstreamAddress>, _>>();
+    let listed = read(&config.upstreams)?;
+    let domain = |(name, upstreams): (&String, &Vec<String>)| {
         let domain = Name::from_text(name).ok_or_else(|| DnsError::Zone(name.clone()))?;
-        Ok((domain, upstreams.clone()))
+        Ok((domain, read(upstreams)?))
     };
-    let domains = config.zones.iter().map(domain).collect::<Result<_, DnsError>>()?;
-    let over_tls =
-        config.upstreams.iter().chain(config.zones.values().flatten()).any(|upstream| upstream.tls.is_some());
+    let domains = config.zones.iter().map(domain).collect::<Result<Vec<_>, DnsError>>()?;
+    let mut all = listed.iter().chain(domains.iter().flat_map(|(_, upstreams)| upstreams));
+    let over_tls = all.any(|upstream| upstream.tls.is_some());
+    let default =
+        if listed.is_empty() { Origin::ResolvConf(config.resolv_conf.clone()) } else { Origin::Listed(listed) };
     let ca_problem = |error| DnsError::TlsCa { path: config.tls_ca.display().to_string(), error };
     let tls = over_tls.then(|| dot::connector(&config.tls_ca)).transpose().map_err(ca_problem)?;
     Ok(Wanted { default, domains, own, tls })

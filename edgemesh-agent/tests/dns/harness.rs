@@ -71,7 +71,7 @@ impl Dns {
         adjust: impl FnOnce(&mut DnsConfig),
     ) -> Self {
         let mut config = DnsConfig {
-            upstreams: upstreams.iter().copied().map(Into::into).collect(),
+            upstreams: upstreams.iter().map(|address| address.to_string()).collect(),
             // Only read where there are no upstreams.
             resolv_conf: "/nonexistent/resolv.conf".into(),
             ..DnsConfig::default()

@@ -79,7 +79,7 @@ impl TlsUpstream {
     }
 
     fn dns(&self, name: &str, adjust: impl FnOnce(&mut DnsConfig)) -> Dns {
-        let upstream = format!("tls://{}#{name}", self.address).parse().unwrap();
+        let upstream = format!("tls://{}#{name}", self.address);
         Dns::start_with(&[], &[], |config| {
             config.upstreams = vec![upstream];
             config.tls_ca = self.ca();
@@ -196,7 +196,7 @@ async fn a_certificate_for_another_name_or_of_an_unknown_authority_is_not_accept
 #[tokio::test]
 async fn a_file_without_certificates_is_a_clear_error() {
     let config = DnsConfig {
-        upstreams: vec!["tls://127.0.0.1".parse().unwrap()],
+        upstreams: vec!["tls://127.0.0.1".to_owned()],
         tls_ca: "/nonexistent/ca.crt".into(),
         ..DnsConfig::default()
     };

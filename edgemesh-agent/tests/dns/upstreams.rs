@@ -22,7 +22,7 @@ async fn names_of_a_domain_are_asked_of_its_own_upstreams_only() {
     ];
     let dns = Dns::start_with(&objects, &[default.address], |config| {
         let zones = [("Corp.Example.", corp.address), ("lab.corp.example", lab.address), ("lab", lab.address)];
-        config.zones = zones.map(|(zone, server)| (zone.to_owned(), vec![server.into()])).into();
+        config.zones = zones.map(|(zone, server)| (zone.to_owned(), vec![server.to_string()])).into();
     });
     for (name, ip) in [
         ("www.example.", "192.0.2.1"),
