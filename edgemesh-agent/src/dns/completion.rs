@@ -14,14 +14,14 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use edgemesh_mesh::{Catalog, model::Service};
+use edgemesh_mesh::Catalog;
 use edgemesh_telemetry::Shutdown;
 use parking_lot::Mutex;
 
 use super::{
     resolv_conf,
     wire::{Name, kind, rcode},
-    zone::Zone,
+    zone::{Zone, may_have_pod},
 };
 
 /// Search domains of the host that are tried; with more of them outside names are left to the client.
@@ -174,21 +174,7 @@ impl<'a> Asked<'a> {
 
 /// Whether a client's search path begins with `NAMESPACE.svc.DOMAIN`: its pod is in that namespace, or may be.
 fn is_first_entry(catalog: &Catalog, client: IpAddr, namespace: &str) -> bool {
-    if !catalog.has_namespace(namespace) {
-        return false;
-    }
-    // Pods of any namespace may live in the node's own network.
-    if catalog.node_of_address(client).is_some_and(|node| node.addresses.contains(&client)) {
-        return true;
-    }
-    let mut known =
-        catalog.services_of_endpoint(client).filter_map(|service| pod_namespace(service, client)).peekable();
-    known.peek().is_none() || known.any(|theirs| theirs == namespace)
-}
-
-fn pod_namespace(service: &Service, address: IpAddr) -> Option<&str> {
-    let all = service.hosts.iter().chain(service.ports.iter().flat_map(|port| port.endpoints.iter()));
-    all.filter(|endpoint| endpoint.address == address).find_map(|e| e.pod.as_ref()).map(|(namespace, _)| &**namespace)
+    catalog.has_namespace(namespace) && may_have_pod(catalog, client, namespace)
 }
 
 /// Names that are meant for the cluster, though they don't exist in it now: nobody outside is to learn them.

@@ -303,7 +303,11 @@ impl Resolver {
         }
         let negative = answer.answers.is_empty() || answer.rcode == rcode::NXDOMAIN;
         if negative && answer.rcode != rcode::SERVFAIL {
-            whole = whole && reply.record(Section::Authority, query, &self.zone.soa(catalog));
+            let soa = match self.zone.holds(&query.name) {
+                Some(_) => self.zone.soa(catalog),
+                None => self.zone.reverse_soa(&query.name, catalog),
+            };
+            whole = whole && reply.record(Section::Authority, query, &soa);
         }
         if whole {
             for record in &answer.additional {

@@ -127,6 +127,12 @@ impl Name {
         }
     }
 
+    /// The name without its first label; the root is its own parent.
+    pub(super) fn parent(&self) -> Self {
+        let at = self.starts().nth(1).unwrap_or(0);
+        Self(self.0[at..].to_vec())
+    }
+
     /// The wire form.
     pub(super) fn wire(&self) -> &[u8] {
         &self.0

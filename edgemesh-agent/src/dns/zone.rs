@@ -75,19 +75,25 @@ impl Zone {
         name.suffix_at(self.name.wire())
     }
 
-    /// The SOA record that goes with negative answers.
+    /// The SOA record that goes with negative answers about names of the zone.
     pub(super) fn soa(&self, catalog: &Catalog) -> Record {
-        let under = |label: &str| Name::under(&[label], &self.name).unwrap_or_else(|| self.name.clone());
-        Record {
-            owner: Some(self.name.clone()),
-            ttl: self.ttl,
-            data: Data::Soa(Soa {
-                server: Name::under(&["ns", "dns"], &self.name).unwrap_or_else(|| self.name.clone()),
-                mailbox: under("hostmaster"),
-                serial: self.serial_base.wrapping_add(catalog.generation() as u32),
-                minimum: self.ttl,
-            }),
-        }
+        self.soa_of(self.name.clone(), catalog)
+    }
+
+    /// The same for a reverse name. Its zone is what is above it: the ranges of Services and pods are in no zone of this server's.
+    pub(super) fn reverse_soa(&self, name: &Name, catalog: &Catalog) -> Record {
+        self.soa_of(name.parent(), catalog)
+    }
+
+    fn soa_of(&self, owner: Name, catalog: &Catalog) -> Record {
+        let under = |labels: &[&str]| Name::under(labels, &self.name).unwrap_or_else(|| self.name.clone());
+        let soa = Soa {
+            server: under(&["ns", "dns"]),
+            mailbox: under(&["hostmaster"]),
+            serial: self.serial_base.wrapping_add(catalog.generation() as u32),
+            minimum: self.ttl,
+        };
+        Record { owner: Some(owner), ttl: self.ttl, data: Data::Soa(soa) }
     }
 
     /// Answers a name of the zone, which begins at `zone_at` in it.
@@ -124,7 +130,7 @@ impl Zone {
                 Some(service) => self.named_port(service, port, protocol, asked),
                 None => Answer::no_such_name(),
             },
-            [address, _, "pod"] => self.pod(catalog, address, asked),
+            [address, namespace, "pod"] => self.pod(catalog, address, namespace, asked),
             _ => Answer::no_such_name(),
         }
     }
@@ -266,9 +272,11 @@ impl Zone {
             let mut targets: Vec<(Name, IpAddr)> = Vec::new();
             for (_, endpoint) in &all {
                 let Some(target) = self.host_name(service, endpoint) else { continue };
-                answer
-                    .answers
-                    .push(self.record(None, Data::Srv { weight, port: endpoint.port, target: target.clone() }));
+                let record = self.record(None, Data::Srv { weight, port: endpoint.port, target: target.clone() });
+                // Endpoints that share a host name share the record (RFC 2181, section 5).
+                if endpoint.hostname.is_none() || !answer.answers.contains(&record) {
+                    answer.answers.push(record);
+                }
                 targets.push((target, endpoint.address));
             }
             targets.sort_by(|a, b| (a.0.wire(), a.1).cmp(&(b.0.wire(), b.1)));
@@ -286,11 +294,12 @@ impl Zone {
         answer
     }
 
-    /// `10-244-1-7.default.pod`: exists for addresses in the nodes' pod ranges.
-    fn pod(&self, catalog: &Catalog, label: &str, asked: u16) -> Answer {
+    /// `10-244-1-7.default.pod`: exists for addresses in the nodes' pod ranges, if the catalog doesn't know the pod there to be
+    /// of another namespace.
+    fn pod(&self, catalog: &Catalog, label: &str, namespace: &str, asked: u16) -> Answer {
         let dotted: Option<Ipv4Addr> = label.replace('-', ".").parse().ok();
         let ip = dotted.map(IpAddr::V4).or_else(|| label.replace('-', ":").parse::<Ipv6Addr>().ok().map(IpAddr::V6));
-        match ip.filter(|ip| catalog.node_of_address(*ip).is_some()) {
+        match ip.filter(|ip| catalog.node_of_address(*ip).is_some() && may_have_pod(catalog, *ip, namespace)) {
             Some(ip) => self.addresses(asked, [ip].into_iter()),
             None => Answer::no_such_name(),
         }
@@ -330,6 +339,17 @@ impl Zone {
         };
         Name::under(&[host, &*service.name.name, &*service.name.namespace, "svc"], &self.name)
     }
+}
+
+/// Whether a pod of a namespace may be at an address: the catalog knows it to be, or knows no pod there. It knows those behind Services.
+pub(super) fn may_have_pod(catalog: &Catalog, address: IpAddr, namespace: &str) -> bool {
+    // Pods of any namespace may live in the node's own network.
+    if catalog.node_of_address(address).is_some_and(|node| node.addresses.contains(&address)) {
+        return true;
+    }
+    let of_service = |service| hosts(service).filter(|e| e.address == address).find_map(|e| e.pod.as_ref());
+    let mut known = catalog.services_of_endpoint(address).filter_map(|service| of_service(service)).peekable();
+    known.peek().is_none() || known.any(|(theirs, _)| **theirs == *namespace)
 }
 
 /// Each endpoint of a Service; of one with several ports an address may come more than once.

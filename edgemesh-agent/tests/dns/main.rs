@@ -4,6 +4,7 @@
 mod cluster;
 mod forwarding;
 mod harness;
+mod kubernetes_plugin;
 mod robustness;
 mod search_path;
 mod tls;
