@@ -3,6 +3,7 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Which limit was met.
@@ -22,6 +23,8 @@ pub(super) struct Limits {
     each: usize,
     /// Clients with something under way: not more of them than `all` has places.
     clients: Mutex<HashMap<IpAddr, usize>>,
+    /// How many there are.
+    taken: Gauge,
 }
 
 /// A place among what is under way; dropping it leaves it.
@@ -33,9 +36,9 @@ pub(super) struct Place {
 }
 
 impl Limits {
-    /// At most `all` in all, and `each` of one client; 0 for as many as there are.
-    pub(super) fn new(all: usize, each: usize) -> Arc<Self> {
-        Arc::new(Self { all: Arc::new(Semaphore::new(all)), each, clients: Mutex::default() })
+    /// At most `all` in all, and `each` of one client; 0 for as many as there are. `taken` shows how many there are.
+    pub(super) fn new(all: usize, each: usize, taken: Gauge) -> Arc<Self> {
+        Arc::new(Self { all: Arc::new(Semaphore::new(all)), each, clients: Mutex::default(), taken })
     }
 
     /// Takes a place.
@@ -49,12 +52,14 @@ impl Limits {
         }
         let permit = Arc::clone(&self.all).try_acquire_owned().map_err(|_| Reached::All)?;
         *clients.entry(client).or_default() += 1;
+        self.taken.inc();
         Ok(Place { limits: Arc::clone(self), client, _permit: permit })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.limits.taken.dec();
         let mut clients = self.limits.clients.lock();
         if let Some(count) = clients.get_mut(&self.client) {
             *count -= 1;
@@ -71,7 +76,7 @@ mod tests {
 
     #[test]
     fn a_client_at_its_limit_leaves_room_for_others_and_places_come_back() {
-        let limits = Limits::new(3, 2);
+        let limits = Limits::new(3, 2, Gauge::default());
         let [one, two]: [IpAddr; 2] = ["10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap()];
         let first = limits.enter(one).unwrap();
         let _second = limits.enter(one).unwrap();
@@ -81,8 +86,9 @@ mod tests {
         drop(first);
         let _fourth = limits.enter(one).unwrap();
         drop(third);
+        assert_eq!(limits.taken.get(), 2);
         assert_eq!(limits.clients.lock().len(), 1, "clients with nothing under way are forgotten");
-        let unlimited = Limits::new(3, 0);
+        let unlimited = Limits::new(3, 0, Gauge::default());
         let _all: Vec<Place> = (0..3).map(|_| unlimited.enter(one).unwrap()).collect();
     }
 }

@@ -104,6 +104,16 @@ pub(super) struct Metrics {
     queries: Family<QueryLabels, Counter>,
     /// Counters of the family by type, rcode and source: found by index in the hot path.
     found: Box<[OnceLock<Counter>]>,
+    /// Seconds from a query about a cluster name to its answer, where no upstream is needed.
+    pub(super) cluster_seconds: Histogram,
+    /// Answers that were cut for UDP.
+    pub(super) truncated: Counter,
+    /// Messages that aren't answered: no queries, or none that can be read.
+    pub(super) ignored: Counter,
+    /// Queries that wait for upstreams.
+    pub(super) waiting: Gauge,
+    /// TCP connections of clients.
+    pub(super) connections: Gauge,
     /// Seconds until an upstream answered.
     pub(super) upstream_seconds: Histogram,
     /// Queries that no upstream answered.
@@ -135,6 +145,11 @@ impl Metrics {
         let metrics = Self {
             queries: Family::default(),
             found: (0..(KINDS.len() + 1) * (RCODES.len() + 1) * SOURCES.len()).map(|_| OnceLock::new()).collect(),
+            cluster_seconds: Histogram::new(exponential_buckets(0.000_001, 4.0, 10)),
+            truncated: Counter::default(),
+            ignored: Counter::default(),
+            waiting: Gauge::default(),
+            connections: Gauge::default(),
             upstream_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 13)),
             upstream_failures: Counter::default(),
             upstreams_alive: Gauge::default(),
@@ -152,6 +167,12 @@ impl Metrics {
         };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_dns");
         registry.register("queries", "DNS queries answered", metrics.queries.clone());
+        let help = "Time from a query about a cluster name to its answer, where no upstream is needed";
+        registry.register("cluster_seconds", help, metrics.cluster_seconds.clone());
+        registry.register("truncated", "Answers that were cut for UDP", metrics.truncated.clone());
+        registry.register("ignored", "Messages that aren't answered", metrics.ignored.clone());
+        registry.register("waiting", "Queries that wait for upstreams", metrics.waiting.clone());
+        registry.register("connections", "TCP connections of clients", metrics.connections.clone());
         registry.register("upstream_seconds", "Time until an upstream answered", metrics.upstream_seconds.clone());
         registry.register("upstream_failures", "Queries that no upstream answered", metrics.upstream_failures.clone());
         registry.register("upstreams_alive", "Upstreams that answer", metrics.upstreams_alive.clone());

@@ -69,7 +69,10 @@ impl Resolver {
         let transport = client.transport;
         let query = match wire::read_query(message) {
             Ok(query) => query,
-            Err(Unreadable::Ignore) => return Step::Ignore,
+            Err(Unreadable::Ignore) => {
+                self.metrics.ignored.inc();
+                return Step::Ignore;
+            }
             Err(Unreadable::FormErr { id, flags }) => {
                 format_error(id, flags, out);
                 self.metrics.answered(0, rcode::FORMERR, Source::Refused);
@@ -91,6 +94,7 @@ impl Resolver {
         }
         let catalog = self.catalog.peek();
         if let Some(zone_at) = self.zone.holds(&query.name) {
+            let started = Instant::now();
             if !catalog.is_synced() {
                 self.empty(&query, transport, rcode::SERVFAIL, Source::Cluster, out);
                 return Step::Done;
@@ -111,6 +115,7 @@ impl Resolver {
                 Outside::No | Outside::Alias(_) => Source::Cluster,
             };
             self.cluster(&catalog, &query, transport, &answer, source, out);
+            self.metrics.cluster_seconds.observe(started.elapsed().as_secs_f64());
             return Step::Done;
         }
         if let Some(answer) = self.zone.reverse(&catalog, &query.name, query.kind) {
@@ -316,7 +321,9 @@ impl Resolver {
                 }
             }
         }
-        reply.finish();
+        if reply.finish() {
+            self.metrics.truncated.inc();
+        }
         self.metrics.answered(query.kind, answer.rcode, source);
     }
 
@@ -331,6 +338,7 @@ impl Resolver {
             let mut reply = Reply::new(query, transport, code, out);
             reply.truncated();
             reply.finish();
+            self.metrics.truncated.inc();
             self.metrics.answered(query.kind, code, found.source);
             return;
         }
@@ -339,7 +347,9 @@ impl Resolver {
         if reply.raw(&entry.body, entry.counts) {
             entry.age_ttls(&mut reply.bytes()[at..], Instant::now(), found.freshness);
         }
-        reply.finish();
+        if reply.finish() {
+            self.metrics.truncated.inc();
+        }
         self.metrics.answered(query.kind, entry.rcode, found.source);
     }
 

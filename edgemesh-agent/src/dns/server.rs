@@ -131,13 +131,14 @@ impl Server {
             prefetch: self.config.prefetch,
         };
         let metrics = self.metrics;
+        let waiting = metrics.waiting.clone();
         let upstreams = Upstreams::start(self.upstreams, lifetimes, Arc::clone(&metrics), shutdown.clone());
         let forwarder = Forwarder::new(upstreams, limits, Arc::clone(&metrics), shutdown.clone());
         let zone = Zone::new(self.zone, self.address.ip(), self.config.ttl);
         let completion =
             self.config.search_path_completion.then(|| Completion::start(self.config.resolv_conf.clone(), shutdown));
         let resolver = Arc::new(Resolver { zone, catalog: self.catalog, completion, forwarder, metrics });
-        let queries = Limits::new(self.config.max_queries, self.config.max_queries_per_client);
+        let queries = Limits::new(self.config.max_queries, self.config.max_queries_per_client, waiting);
         for socket in self.udp {
             let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
             shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
@@ -260,7 +261,7 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
 }
 
 async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<Limits>, shutdown: Shutdown) {
-    let connections = Limits::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH);
+    let connections = Limits::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH, resolver.metrics.connections.clone());
     while let Some(accepted) = shutdown.stopping().run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((stream, peer)) => match connections.enter(peer.ip()) {
