@@ -5,6 +5,7 @@ mod cluster;
 mod forwarding;
 mod harness;
 mod kubernetes_plugin;
+mod resolvers;
 mod robustness;
 mod search_path;
 mod tls;

@@ -168,3 +168,26 @@ async fn what_is_answered_cut_ignored_and_waited_for_is_counted() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_client_with_too_many_connections_is_turned_away_and_others_are_not() {
+    let dns = Dns::start(&[], &[]);
+    let mut open = Vec::new();
+    // Each is known to be counted before the next one comes.
+    for _ in 0..64 {
+        let mut stream = TcpStream::connect(dns.address).await.unwrap();
+        write_framed(&mut stream, &question(VERSION, RecordType::TXT)).await;
+        read_framed(&mut stream).await;
+        open.push(stream);
+    }
+    let mut beyond = TcpStream::connect(dns.address).await.unwrap();
+    let closed = tokio::time::timeout(DEADLINE, beyond.read_u8()).await.unwrap();
+    assert!(closed.is_err());
+    let metrics = dns.metrics();
+    assert!(metrics.contains(r#"edgemesh_agent_dns_limited_total{limit="connections"} 1"#), "{metrics}");
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.9.9:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(dns.address).await.unwrap();
+    write_framed(&mut other, &question(VERSION, RecordType::TXT)).await;
+    assert_eq!(read_framed(&mut other).await.answers.len(), 1);
+}

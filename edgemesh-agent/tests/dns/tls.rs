@@ -88,7 +88,7 @@ impl TlsUpstream {
     }
 }
 
-/// Answers every question of a connection, each two in the wrong order where two come together.
+/// Answers every question of a connection; those for `held…` only behind the next one's answer.
 async fn serve(acceptor: TlsAcceptor, stream: TcpStream, state: Arc<State>) {
     let Ok(mut stream) = acceptor.accept(stream).await else { return };
     state.opened.fetch_add(1, Ordering::SeqCst);
