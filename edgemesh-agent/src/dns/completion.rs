@@ -119,8 +119,11 @@ impl Completion {
         let searches = self.searches.load();
         let Some(searches) = &**searches else { return Plan::None };
         let mut names: Vec<Name> = searches.iter().filter_map(|s| Name::joined(asked.prefix, s)).collect();
-        names.push(bare);
-        names.retain(|name| zone.holds(name).is_none() && !self.is_absent(name));
+        names.retain(|name| zone.holds(name).is_none());
+        // What the root denies may yet be known on the way to it: of the host's own domains nothing is left out.
+        if !self.is_absent(&bare) {
+            names.push(bare);
+        }
         if names.is_empty() { Plan::None } else { Plan::Outside(names) }
     }
 

@@ -173,10 +173,7 @@ impl Resolver {
                 .plan(&self.zone, catalog, &query.name, zone_at, client, |name| self.forwarder.has_domain_of(name))
             {
                 Plan::None => {}
-                Plan::Cluster(target) => {
-                    self.metrics.completions.cluster.inc();
-                    answer = self.zone.alias(target);
-                }
+                Plan::Cluster(target) => answer = Answer { completed: true, ..self.zone.alias(target) },
                 Plan::Outside(names) => return (answer, Outside::Completion(names)),
             }
         }
@@ -298,6 +295,9 @@ impl Resolver {
         reply.authoritative();
         if answer.truncated {
             reply.truncated();
+        }
+        if answer.completed {
+            self.metrics.completions.cluster.inc();
         }
         let mut whole = true;
         for record in &answer.answers {

@@ -33,6 +33,8 @@ pub(super) struct Answer {
     pub(super) chase: Option<Name>,
     /// Records are left out that nobody could give.
     pub(super) truncated: bool,
+    /// It completes a search in the cluster.
+    pub(super) completed: bool,
 }
 
 impl Answer {

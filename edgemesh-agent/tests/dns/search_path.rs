@@ -128,6 +128,10 @@ async fn a_name_of_another_namespace_is_found_through_the_later_entries() {
     let answer = dns.ask_from(POD_OF_SHOP.parse().unwrap(), "out.db.shop.svc.cluster.local.", RecordType::A).await;
     assert_eq!(answer.answers.len(), 2, "{:?}", sorted(&answer.answers));
     assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain, "outside.example isn't there");
+    assert!(
+        dns.metrics().contains(r#"edgemesh_agent_dns_completions_total{target="cluster"} 8"#),
+        "once for each answer"
+    );
 }
 
 #[tokio::test]
@@ -229,6 +233,19 @@ async fn the_search_domains_of_the_host_come_before_the_name_itself() {
         dns.lookup(POD_OF_SHOP, name, RecordType::A).await.0 == ResponseCode::NXDomain
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_search_domain_that_only_the_site_knows_is_searched_though_the_root_denies_it() {
+    let internet = Internet::with(&["intra.host.lan.nowhere.", "intra.host."]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("resolv.conf");
+    std::fs::write(&path, "search lan.nowhere\n").unwrap();
+    let dns = Dns::start_with(&objects(), &[internet.upstream.address], |config| config.resolv_conf = path.clone());
+    let found = dns.lookup(POD_OF_SHOP, "gone.host.shop.svc.cluster.local.", RecordType::A).await;
+    assert_eq!(found.0, ResponseCode::NXDomain);
+    let found = dns.lookup(POD_OF_SHOP, "intra.host.shop.svc.cluster.local.", RecordType::A).await;
+    assert_eq!(found.1[0], "intra.host.shop.svc.cluster.local. 5 IN CNAME intra.host.lan.nowhere.");
 }
 
 #[tokio::test]
