@@ -241,9 +241,8 @@ impl Upstream {
     ) -> Self {
         let inner =
             Arc::new(Inner { answers: Box::new(answers), silent: AtomicBool::new(false), asked: AtomicUsize::new(0) });
-        let udp = UdpSocket::bind(address).await.unwrap();
+        let (udp, tcp) = bind_both(address).await;
         let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
         let tasks =
             vec![tokio::spawn(serve_udp(udp, Arc::clone(&inner))), tokio::spawn(serve_tcp(tcp, Arc::clone(&inner)))];
         Self { address, inner, tasks }
@@ -285,6 +284,18 @@ impl Inner {
             answer.set_edns(Edns::new());
         }
         answer.to_vec().ok()
+    }
+}
+
+/// UDP and TCP at one address. A free UDP port may be taken for TCP, by any connection of another test: then another is tried.
+async fn bind_both(address: SocketAddr) -> (UdpSocket, TcpListener) {
+    loop {
+        let udp = UdpSocket::bind(address).await.unwrap();
+        match TcpListener::bind(udp.local_addr().unwrap()).await {
+            Ok(tcp) => return (udp, tcp),
+            Err(error) if address.port() == 0 && error.kind() == std::io::ErrorKind::AddrInUse => {}
+            Err(error) => panic!("{address}: {error}"),
+        }
     }
 }
 
