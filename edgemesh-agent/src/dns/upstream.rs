@@ -173,7 +173,9 @@ impl Upstream {
             Link::Plain => self.exchange_udp(message).await,
             Link::Tls(server) => {
                 self.metrics.exchanges.tls.inc();
-                server.exchange(message).await
+                let mut message = message.to_vec();
+                pad(&mut message);
+                server.exchange(&message).await
             }
         }
     }
@@ -215,8 +217,12 @@ impl Upstream {
     }
 }
 
-/// Length of the OPT record of a query.
+/// Length of an OPT record without options.
 const OPT_LEN: usize = 11;
+/// Queries over TLS are padded to a multiple of this, so that their length doesn't tell the name (RFC 8467, section 4.1).
+const PADDING_BLOCK: usize = 128;
+/// EDNS option for it (RFC 7830).
+const PADDING: u8 = 12;
 
 /// A query message. `edns` is whether DNSSEC records are wanted; without it there is no OPT record.
 fn query(question: &[u8], flags: u16, edns: Option<bool>) -> Vec<u8> {
@@ -233,6 +239,24 @@ fn query(question: &[u8], flags: u16, edns: Option<bool>) -> Vec<u8> {
     message
 }
 
+/// Fills the OPT record at the end of a query with padding. A query without one stays as it is: only probes are.
+fn pad(message: &mut Vec<u8>) {
+    let Some(length_at) = message.len().checked_sub(2).filter(|_| message[11] == 1) else { return };
+    let padding = (message.len() + 4).next_multiple_of(PADDING_BLOCK) - message.len() - 4;
+    let option = [&[0, PADDING], &(padding as u16).to_be_bytes()[..], &vec![0; padding][..]].concat();
+    message[length_at..].copy_from_slice(&(option.len() as u16).to_be_bytes());
+    message.extend_from_slice(&option);
+}
+
+/// Where in a query of ours the question is: its name isn't compressed.
+fn question_of(message: &[u8]) -> std::ops::Range<usize> {
+    let mut end = HEADER;
+    while let Some(length @ 1..) = message.get(end) {
+        end += 1 + usize::from(*length);
+    }
+    HEADER..end + 5
+}
+
 /// Whether a message answers a query of ours: same id, a response, the same question. Errors may come without the question.
 pub(super) fn belongs(answer: &[u8], asked: &[u8]) -> bool {
     if answer.len() < HEADER || answer[..2] != asked[..2] || answer[2] & 0x80 == 0 {
@@ -241,8 +265,7 @@ pub(super) fn belongs(answer: &[u8], asked: &[u8]) -> bool {
     if word(answer, 4) == 0 {
         return answer[3] & 0x0f != 0 && answer.len() == HEADER;
     }
-    // Behind the question is nothing but the OPT record, if there is one.
-    let question = HEADER..asked.len() - if asked[11] == 0 { 0 } else { OPT_LEN };
-    word(answer, 4) == 1
-        && answer.get(question.clone()).is_some_and(|theirs| theirs.eq_ignore_ascii_case(&asked[question]))
+    let question = question_of(asked);
+    let (theirs, ours) = (answer.get(question.clone()), asked.get(question));
+    word(answer, 4) == 1 && theirs.zip(ours).is_some_and(|(theirs, ours)| theirs.eq_ignore_ascii_case(ours))
 }

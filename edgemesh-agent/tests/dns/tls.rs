@@ -38,6 +38,8 @@ struct State {
     opened: AtomicUsize,
     closed: AtomicUsize,
     asked: AtomicUsize,
+    /// Questions whose length tells something about the name.
+    unpadded: AtomicUsize,
     /// Closes each connection after its first answer.
     hasty: AtomicBool,
 }
@@ -126,6 +128,7 @@ fn answer(bytes: &[u8], state: &State) -> Vec<u8> {
     let name = question.name.to_string();
     if name != "." && !name.ends_with("loop.edgemesh.invalid.") {
         state.asked.fetch_add(1, Ordering::SeqCst);
+        state.unpadded.fetch_add(usize::from(!bytes.len().is_multiple_of(128)), Ordering::SeqCst);
     }
     let mut answer = addresses(&question, &["192.0.2.1"], 60);
     answer.metadata.id = query.metadata.id;
@@ -140,13 +143,15 @@ async fn many_questions_share_one_connection_that_is_closed_when_idle() {
     let crowd: Vec<_> = (0..50)
         .map(|i| {
             let dns = Arc::clone(&dns);
-            tokio::spawn(async move { dns.ask(&format!("n{i}.example."), RecordType::A).await })
+            let name = format!("n{i}.{}.example.", "x".repeat(i + 1));
+            tokio::spawn(async move { dns.ask(&name, RecordType::A).await })
         })
         .collect();
     for answer in crowd {
         assert_eq!(answer.await.unwrap().answers.len(), 1);
     }
     assert_eq!((upstream.state.asked.load(Ordering::SeqCst), upstream.state.opened.load(Ordering::SeqCst)), (50, 1));
+    assert_eq!(upstream.state.unpadded.load(Ordering::SeqCst), 0, "RFC 8467");
     let metrics = dns.metrics();
     assert!(metrics.contains("edgemesh_agent_dns_upstream_tls_connections_total 1"), "{metrics}");
     assert!(metrics.contains(r#"edgemesh_agent_dns_upstream_exchanges_total{transport="udp"} 0"#), "{metrics}");
