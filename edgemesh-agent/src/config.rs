@@ -1,6 +1,7 @@
 //! Settings of the agent.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
 };
@@ -10,7 +11,12 @@ use edgemesh_mesh::{Catalog, Viewpoint};
 use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
-use crate::node_local::Ipv4Range;
+use crate::{dns::UpstreamAddress, node_local::Ipv4Range};
+
+/// Servers of one list in the DNS settings: the last of more would never be asked in time.
+const MAX_UPSTREAMS: usize = 8;
+/// Domains with servers of their own.
+const MAX_ZONES: usize = 64;
 
 /// All settings. Where a setting is left out, its default holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,16 +75,26 @@ pub struct DnsConfig {
     pub port: u16,
     /// Zone of the cluster's names.
     pub cluster_domain: String,
-    /// Servers for all other names; those of the host's resolv.conf if empty.
-    pub upstreams: Vec<SocketAddr>,
-    /// Where the host names its servers; read if `upstreams` is empty, and followed as it changes.
+    /// Servers for all other names; those of the host's resolv.conf if empty. `ADDRESS[:PORT]` or `tls://ADDRESS[:PORT][#NAME]`.
+    pub upstreams: Vec<String>,
+    /// Servers for the names of single domains, in place of `upstreams`.
+    pub zones: BTreeMap<String, Vec<String>>,
+    /// PEM file of the CAs that upstreams over TLS may have their certificates from.
+    pub tls_ca: PathBuf,
+    /// Where the host names its servers, used if `upstreams` is empty, and its search domains. Followed as it changes.
     pub resolv_conf: PathBuf,
+    /// Whether a query for the first entry of a pod's search path is answered with what the later entries have.
+    pub search_path_completion: bool,
     /// How long clients may keep an answer about a cluster name, in seconds.
     pub ttl: u32,
     /// Answers of upstreams that are kept; 1 KiB of memory each at most. 0 keeps none.
     pub cache_entries: usize,
+    /// Whether popular answers of upstreams are asked for anew shortly before they expire.
+    pub prefetch: bool,
     /// Queries that wait for upstreams at one time.
     pub max_queries: usize,
+    /// Those of one client address; 0 for as many as there are.
+    pub max_queries_per_client: usize,
 }
 
 /// The overlay to nodes of other networks.
@@ -124,10 +140,15 @@ impl Default for DnsConfig {
             port: 53,
             cluster_domain: names::DEFAULT_CLUSTER_DOMAIN.to_owned(),
             upstreams: Vec::new(),
+            zones: BTreeMap::new(),
+            tls_ca: PathBuf::from("/etc/ssl/certs/ca-certificates.crt"),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            search_path_completion: true,
             ttl: 5,
             cache_entries: 5_000,
+            prefetch: true,
             max_queries: 1_000,
+            max_queries_per_client: 250,
         }
     }
 }
@@ -188,27 +209,68 @@ impl Validate for Config {
         if self.cgroup.components().any(|part| part == std::path::Component::ParentDir) {
             problems.add("cgroup", "must not contain `..`");
         }
-        if self.dns.port == 0 && self.dns.listen_address.is_none() {
-            problems.add("dns.port", "must not be 0");
-        }
-        if self.dns.cluster_domain.trim_matches('.').is_empty() {
-            problems.add("dns.clusterDomain", "must be set, for example cluster.local");
-        }
-        if self.dns.cache_entries > 1_000_000 {
-            problems.add("dns.cacheEntries", "must be at most 1000000");
-        }
-        if !(1..=100_000).contains(&self.dns.max_queries) {
-            problems.add("dns.maxQueries", "must be between 1 and 100000");
-        }
-        if self.dns.ttl > 3600 {
-            problems.add("dns.ttl", "must be at most 3600 seconds: endpoints change");
-        }
+        self.dns.validate(problems);
         if self.tunnel.listen.is_empty() {
             problems.add("tunnel.listen", "must hold at least one address, for example 0.0.0.0");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");
         }
+    }
+}
+
+impl Validate for DnsConfig {
+    fn validate(&self, problems: &mut Problems) {
+        if self.port == 0 && self.listen_address.is_none() {
+            problems.add("dns.port", "must not be 0");
+        }
+        let domain = self.cluster_domain.trim_matches('.').to_ascii_lowercase();
+        if domain.is_empty() {
+            problems.add("dns.clusterDomain", "must be set, for example cluster.local");
+        }
+        if self.upstreams.len() > MAX_UPSTREAMS {
+            problems.add("dns.upstreams", format!("must be at most {MAX_UPSTREAMS} servers"));
+        }
+        check_upstreams("dns.upstreams", &self.upstreams, problems);
+        if self.zones.len() > MAX_ZONES {
+            problems.add("dns.zones", format!("must be at most {MAX_ZONES} domains"));
+        }
+        for (zone, upstreams) in &self.zones {
+            let setting = format!("dns.zones.{zone}");
+            let name = zone.trim_end_matches('.').to_ascii_lowercase();
+            if name.is_empty() {
+                problems.add(&setting, "must be a domain; the servers for all names are dns.upstreams");
+            } else if name == domain || name.ends_with(&format!(".{domain}")) {
+                problems.add(&setting, "must not be in dns.clusterDomain, whose names are answered here");
+            } else if name.len() > 253 || name.split('.').any(|label| label.is_empty() || label.len() > 63) {
+                problems.add(&setting, "must be a DNS name, for example corp.example");
+            }
+            if upstreams.is_empty() || upstreams.len() > MAX_UPSTREAMS {
+                problems.add(&setting, format!("must name 1 to {MAX_UPSTREAMS} servers"));
+            }
+            check_upstreams(&setting, upstreams, problems);
+        }
+        if !self.tls_ca.is_absolute() {
+            problems.add("dns.tlsCa", "must be an absolute path");
+        }
+        if self.cache_entries > 1_000_000 {
+            problems.add("dns.cacheEntries", "must be at most 1000000");
+        }
+        if !(1..=100_000).contains(&self.max_queries) {
+            problems.add("dns.maxQueries", "must be between 1 and 100000");
+        }
+        if self.max_queries_per_client > 100_000 {
+            problems.add("dns.maxQueriesPerClient", "must be at most 100000; 0 for no limit");
+        }
+        if self.ttl > 3600 {
+            problems.add("dns.ttl", "must be at most 3600 seconds: endpoints change");
+        }
+    }
+}
+
+fn check_upstreams(setting: &str, upstreams: &[String], problems: &mut Problems) {
+    for error in upstreams.iter().filter_map(|text| text.parse::<UpstreamAddress>().err()) {
+        problems.add(setting, error);
     }
 }
 
@@ -238,6 +300,29 @@ mod tests {
         let errors =
             load(&["nodeName=n1", "dataDir=x", "cgroup=/a/../b", "network=''", "tunnel.listen=[]"]).unwrap_err();
         assert_eq!(errors.len(), 4, "{errors:?}");
+    }
+
+    #[test]
+    fn upstreams_over_tls_and_of_single_domains_are_read_and_checked() {
+        let upstreams = "dns.upstreams=['10.0.0.53', 'tls://1.1.1.1#cloudflare-dns.com']";
+        let config = load(&["nodeName=n1", upstreams, "dns.zones={corp.example: ['10.0.0.53:53']}"]).unwrap();
+        assert_eq!(config.dns.upstreams, ["10.0.0.53", "tls://1.1.1.1#cloudflare-dns.com"]);
+        assert_eq!(config.dns.zones["corp.example"], ["10.0.0.53:53"]);
+        for (setting, field) in [
+            ("dns.upstreams=['dns.example']", "dns.upstreams"),
+            ("dns.upstreams=['https://1.1.1.1']", "dns.upstreams"),
+            ("dns.zones={corp.example: ['tls://1.1.1.1#']}", "dns.zones.corp.example"),
+            ("dns.zones={corp.example: []}", "dns.zones.corp.example"),
+            ("dns.zones={'.': ['10.0.0.53']}", "dns.zones.."),
+            ("dns.zones={a..example: ['10.0.0.53']}", "dns.zones.a..example"),
+            ("dns.zones={Sub.Cluster.local.: ['10.0.0.53']}", "dns.zones.Sub.Cluster.local."),
+            ("dns.tlsCa=ca.crt", "dns.tlsCa"),
+            ("dns.ttl=3601", "dns.ttl"),
+            ("dns.maxQueriesPerClient=1000000", "dns.maxQueriesPerClient"),
+        ] {
+            let errors = load(&["nodeName=n1", setting]).unwrap_err();
+            assert!(errors.len() == 1 && errors[0].contains(field), "{setting}: {errors:?}");
+        }
     }
 
     #[test]

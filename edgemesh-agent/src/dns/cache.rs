@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -33,6 +36,11 @@ impl Key {
         question
     }
 
+    /// The name that is asked for.
+    pub(super) fn name(&self) -> Option<Name> {
+        Name::read(&self.0, 0).ok().map(|(name, _)| name)
+    }
+
     pub(super) fn dnssec_ok(&self) -> bool {
         self.0[self.0.len() - 1] & 1 != 0
     }
@@ -42,13 +50,18 @@ impl Key {
     }
 }
 
+/// An entry that was used this often is popular.
+const POPULAR: u32 = 3;
+
 /// An upstream's answer, ready to be sent to any client that asks the same.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Entry {
     /// Response code.
     pub(super) rcode: u8,
     /// It was cut for UDP, and the whole couldn't be had over TCP.
     pub(super) truncated: bool,
+    /// The root says that the whole top-level domain doesn't exist.
+    pub(super) denied_by_root: bool,
     /// Answer, authority and additional records, without OPT.
     pub(super) counts: [u16; 3],
     /// The records in wire form. Their pointers count from the message's begin; the question's length is part of the key.
@@ -58,6 +71,10 @@ pub(super) struct Entry {
     /// How long it is good for.
     lifetime: Duration,
     stored: Instant,
+    /// How often it was used.
+    uses: AtomicU32,
+    /// It is being asked for anew, or was in vain.
+    renewed: AtomicBool,
 }
 
 /// How an entry is to be used.
@@ -90,6 +107,7 @@ impl Entry {
         let mut ttls = Vec::new();
         let mut lowest = u32::MAX;
         let mut negative_ttl = None;
+        let mut denied_by_root = false;
         let mut at = begin;
         'sections: for (section, count) in [answers, authority, additional].into_iter().enumerate() {
             for _ in 0..count {
@@ -108,6 +126,7 @@ impl Entry {
                     let minimum = message.get(record.data.end.wrapping_sub(4)..record.data.end).ok_or(Malformed)?;
                     let minimum = u32::from_be_bytes([minimum[0], minimum[1], minimum[2], minimum[3]]);
                     negative_ttl = Some(ttl.min(minimum));
+                    denied_by_root = rcode == rcode::NXDOMAIN && message[at] == 0;
                 }
                 ttls.push(u16::try_from(record.ttl_at - begin).map_err(|_| Malformed)?);
                 kept[section] += 1;
@@ -124,12 +143,25 @@ impl Entry {
         Ok(Self {
             rcode,
             truncated: word(message, 2) & 0x0200 != 0,
+            denied_by_root,
             counts: kept,
             body: message[begin..at].into(),
             ttls: ttls.into(),
             lifetime,
             stored: Instant::now(),
+            uses: AtomicU32::new(0),
+            renewed: AtomicBool::new(false),
         })
+    }
+
+    /// Notes a use. True once, when it is popular and the last tenth of its lifetime, or the last second, has begun.
+    pub(super) fn is_to_be_renewed(&self, now: Instant) -> bool {
+        let popular = self.uses.fetch_add(1, Ordering::Relaxed) + 1 >= POPULAR;
+        let left = self.lifetime.saturating_sub(now.saturating_duration_since(self.stored));
+        popular
+            && self.rcode == rcode::NOERROR
+            && left <= (self.lifetime / 10).max(Duration::from_secs(1))
+            && !self.renewed.swap(true, Ordering::Relaxed)
     }
 
     /// Whether it can be used at a time, and how.
@@ -250,12 +282,23 @@ mod tests {
         Arc::new(Entry {
             rcode: 0,
             truncated: false,
+            denied_by_root: false,
             counts: [0; 3],
             body: vec![0; size].into(),
             ttls: Box::default(),
             lifetime: Duration::from_secs(lifetime),
             stored: Instant::now(),
+            uses: AtomicU32::new(0),
+            renewed: AtomicBool::new(false),
         })
+    }
+
+    #[test]
+    fn a_popular_entry_is_renewed_once_shortly_before_it_expires() {
+        let entry = entry(50, 0);
+        let at = |seconds| entry.is_to_be_renewed(entry.stored + Duration::from_secs(seconds));
+        assert_eq!([at(46), at(46)], [false, false], "not popular yet");
+        assert_eq!([at(44), at(46), at(47)], [false, true, false]);
     }
 
     #[test]

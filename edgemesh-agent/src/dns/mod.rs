@@ -1,14 +1,20 @@
 //! DNS on the node: the cluster's names from the catalog, all others from upstream servers through a cache.
 
+mod address;
 mod cache;
+mod completion;
+mod dot;
 mod forward;
+mod limits;
 mod metrics;
 mod reply;
 mod resolv_conf;
 mod resolver;
 mod server;
 mod upstream;
+mod upstreams;
 mod wire;
 mod zone;
 
+pub use address::{NoUpstream, UpstreamAddress};
 pub use server::{DnsError, Server};

@@ -139,9 +139,10 @@ impl<'a> Reply<'a> {
         self.out
     }
 
-    /// Ends the answer with the OPT record that EDNS asks for.
-    pub(super) fn finish(mut self) {
-        let Some(edns) = self.edns else { return };
+    /// Ends the answer with the OPT record that EDNS asks for. True if records had to be left out.
+    pub(super) fn finish(mut self) -> bool {
+        let cut = self.out[2] & 0x02 != 0;
+        let Some(edns) = self.edns else { return cut };
         let payload = (MAX_UDP as u16).to_be_bytes();
         let flags = if edns.dnssec_ok { 0x80 } else { 0 };
         self.out.extend_from_slice(&[
@@ -158,6 +159,7 @@ impl<'a> Reply<'a> {
             0,
         ]);
         self.count(Section::Additional, 1);
+        cut
     }
 
     /// Says that records are left out.

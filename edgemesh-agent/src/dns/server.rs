@@ -20,11 +20,16 @@ use tokio::{
 };
 
 use super::{
+    address::{NoUpstream, UpstreamAddress},
     cache::Lifetimes,
-    forward::{Forwarder, Limits, Upstreams},
+    completion::Completion,
+    dot,
+    forward::{self, Forwarder},
+    limits::Limits,
     metrics::Metrics,
     reply::Transport,
-    resolver::{Resolver, Step},
+    resolver::{Client, Resolver, Step},
+    upstreams::{Origin, Upstreams, Wanted},
     wire::Name,
     zone::Zone,
 };
@@ -34,8 +39,9 @@ use crate::config::DnsConfig;
 const MAX_QUERY: usize = 4096;
 /// Datagrams that one socket takes before others get their turn.
 const BATCH: usize = 64;
-/// TCP connections at one time.
+/// TCP connections at one time, and of one client.
 const MAX_CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS_EACH: usize = 64;
 /// Queries of one TCP connection at one time.
 const MAX_PIPELINED: usize = 32;
 /// A TCP connection without a query for this long is closed; so is one that doesn't take its answers.
@@ -60,6 +66,20 @@ pub enum DnsError {
     /// The cluster domain is no DNS name.
     #[error("clusterDomain {0:?} is no DNS name")]
     ClusterDomain(String),
+    /// An upstream can't be read.
+    #[error(transparent)]
+    Upstream(#[from] NoUpstream),
+    /// A domain with upstreams of its own is no DNS name.
+    #[error("{0:?} in zones is no DNS name")]
+    Zone(String),
+    /// The CA certificates for upstreams over TLS can't be used.
+    #[error("tlsCa {path}: {error}")]
+    TlsCa {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        error: io::Error,
+    },
 }
 
 /// A DNS server with its sockets bound, not yet serving.
@@ -69,7 +89,7 @@ pub struct Server {
     tcp: TcpListener,
     zone: Name,
     catalog: Arc<CatalogStore>,
-    upstreams: Upstreams,
+    upstreams: Wanted,
     config: DnsConfig,
     metrics: Arc<Metrics>,
 }
@@ -78,7 +98,7 @@ impl Server {
     /// Binds UDP and TCP to one address; port 0 takes a free one. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// When the address can't be listened on, or the cluster domain is no name.
+    /// When the address can't be listened on, a domain is no name, or the CA certificates can't be used.
     pub fn bind(
         address: SocketAddr,
         catalog: Arc<CatalogStore>,
@@ -89,11 +109,7 @@ impl Server {
             .filter(|zone| zone.wire().len() > 1)
             .ok_or_else(|| DnsError::ClusterDomain(config.cluster_domain.clone()))?;
         let (address, udp, tcp) = listen(address).map_err(|error| DnsError::Listen { address, error })?;
-        let upstreams = if config.upstreams.is_empty() {
-            Upstreams::ResolvConf(config.resolv_conf.clone())
-        } else {
-            Upstreams::Listed(config.upstreams.clone())
-        };
+        let upstreams = wanted(config, address)?;
         let metrics = Arc::new(Metrics::new(&mut registry.write()));
         Ok(Self { address, udp, tcp, zone, catalog, upstreams, config: config.clone(), metrics })
     }
@@ -105,18 +121,24 @@ impl Server {
 
     /// Answers queries until shutdown, in tasks of the shutdown's.
     pub fn serve(self, shutdown: &Shutdown) {
-        let limits = Limits {
-            lifetimes: Lifetimes { positive: MAX_POSITIVE, negative: MAX_NEGATIVE, stale: STALE },
+        let lifetimes = Lifetimes { positive: MAX_POSITIVE, negative: MAX_NEGATIVE, stale: STALE };
+        let limits = forward::Limits {
+            lifetimes,
             cache_entries: self.config.cache_entries,
             // Answers take 300 bytes on average with all that belongs to them.
             cache_bytes: self.config.cache_entries.saturating_mul(1024),
             flights: self.config.max_queries,
+            prefetch: self.config.prefetch,
         };
         let metrics = self.metrics;
-        let forwarder = Forwarder::start(self.upstreams, self.address, limits, Arc::clone(&metrics), shutdown.clone());
+        let waiting = metrics.waiting.clone();
+        let upstreams = Upstreams::start(self.upstreams, lifetimes, Arc::clone(&metrics), shutdown.clone());
+        let forwarder = Forwarder::new(upstreams, limits, Arc::clone(&metrics), shutdown.clone());
         let zone = Zone::new(self.zone, self.address.ip(), self.config.ttl);
-        let resolver = Arc::new(Resolver { zone, catalog: self.catalog, forwarder, metrics });
-        let queries = Arc::new(Semaphore::new(self.config.max_queries));
+        let completion =
+            self.config.search_path_completion.then(|| Completion::start(self.config.resolv_conf.clone(), shutdown));
+        let resolver = Arc::new(Resolver { zone, catalog: self.catalog, completion, forwarder, metrics });
+        let queries = Limits::new(self.config.max_queries, self.config.max_queries_per_client, waiting);
         for socket in self.udp {
             let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
             shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
@@ -125,6 +147,24 @@ impl Server {
         shutdown.spawn(async move { serve_tcp(self.tcp, resolver, queries, stop).await });
         tracing::info!(address = %self.address, "DNS is served");
     }
+}
+
+/// The upstreams that the settings ask for.
+fn wanted(config: &DnsConfig, own: SocketAddr) -> Result<Wanted, DnsError> {
+    let read = |texts: &[String]| texts.iter().map(|text| text.parse()).collect::<Result<Vec<UpstreamAddress>, _>>();
+    let listed = read(&config.upstreams)?;
+    let domain = |(name, upstreams): (&String, &Vec<String>)| {
+        let domain = Name::from_text(name).ok_or_else(|| DnsError::Zone(name.clone()))?;
+        Ok((domain, read(upstreams)?))
+    };
+    let domains = config.zones.iter().map(domain).collect::<Result<Vec<_>, DnsError>>()?;
+    let mut all = listed.iter().chain(domains.iter().flat_map(|(_, upstreams)| upstreams));
+    let over_tls = all.any(|upstream| upstream.tls.is_some());
+    let default =
+        if listed.is_empty() { Origin::ResolvConf(config.resolv_conf.clone()) } else { Origin::Listed(listed) };
+    let ca_problem = |error| DnsError::TlsCa { path: config.tls_ca.display().to_string(), error };
+    let tls = over_tls.then(|| dot::connector(&config.tls_ca)).transpose().map_err(ca_problem)?;
+    Ok(Wanted { default, domains, own, tls })
 }
 
 fn listen(address: SocketAddr) -> io::Result<(SocketAddr, Vec<UdpSocket>, TcpListener)> {
@@ -167,7 +207,7 @@ fn tcp_socket(address: SocketAddr) -> io::Result<StdTcpListener> {
     Ok(socket.into())
 }
 
-async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
+async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc<Limits>, shutdown: Shutdown) {
     let mut buffer = vec![0; MAX_QUERY + 1];
     let mut out = Vec::with_capacity(2048);
     loop {
@@ -188,18 +228,19 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
                 continue;
             }
             let message = &buffer[..length];
-            let answered = match resolver.at_once(message, Transport::Udp, &mut out) {
+            let asking = Client { address: client.ip(), transport: Transport::Udp };
+            let answered = match resolver.at_once(message, asking, &mut out) {
                 Step::Done => true,
                 Step::Ignore => false,
-                Step::Later => match Arc::clone(&queries).try_acquire_owned() {
-                    Err(_) => resolver.overloaded(message, Transport::Udp, &mut out),
-                    Ok(permit) => {
+                Step::Later => match queries.enter(asking.address) {
+                    Err(limit) => resolver.overloaded(message, Transport::Udp, limit, &mut out),
+                    Ok(place) => {
                         let (socket, resolver, message) =
                             (Arc::clone(&socket), Arc::clone(&resolver), message.to_vec());
                         shutdown.spawn(async move {
-                            let _permit = permit;
+                            let _place = place;
                             let mut out = Vec::new();
-                            if resolver.later(&message, Transport::Udp, &mut out).await {
+                            if resolver.later(&message, asking, &mut out).await {
                                 // A client that is gone needs no answer.
                                 drop(socket.send_to(&out, client).await);
                             }
@@ -219,19 +260,20 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
     }
 }
 
-async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<Limits>, shutdown: Shutdown) {
+    let connections = Limits::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH, resolver.metrics.connections.clone());
     while let Some(accepted) = shutdown.stopping().run_until_cancelled(listener.accept()).await {
         match accepted {
-            Ok((stream, _)) => match Arc::clone(&connections).try_acquire_owned() {
-                Ok(permit) => {
+            Ok((stream, peer)) => match connections.enter(peer.ip()) {
+                Ok(place) => {
                     let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
                     shutdown.spawn(async move {
-                        let _permit = permit;
-                        serve_connection(stream, resolver, queries, stop).await;
+                        let _place = place;
+                        let client = Client { address: peer.ip(), transport: Transport::Tcp };
+                        serve_connection(stream, client, resolver, queries, stop).await;
                     });
                 }
-                Err(_) => drop(resolver.metrics.limited.inc()),
+                Err(_) => drop(resolver.metrics.limited.connections.inc()),
             },
             Err(error) => {
                 tracing::warn!(%error, "DNS connection not accepted");
@@ -241,7 +283,13 @@ async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<
     }
 }
 
-async fn serve_connection(stream: TcpStream, resolver: Arc<Resolver>, queries: Arc<Semaphore>, shutdown: Shutdown) {
+async fn serve_connection(
+    stream: TcpStream,
+    client: Client,
+    resolver: Arc<Resolver>,
+    queries: Arc<Limits>,
+    shutdown: Shutdown,
+) {
     let (mut incoming, mut outgoing) = stream.into_split();
     let (answers, mut waiting) = mpsc::channel::<Vec<u8>>(MAX_PIPELINED);
     // It drops its end of the channel when it is done; the answers still under way are written.
@@ -261,17 +309,17 @@ async fn serve_connection(stream: TcpStream, resolver: Arc<Resolver>, queries: A
                 _ => return,
             };
             let mut out = Vec::new();
-            let answered = match resolver.at_once(&message, Transport::Tcp, &mut out) {
+            let answered = match resolver.at_once(&message, client, &mut out) {
                 Step::Done => true,
                 Step::Ignore => return,
-                Step::Later => match Arc::clone(&queries).try_acquire_owned() {
-                    Err(_) => resolver.overloaded(&message, Transport::Tcp, &mut out),
-                    Ok(permit) => {
+                Step::Later => match queries.enter(client.address) {
+                    Err(limit) => resolver.overloaded(&message, Transport::Tcp, limit, &mut out),
+                    Ok(place) => {
                         let (resolver, answers) = (Arc::clone(&resolver), answers.clone());
                         shutdown.spawn(async move {
-                            let _held = (permit, slot);
+                            let _held = (place, slot);
                             let mut out = Vec::new();
-                            if resolver.later(&message, Transport::Tcp, &mut out).await {
+                            if resolver.later(&message, client, &mut out).await {
                                 drop(answers.send(out).await);
                             }
                         });

@@ -1,9 +1,12 @@
-//! One upstream server: asking it over UDP and TCP, and whether it is alive.
+//! One upstream server: asking it over UDP and TCP or over TLS, and whether it is alive.
 
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -14,13 +17,18 @@ use tokio::{
 };
 
 use super::{
+    address::UpstreamAddress,
     cache::Key,
+    dot::DotServer,
+    metrics::Metrics,
     reply::MAX_UDP,
     wire::{HEADER, word},
 };
 
 /// How long a probe waits at least. A server in reach answers the probe from what it has at hand.
 const PROBE_WAIT: Duration = Duration::from_millis(350);
+/// The same over TLS, where a probe opens a connection: three round trips.
+const TLS_PROBE_WAIT: Duration = Duration::from_millis(1500);
 /// How long a probe of a server that is taken for dead waits: distant ones may come back too.
 const REVIVE_WAIT: Duration = Duration::from_secs(2);
 /// An answer this young proves that the server is alive.
@@ -28,10 +36,23 @@ const RECENT: Duration = Duration::from_millis(500);
 /// Deadline of an exchange over TCP.
 const TCP_DEADLINE: Duration = Duration::from_secs(3);
 
+/// How a server is asked.
+#[derive(Debug)]
+pub(super) enum Link {
+    /// Over UDP, and over TCP when an answer is too long for it.
+    Plain,
+    /// Over TLS.
+    Tls(DotServer),
+}
+
 /// An upstream server and its health.
 #[derive(Debug)]
 pub(super) struct Upstream {
-    pub(super) address: SocketAddr,
+    pub(super) address: UpstreamAddress,
+    /// No other has it.
+    pub(super) number: u32,
+    link: Link,
+    metrics: Arc<Metrics>,
     dead: AtomicBool,
     looped: AtomicBool,
     /// Smoothed time of answers, in microseconds; 0 while unknown.
@@ -44,9 +65,12 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    pub(super) fn new(address: SocketAddr) -> Self {
+    pub(super) fn new(address: UpstreamAddress, number: u32, link: Link, metrics: Arc<Metrics>) -> Self {
         Self {
             address,
+            number,
+            link,
+            metrics,
             dead: AtomicBool::new(false),
             looped: AtomicBool::new(false),
             round_trip: AtomicU64::new(0),
@@ -80,18 +104,23 @@ impl Upstream {
         !self.looped.swap(true, Ordering::Relaxed)
     }
 
-    /// Asks over UDP, and over TCP if the answer was too long. Waits as long as the caller lets it.
+    /// Whether a question may get lost on the way, so that it is worth repeating.
+    pub(super) fn may_lose(&self) -> bool {
+        matches!(self.link, Link::Plain)
+    }
+
+    /// Asks, over UDP first and over TCP if the answer was too long. Waits as long as the caller lets it.
     pub(super) async fn ask(&self, key: &Key) -> io::Result<Vec<u8>> {
         let question = key.question();
         let flags = 0x0100 | if key.checking_disabled() { 0x0010 } else { 0 };
         let started = Instant::now();
         let answer = self.exchange(&query(&question, flags, Some(key.dnssec_ok()))).await?;
         self.answered(started.elapsed());
-        if word(&answer, 2) & 0x0200 == 0 {
+        if word(&answer, 2) & 0x0200 == 0 || !matches!(self.link, Link::Plain) {
             return Ok(answer);
         }
         let again = query(&question, flags, Some(key.dnssec_ok()));
-        match timeout(TCP_DEADLINE, self.exchange_tcp(&again, question.len())).await {
+        match timeout(TCP_DEADLINE, self.exchange_tcp(&again)).await {
             Ok(Ok(answer)) => Ok(answer),
             // The client gets the truncated answer and can try TCP itself.
             Ok(Err(_)) | Err(_) => Ok(answer),
@@ -106,7 +135,8 @@ impl Upstream {
             return true;
         }
         let usual = Duration::from_micros(self.round_trip.load(Ordering::Relaxed));
-        self.probe(PROBE_WAIT.max(usual * 2)).await
+        let least = if self.may_lose() { PROBE_WAIT } else { TLS_PROBE_WAIT };
+        self.probe(least.max(usual * 2)).await
     }
 
     /// Whether a server that was taken for dead answers again.
@@ -118,6 +148,9 @@ impl Upstream {
     async fn probe(&self, wait: Duration) -> bool {
         let started = Instant::now();
         let root = [0, 0, 2, 0, 1];
+        if let Link::Tls(server) = &self.link {
+            server.renew();
+        }
         let answered = matches!(timeout(wait, self.exchange(&query(&root, 0, None))).await, Ok(Ok(_)));
         if answered {
             self.answered(started.elapsed());
@@ -134,35 +167,49 @@ impl Upstream {
         self.last_answer.store(self.born.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
     }
 
-    /// Sends a message from a port of its own, and waits for the answer that belongs to it.
+    /// Sends a message and waits for the answer that belongs to it.
     async fn exchange(&self, message: &[u8]) -> io::Result<Vec<u8>> {
-        let any = match self.address {
+        match &self.link {
+            Link::Plain => self.exchange_udp(message).await,
+            Link::Tls(server) => {
+                self.metrics.exchanges.tls.inc();
+                let mut message = message.to_vec();
+                pad(&mut message);
+                server.exchange(&message).await
+            }
+        }
+    }
+
+    async fn exchange_udp(&self, message: &[u8]) -> io::Result<Vec<u8>> {
+        self.metrics.exchanges.udp.inc();
+        let server = self.address.address;
+        let any = match server {
             SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
         // A new socket gets an unpredictable port from the kernel, and being connected takes only the server's datagrams.
         let socket = UdpSocket::bind((any, 0)).await?;
-        socket.connect(self.address).await?;
+        socket.connect(server).await?;
         socket.send(message).await?;
-        let question = HEADER..message.len() - if message[11] == 0 { 0 } else { 11 };
         let mut buffer = vec![0; 4096];
         loop {
             let length = socket.recv(&mut buffer).await?;
-            if belongs(&buffer[..length], message, question.clone()) {
+            if belongs(&buffer[..length], message) {
                 buffer.truncate(length);
                 return Ok(buffer);
             }
         }
     }
 
-    async fn exchange_tcp(&self, message: &[u8], question: usize) -> io::Result<Vec<u8>> {
-        let mut stream = TcpStream::connect(self.address).await?;
+    async fn exchange_tcp(&self, message: &[u8]) -> io::Result<Vec<u8>> {
+        self.metrics.exchanges.tcp.inc();
+        let mut stream = TcpStream::connect(self.address.address).await?;
         let framed = [&(message.len() as u16).to_be_bytes(), message].concat();
         stream.write_all(&framed).await?;
         let length = usize::from(stream.read_u16().await?);
         let mut answer = vec![0; length];
         stream.read_exact(&mut answer).await?;
-        if belongs(&answer, message, HEADER..HEADER + question) {
+        if belongs(&answer, message) {
             Ok(answer)
         } else {
             Err(io::Error::new(io::ErrorKind::InvalidData, "an answer to another question"))
@@ -170,9 +217,16 @@ impl Upstream {
     }
 }
 
+/// Length of an OPT record without options.
+const OPT_LEN: usize = 11;
+/// Queries over TLS are padded to a multiple of this, so that their length doesn't tell the name (RFC 8467, section 4.1).
+const PADDING_BLOCK: usize = 128;
+/// EDNS option for it (RFC 7830).
+const PADDING: u8 = 12;
+
 /// A query message. `edns` is whether DNSSEC records are wanted; without it there is no OPT record.
 fn query(question: &[u8], flags: u16, edns: Option<bool>) -> Vec<u8> {
-    let mut message = Vec::with_capacity(HEADER + question.len() + 11);
+    let mut message = Vec::with_capacity(HEADER + question.len() + OPT_LEN);
     message.extend_from_slice(&rand::random::<[u8; 2]>());
     message.extend_from_slice(&flags.to_be_bytes());
     message.extend_from_slice(&[0, 1, 0, 0, 0, 0, 0, u8::from(edns.is_some())]);
@@ -185,14 +239,33 @@ fn query(question: &[u8], flags: u16, edns: Option<bool>) -> Vec<u8> {
     message
 }
 
-/// Whether a datagram answers a query: same id, a response, the same question. Errors may come without the question.
-fn belongs(answer: &[u8], asked: &[u8], question: std::ops::Range<usize>) -> bool {
+/// Fills the OPT record at the end of a query with padding. A query without one stays as it is: only probes are.
+fn pad(message: &mut Vec<u8>) {
+    let Some(length_at) = message.len().checked_sub(2).filter(|_| message[11] == 1) else { return };
+    let padding = (message.len() + 4).next_multiple_of(PADDING_BLOCK) - message.len() - 4;
+    let option = [&[0, PADDING], &(padding as u16).to_be_bytes()[..], &vec![0; padding][..]].concat();
+    message[length_at..].copy_from_slice(&(option.len() as u16).to_be_bytes());
+    message.extend_from_slice(&option);
+}
+
+/// Where in a query of ours the question is: its name isn't compressed.
+fn question_of(message: &[u8]) -> std::ops::Range<usize> {
+    let mut end = HEADER;
+    while let Some(length @ 1..) = message.get(end) {
+        end += 1 + usize::from(*length);
+    }
+    HEADER..end + 5
+}
+
+/// Whether a message answers a query of ours: same id, a response, the same question. Errors may come without the question.
+pub(super) fn belongs(answer: &[u8], asked: &[u8]) -> bool {
     if answer.len() < HEADER || answer[..2] != asked[..2] || answer[2] & 0x80 == 0 {
         return false;
     }
     if word(answer, 4) == 0 {
         return answer[3] & 0x0f != 0 && answer.len() == HEADER;
     }
-    word(answer, 4) == 1
-        && answer.get(question.clone()).is_some_and(|theirs| theirs.eq_ignore_ascii_case(&asked[question]))
+    let question = question_of(asked);
+    let (theirs, ours) = (answer.get(question.clone()), asked.get(question));
+    word(answer, 4) == 1 && theirs.zip(ours).is_some_and(|(theirs, ours)| theirs.eq_ignore_ascii_case(ours))
 }

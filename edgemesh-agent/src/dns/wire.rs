@@ -81,6 +81,17 @@ impl Name {
         (wire.len() <= MAX_NAME).then_some(Self(wire))
     }
 
+    /// The root.
+    pub(super) fn root() -> Self {
+        Self(vec![0])
+    }
+
+    /// A name of labels in wire form, without the root, in front of another name.
+    pub(super) fn joined(labels: &[u8], parent: &Self) -> Option<Self> {
+        let wire = [labels, &parent.0].concat();
+        (wire.len() <= MAX_NAME).then_some(Self(wire))
+    }
+
     /// Reads a name, compressed or not. Returns it with the position after it.
     pub(super) fn read(message: &[u8], start: usize) -> Result<(Self, usize), Malformed> {
         let mut wire = Vec::with_capacity(64);
@@ -114,6 +125,12 @@ impl Name {
                 _ => return Err(Malformed),
             }
         }
+    }
+
+    /// The name without its first label; the root is its own parent.
+    pub(super) fn parent(&self) -> Self {
+        let at = self.starts().nth(1).unwrap_or(0);
+        Self(self.0[at..].to_vec())
     }
 
     /// The wire form.

@@ -31,6 +31,10 @@ pub(super) struct Answer {
     pub(super) additional: Vec<Record>,
     /// The name at which the answer goes on, after a CNAME.
     pub(super) chase: Option<Name>,
+    /// Records are left out that nobody could give.
+    pub(super) truncated: bool,
+    /// It completes a search in the cluster.
+    pub(super) completed: bool,
 }
 
 impl Answer {
@@ -53,14 +57,19 @@ pub(super) struct Zone {
     ttl: u32,
     /// Added to the catalog's generation for the SOA's serial, so that it grows over restarts.
     serial_base: u32,
-    /// Turns the order of the endpoints of headless Services.
-    turn: AtomicUsize,
+    /// Turn the order of the endpoints of headless Services, each family on its own: clients ask for both at once.
+    turns: [AtomicUsize; 2],
 }
 
 impl Zone {
     pub(super) fn new(name: Name, server: IpAddr, ttl: u32) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        Self { name, server, ttl, serial_base: now.as_secs() as u32, turn: AtomicUsize::new(0) }
+        Self { name, server, ttl, serial_base: now.as_secs() as u32, turns: Default::default() }
+    }
+
+    /// The zone's own name.
+    pub(super) fn name(&self) -> &Name {
+        &self.name
     }
 
     /// Where in a name the zone begins; none for names outside of it.
@@ -68,19 +77,25 @@ impl Zone {
         name.suffix_at(self.name.wire())
     }
 
-    /// The SOA record that goes with negative answers.
+    /// The SOA record that goes with negative answers about names of the zone.
     pub(super) fn soa(&self, catalog: &Catalog) -> Record {
-        let under = |label: &str| Name::under(&[label], &self.name).unwrap_or_else(|| self.name.clone());
-        Record {
-            owner: Some(self.name.clone()),
-            ttl: self.ttl,
-            data: Data::Soa(Soa {
-                server: Name::under(&["ns", "dns"], &self.name).unwrap_or_else(|| self.name.clone()),
-                mailbox: under("hostmaster"),
-                serial: self.serial_base.wrapping_add(catalog.generation() as u32),
-                minimum: self.ttl,
-            }),
-        }
+        self.soa_of(self.name.clone(), catalog)
+    }
+
+    /// The same for a reverse name. Its zone is what is above it: the ranges of Services and pods are in no zone of this server's.
+    pub(super) fn reverse_soa(&self, name: &Name, catalog: &Catalog) -> Record {
+        self.soa_of(name.parent(), catalog)
+    }
+
+    fn soa_of(&self, owner: Name, catalog: &Catalog) -> Record {
+        let under = |labels: &[&str]| Name::under(labels, &self.name).unwrap_or_else(|| self.name.clone());
+        let soa = Soa {
+            server: under(&["ns", "dns"]),
+            mailbox: under(&["hostmaster"]),
+            serial: self.serial_base.wrapping_add(catalog.generation() as u32),
+            minimum: self.ttl,
+        };
+        Record { owner: Some(owner), ttl: self.ttl, data: Data::Soa(soa) }
     }
 
     /// Answers a name of the zone, which begins at `zone_at` in it.
@@ -117,9 +132,14 @@ impl Zone {
                 Some(service) => self.named_port(service, port, protocol, asked),
                 None => Answer::no_such_name(),
             },
-            [address, _, "pod"] => self.pod(catalog, address, asked),
+            [address, namespace, "pod"] => self.pod(catalog, address, namespace, asked),
             _ => Answer::no_such_name(),
         }
+    }
+
+    /// An alias for a name, to be followed.
+    pub(super) fn alias(&self, target: Name) -> Answer {
+        Answer { chase: Some(target.clone()), ..Answer::found(vec![self.record(None, Data::Cname(target))]) }
     }
 
     /// Answers a reverse name, if its address is the cluster's: of a Service, an endpoint, or in a node's pod range.
@@ -170,8 +190,8 @@ impl Zone {
                 let Some(target) = Name::from_text(target) else {
                     return Answer { rcode: rcode::SERVFAIL, ..Answer::default() };
                 };
-                let alias = self.record(None, Data::Cname(target.clone()));
-                Answer { chase: (asked != kind::CNAME).then_some(target), ..Answer::found(vec![alias]) }
+                let alias = self.alias(target);
+                if asked == kind::CNAME { Answer { chase: None, ..alias } } else { alias }
             }
             ServiceKind::ClusterIp if asked == kind::SRV => {
                 self.services_records(service, service.ports.iter().map(|port| &**port))
@@ -185,7 +205,11 @@ impl Zone {
                 if asked == kind::SRV {
                     return self.services_records(service, service.ports.iter().map(|port| &**port));
                 }
-                let turn = self.turn.fetch_add(1, Ordering::Relaxed) % published.len();
+                let turn = match asked {
+                    kind::A => self.turns[0].fetch_add(1, Ordering::Relaxed),
+                    kind::AAAA => self.turns[1].fetch_add(1, Ordering::Relaxed),
+                    _ => 0,
+                } % published.len();
                 let (late, early) = published.split_at(turn);
                 self.addresses(asked, early.iter().chain(late).map(|endpoint| endpoint.address))
             }
@@ -250,9 +274,11 @@ impl Zone {
             let mut targets: Vec<(Name, IpAddr)> = Vec::new();
             for (_, endpoint) in &all {
                 let Some(target) = self.host_name(service, endpoint) else { continue };
-                answer
-                    .answers
-                    .push(self.record(None, Data::Srv { weight, port: endpoint.port, target: target.clone() }));
+                let record = self.record(None, Data::Srv { weight, port: endpoint.port, target: target.clone() });
+                // Endpoints that share a host name share the record (RFC 2181, section 5).
+                if endpoint.hostname.is_none() || !answer.answers.contains(&record) {
+                    answer.answers.push(record);
+                }
                 targets.push((target, endpoint.address));
             }
             targets.sort_by(|a, b| (a.0.wire(), a.1).cmp(&(b.0.wire(), b.1)));
@@ -270,11 +296,12 @@ impl Zone {
         answer
     }
 
-    /// `10-244-1-7.default.pod`: exists for addresses in the nodes' pod ranges.
-    fn pod(&self, catalog: &Catalog, label: &str, asked: u16) -> Answer {
+    /// `10-244-1-7.default.pod`: exists for addresses in the nodes' pod ranges, if the catalog doesn't know the pod there to be
+    /// of another namespace.
+    fn pod(&self, catalog: &Catalog, label: &str, namespace: &str, asked: u16) -> Answer {
         let dotted: Option<Ipv4Addr> = label.replace('-', ".").parse().ok();
         let ip = dotted.map(IpAddr::V4).or_else(|| label.replace('-', ":").parse::<Ipv6Addr>().ok().map(IpAddr::V6));
-        match ip.filter(|ip| catalog.node_of_address(*ip).is_some()) {
+        match ip.filter(|ip| catalog.node_of_address(*ip).is_some() && may_have_pod(catalog, *ip, namespace)) {
             Some(ip) => self.addresses(asked, [ip].into_iter()),
             None => Answer::no_such_name(),
         }
@@ -314,6 +341,17 @@ impl Zone {
         };
         Name::under(&[host, &*service.name.name, &*service.name.namespace, "svc"], &self.name)
     }
+}
+
+/// Whether a pod of a namespace may be at an address: the catalog knows it to be, or knows no pod there. It knows those behind Services.
+pub(super) fn may_have_pod(catalog: &Catalog, address: IpAddr, namespace: &str) -> bool {
+    // Pods of any namespace may live in the node's own network.
+    if catalog.node_of_address(address).is_some_and(|node| node.addresses.contains(&address)) {
+        return true;
+    }
+    let of_service = |service| hosts(service).filter(|e| e.address == address).find_map(|e| e.pod.as_ref());
+    let mut known = catalog.services_of_endpoint(address).filter_map(|service| of_service(service)).peekable();
+    known.peek().is_none() || known.any(|(theirs, _)| **theirs == *namespace)
 }
 
 /// Each endpoint of a Service; of one with several ports an address may come more than once.

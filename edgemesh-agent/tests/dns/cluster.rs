@@ -269,6 +269,17 @@ async fn a_large_answer_is_cut_over_udp_and_whole_over_tcp() {
 }
 
 #[tokio::test]
+async fn clients_that_ask_for_both_families_at_once_are_spread_too() {
+    let dns = Dns::start(&objects(), &[]);
+    let mut firsts = std::collections::HashSet::new();
+    for _ in 0..4 {
+        firsts.insert(dns.ask("sts.db.svc.cluster.local.", RecordType::A).await.answers[0].to_string());
+        dns.ask("sts.db.svc.cluster.local.", RecordType::AAAA).await;
+    }
+    assert_eq!(firsts.len(), 2, "{firsts:?}");
+}
+
+#[tokio::test]
 async fn case_in_the_question_is_kept_in_the_bytes() {
     let dns = Dns::start(&objects(), &[]);
     let mut message = question("x.", RecordType::A);

@@ -1,7 +1,7 @@
 //! A running DNS server with a catalog, a client for it, and upstream servers that do as told.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -61,8 +61,17 @@ impl Dns {
         upstreams: &[SocketAddr],
         adjust: impl FnOnce(&mut DnsConfig),
     ) -> Self {
+        Self::start_at("127.0.0.1:0".parse().unwrap(), catalog, upstreams, adjust)
+    }
+
+    pub(crate) fn start_at(
+        address: SocketAddr,
+        catalog: Arc<CatalogStore>,
+        upstreams: &[SocketAddr],
+        adjust: impl FnOnce(&mut DnsConfig),
+    ) -> Self {
         let mut config = DnsConfig {
-            upstreams: upstreams.to_vec(),
+            upstreams: upstreams.iter().map(|address| address.to_string()).collect(),
             // Only read where there are no upstreams.
             resolv_conf: "/nonexistent/resolv.conf".into(),
             ..DnsConfig::default()
@@ -70,7 +79,6 @@ impl Dns {
         adjust(&mut config);
         let registry = Arc::default();
         let shutdown = Shutdown::default();
-        let address = "127.0.0.1:0".parse().unwrap();
         let server = dns::Server::bind(address, Arc::clone(&catalog), &config, &registry).unwrap();
         let address = server.address();
         server.serve(&shutdown);
@@ -84,6 +92,14 @@ impl Dns {
         self.send(&message).await
     }
 
+    /// Asks over UDP with EDNS, from an address of loopback.
+    pub(crate) async fn ask_from(&self, client: IpAddr, name: &str, kind: RecordType) -> Message {
+        let mut message = question(name, kind);
+        message.set_edns(Edns::new());
+        let answer = self.send_bytes_from(client, &message.to_vec().unwrap()).await;
+        Message::from_vec(&answer).unwrap()
+    }
+
     /// Sends a message over UDP and waits for its answer.
     pub(crate) async fn send(&self, message: &Message) -> Message {
         let answer = self.send_bytes(&message.to_vec().unwrap()).await;
@@ -94,7 +110,11 @@ impl Dns {
     }
 
     pub(crate) async fn send_bytes(&self, message: &[u8]) -> Vec<u8> {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        self.send_bytes_from(IpAddr::from([127, 0, 0, 1]), message).await
+    }
+
+    async fn send_bytes_from(&self, client: IpAddr, message: &[u8]) -> Vec<u8> {
+        let socket = UdpSocket::bind((client, 0)).await.unwrap();
         socket.connect(self.address).await.unwrap();
         socket.send(message).await.unwrap();
         let mut buffer = vec![0; 65_535];
@@ -221,9 +241,8 @@ impl Upstream {
     ) -> Self {
         let inner =
             Arc::new(Inner { answers: Box::new(answers), silent: AtomicBool::new(false), asked: AtomicUsize::new(0) });
-        let udp = UdpSocket::bind(address).await.unwrap();
+        let (udp, tcp) = bind_both(address).await;
         let address = udp.local_addr().unwrap();
-        let tcp = TcpListener::bind(address).await.unwrap();
         let tasks =
             vec![tokio::spawn(serve_udp(udp, Arc::clone(&inner))), tokio::spawn(serve_tcp(tcp, Arc::clone(&inner)))];
         Self { address, inner, tasks }
@@ -265,6 +284,18 @@ impl Inner {
             answer.set_edns(Edns::new());
         }
         answer.to_vec().ok()
+    }
+}
+
+/// UDP and TCP at one address. A free UDP port may be taken for TCP, by any connection of another test: then another is tried.
+async fn bind_both(address: SocketAddr) -> (UdpSocket, TcpListener) {
+    loop {
+        let udp = UdpSocket::bind(address).await.unwrap();
+        match TcpListener::bind(udp.local_addr().unwrap()).await {
+            Ok(tcp) => return (udp, tcp),
+            Err(error) if address.port() == 0 && error.kind() == std::io::ErrorKind::AddrInUse => {}
+            Err(error) => panic!("{address}: {error}"),
+        }
     }
 }
 

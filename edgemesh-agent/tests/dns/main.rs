@@ -4,4 +4,9 @@
 mod cluster;
 mod forwarding;
 mod harness;
+mod kubernetes_plugin;
+mod resolvers;
 mod robustness;
+mod search_path;
+mod tls;
+mod upstreams;

@@ -7,12 +7,13 @@ use hickory_proto::{
     rr::{DNSClass, RecordType},
 };
 use rand::{Rng, RngCore, SeedableRng};
+use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UdpSocket},
 };
 
-use crate::harness::{DEADLINE, Dns, Upstream, question, read_framed, write_framed};
+use crate::harness::{DEADLINE, Dns, Upstream, eventually, question, read_framed, service, slice, write_framed};
 
 const VERSION: &str = "dns-version.cluster.local.";
 
@@ -132,4 +133,61 @@ async fn beyond_its_limit_the_server_says_so_at_once() {
     let answer = Message::from_vec(&buffer[..answer]).unwrap();
     assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
     assert_eq!(answer.queries[0].name.to_string(), "n4.example.");
+}
+
+#[tokio::test]
+async fn what_is_answered_cut_ignored_and_waited_for_is_counted() {
+    let upstream = Upstream::start(|_, _| None).await;
+    let endpoints: Vec<_> = (0..100).map(|i| json!({"addresses": [format!("10.244.3.{i}")]})).collect();
+    let objects = [
+        service("default/many", json!({"clusterIP": "None", "ports": [{"port": 80}]})),
+        slice("default/many", 1, "IPv4", json!([{"port": 80}]), json!(endpoints)),
+    ];
+    let dns = Dns::start(&objects, &[upstream.address]);
+    assert!(dns.ask("many.default.svc.cluster.local.", RecordType::A).await.metadata.truncation);
+    assert!(!dns.ask_tcp("many.default.svc.cluster.local.", RecordType::A).await.metadata.truncation);
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(dns.address).await.unwrap();
+    socket.send(b"no query").await.unwrap();
+    let mut open = TcpStream::connect(dns.address).await.unwrap();
+    write_framed(&mut open, &question(VERSION, RecordType::TXT)).await;
+    read_framed(&mut open).await;
+    let expected = ["cluster_seconds_count 3", "truncated_total 1", "ignored_total 1", "connections 1"];
+    eventually("everything is counted", || async {
+        socket.send(&question("slow.example.", RecordType::A).to_vec().unwrap()).await.unwrap();
+        let metrics = dns.metrics();
+        !metrics.contains("edgemesh_agent_dns_waiting 0\n")
+            && expected.iter().all(|line| metrics.contains(&format!("edgemesh_agent_dns_{line}\n")))
+    })
+    .await;
+    drop(open);
+    let after = ["waiting 0", "connections 0"];
+    eventually("what ended is no longer counted", || async {
+        let metrics = dns.metrics();
+        after.iter().all(|line| metrics.contains(&format!("edgemesh_agent_dns_{line}\n")))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_with_too_many_connections_is_turned_away_and_others_are_not() {
+    let dns = Dns::start(&[], &[]);
+    let mut open = Vec::new();
+    // Each is known to be counted before the next one comes.
+    for _ in 0..64 {
+        let mut stream = TcpStream::connect(dns.address).await.unwrap();
+        write_framed(&mut stream, &question(VERSION, RecordType::TXT)).await;
+        read_framed(&mut stream).await;
+        open.push(stream);
+    }
+    let mut beyond = TcpStream::connect(dns.address).await.unwrap();
+    let closed = tokio::time::timeout(DEADLINE, beyond.read_u8()).await.unwrap();
+    assert!(closed.is_err());
+    let metrics = dns.metrics();
+    assert!(metrics.contains(r#"edgemesh_agent_dns_limited_total{limit="connections"} 1"#), "{metrics}");
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.9.9:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(dns.address).await.unwrap();
+    write_framed(&mut other, &question(VERSION, RecordType::TXT)).await;
+    assert_eq!(read_framed(&mut other).await.answers.len(), 1);
 }
