@@ -40,6 +40,8 @@ pub struct Config {
     pub dns: DnsConfig,
     /// The overlay to nodes of other networks.
     pub tunnel: TunnelConfig,
+    /// Service ports that go through the agent.
+    pub proxied: ProxiedConfig,
     /// Logging.
     pub log: LogConfig,
     /// How long work in flight may take when the agent stops, in seconds.
@@ -103,6 +105,14 @@ pub struct TunnelConfig {
     pub advertise: Vec<String>,
 }
 
+/// Service ports that go through the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct ProxiedConfig {
+    /// A UDP flow without datagrams ends after this time, in seconds.
+    pub udp_idle_seconds: u64,
+}
+
 /// Logging.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
@@ -128,6 +138,7 @@ impl Default for Config {
             admin: AdminConfig::default(),
             dns: DnsConfig::default(),
             tunnel: TunnelConfig::default(),
+            proxied: ProxiedConfig::default(),
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -164,6 +175,12 @@ impl Default for TunnelConfig {
             relay: false,
             advertise: Vec::new(),
         }
+    }
+}
+
+impl Default for ProxiedConfig {
+    fn default() -> Self {
+        Self { udp_idle_seconds: 60 }
     }
 }
 
@@ -235,6 +252,9 @@ impl Validate for Config {
         }
         if self.tunnel.listen.is_empty() {
             problems.add("tunnel.listen", "must hold at least one address, for example 0.0.0.0");
+        }
+        if !(1..=80).contains(&self.proxied.udp_idle_seconds) {
+            problems.add("proxied.udpIdleSeconds", "must be between 1 and 80: the other side ends a flow after 90");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");

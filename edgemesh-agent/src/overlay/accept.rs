@@ -6,7 +6,7 @@ use edgemesh_mesh::{
     Catalog, CatalogStore,
     l4::{
         copy::{Copied, CopyLimits, copy_both},
-        udp::{pump, socket},
+        udp::{Traffic, pump, socket},
     },
     model::Protocol,
 };
@@ -55,7 +55,9 @@ impl Acceptor {
             Carried::Udp => {
                 let socket = upstream::connected_socket(header.endpoint).await.map_err(failed)?;
                 Ok(Session::new(move |stream| async move {
-                    let end = pump(upstream::tunnel_end(stream), socket::flow_end(socket), UDP_IDLE).await;
+                    let end =
+                        pump(upstream::tunnel_end(stream), socket::flow_end(socket), UDP_IDLE, &Traffic::default())
+                            .await;
                     tracing::trace!(?end, "a UDP flow ended");
                 }))
             }

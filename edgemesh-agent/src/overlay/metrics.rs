@@ -32,6 +32,7 @@ pub(super) struct ProxiedMetrics {
     bytes: Family<Direction, Counter>,
     active: Family<ProtocolLabel, Gauge>,
     dropped: Counter,
+    evicted: Counter,
 }
 
 impl ProxiedMetrics {
@@ -49,6 +50,11 @@ impl ProxiedMetrics {
             "dropped_datagrams",
             "Datagrams dropped: too many flows, or too fast",
             metrics.dropped.clone(),
+        );
+        registry.register(
+            "evicted_flows",
+            "UDP flows ended before their idle time, because newer ones needed their places",
+            metrics.evicted.clone(),
         );
         for path in ["direct", "tunnel", "relay"] {
             for protocol in ["tcp", "udp"] {
@@ -69,6 +75,10 @@ impl ProxiedMetrics {
 
     pub(super) fn dropped(&self) {
         self.dropped.inc();
+    }
+
+    pub(super) fn evicted(&self, flows: usize) {
+        self.evicted.inc_by(flows as u64);
     }
 
     /// Counts as active until it is dropped.

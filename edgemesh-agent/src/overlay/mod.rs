@@ -10,6 +10,7 @@ mod upstream;
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -92,7 +93,13 @@ impl Overlay {
 
         let dialer = upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone());
         let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
-        let parts = proxied::Parts { dialer: Arc::new(dialer), allocator, metrics, shutdown: shutdown.clone() };
+        let parts = proxied::Parts {
+            dialer: Arc::new(dialer),
+            allocator,
+            metrics,
+            udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
+            shutdown: shutdown.clone(),
+        };
         let listener = proxied::Proxied::bind(proxied, parts)
             .with_context(|| format!("listening on {proxied} for proxied Service ports"))?;
         let proxied = listener.address();

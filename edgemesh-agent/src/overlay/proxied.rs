@@ -37,6 +37,8 @@ pub(super) struct Parts {
     pub(super) dialer: Arc<Dialer>,
     pub(super) allocator: Arc<Allocator>,
     pub(super) metrics: ProxiedMetrics,
+    /// A UDP flow without datagrams ends after this time.
+    pub(super) udp_idle: Duration,
     pub(super) shutdown: Shutdown,
 }
 

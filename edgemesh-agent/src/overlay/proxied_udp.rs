@@ -9,7 +9,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use edgemesh_mesh::l4::udp::{DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, socket::receive_whole};
+use edgemesh_mesh::l4::udp::{
+    DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, Traffic, socket::receive_whole,
+};
 use futures::future::BoxFuture;
 use nix::{
     cmsg_space,
@@ -52,7 +54,8 @@ impl ProxiedUdp {
 
     /// Serves until it is dropped; the flows end with it.
     pub(super) async fn run(self) {
-        let table = FlowTable::new(FlowLimits { flows: MAX_FLOWS, ..FlowLimits::default() });
+        let limits = FlowLimits { flows: MAX_FLOWS, idle: self.parts.udp_idle, ..FlowLimits::default() };
+        let table = FlowTable::new(limits);
         loop {
             match self.socket.async_io(Interest::READABLE, || receive(&self.socket)).await {
                 Ok((datagram, Some((client, local)))) => self.deliver(&table, client, local, datagram),
@@ -87,12 +90,13 @@ impl ProxiedUdp {
                 Replies { socket: self.socket.clone(), client, local, _active: self.parts.metrics.active("udp") };
             Box::new(sink) as Box<dyn DatagramSink>
         };
-        let ended = move |end| match end {
+        let ended = move |end, _: &Traffic| match end {
             FlowEnded::NotOpened(error) => tracing::debug!(port = %name, %client, %error, "no flow"),
             end => tracing::trace!(port = %name, %client, ?end, "a flow ended"),
         };
         match table.deliver((client, local), datagram, replies, opening, ended) {
             Delivery::Queued | Delivery::Began => {}
+            Delivery::BeganInPlaceOf(evicted) => self.parts.metrics.evicted(evicted),
             Delivery::QueueFull | Delivery::TableFull => self.parts.metrics.dropped(),
         }
     }

@@ -3,5 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+mod faults;
 mod proxied;
 mod rig;
+mod servers;
+mod udp;
