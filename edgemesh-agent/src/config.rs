@@ -111,6 +111,8 @@ pub struct TunnelConfig {
 pub struct ProxiedConfig {
     /// A UDP flow without datagrams ends after this time, in seconds.
     pub udp_idle_seconds: u64,
+    /// Longest time for which an endpoint that could not be reached is passed over, in seconds. 0 passes none over.
+    pub max_ejection_seconds: u64,
 }
 
 /// Logging.
@@ -180,7 +182,7 @@ impl Default for TunnelConfig {
 
 impl Default for ProxiedConfig {
     fn default() -> Self {
-        Self { udp_idle_seconds: 60 }
+        Self { udp_idle_seconds: 60, max_ejection_seconds: 60 }
     }
 }
 
@@ -255,6 +257,9 @@ impl Validate for Config {
         }
         if !(1..=80).contains(&self.proxied.udp_idle_seconds) {
             problems.add("proxied.udpIdleSeconds", "must be between 1 and 80: the other side ends a flow after 90");
+        }
+        if self.proxied.max_ejection_seconds > 3600 {
+            problems.add("proxied.maxEjectionSeconds", "must be at most 3600");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");

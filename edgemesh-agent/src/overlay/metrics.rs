@@ -33,6 +33,7 @@ pub(super) struct ProxiedMetrics {
     active: Family<ProtocolLabel, Gauge>,
     dropped: Counter,
     evicted: Counter,
+    ejections: Counter,
 }
 
 impl ProxiedMetrics {
@@ -55,6 +56,11 @@ impl ProxiedMetrics {
             "evicted_flows",
             "UDP flows ended before their idle time, because newer ones needed their places",
             metrics.evicted.clone(),
+        );
+        registry.register(
+            "ejections",
+            "Endpoints that could not be reached and are passed over for a while",
+            metrics.ejections.clone(),
         );
         for path in ["direct", "tunnel", "relay"] {
             for protocol in ["tcp", "udp"] {
@@ -79,6 +85,10 @@ impl ProxiedMetrics {
 
     pub(super) fn evicted(&self, flows: usize) {
         self.evicted.inc_by(flows as u64);
+    }
+
+    pub(super) fn ejection(&self) {
+        self.ejections.inc();
     }
 
     /// Counts as active until it is dropped.

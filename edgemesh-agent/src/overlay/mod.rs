@@ -10,13 +10,17 @@ mod upstream;
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use edgemesh_api::names;
 use edgemesh_discovery::{peers, publish::Publisher};
-use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr};
+use edgemesh_mesh::{
+    Catalog, CatalogStore, Viewpoint,
+    cidr::Cidr,
+    health::{Health, HealthSettings},
+};
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
 use parking_lot::RwLock;
@@ -53,6 +57,7 @@ impl Standpoint {
 pub struct Overlay {
     tunnel: Tunnel,
     proxied: SocketAddr,
+    health: Arc<Health>,
 }
 
 impl Overlay {
@@ -91,8 +96,11 @@ impl Overlay {
         let tunnel_config = tunnel_config(config)?;
         let tunnel = Tunnel::start(&tunnel_config, acceptor, registry, shutdown).context("starting the tunnel")?;
 
-        let dialer = upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone());
         let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
+        let max = Duration::from_secs(config.proxied.max_ejection_seconds);
+        let health = Arc::new(Health::new(HealthSettings { max, ..HealthSettings::default() }, rand::random()));
+        let dialer =
+            upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone(), health.clone(), metrics.clone());
         let parts = proxied::Parts {
             dialer: Arc::new(dialer),
             allocator,
@@ -109,7 +117,7 @@ impl Overlay {
         spawn_until_stopping(shutdown, peers::follow(COMPONENT, node.clone(), catalog.clone(), tunnel.clone()));
         let publisher = Publisher::new(COMPONENT, node, config.tunnel.relay, catalog, client, &tunnel);
         spawn_until_stopping(shutdown, publisher.run());
-        Ok(Self { tunnel, proxied })
+        Ok(Self { tunnel, proxied, health })
     }
 
     /// The tunnel.
@@ -120,6 +128,24 @@ impl Overlay {
     /// Where proxied Service ports are listened for, TCP and UDP.
     pub fn proxied_address(&self) -> SocketAddr {
         self.proxied
+    }
+
+    /// `/debug/proxied`: the endpoints that are passed over, and for how long.
+    pub fn debug_page(&self) -> impl Fn() -> serde_json::Value + Send + Sync + 'static {
+        let health = self.health.clone();
+        move || {
+            let ejected = health.ejected(Instant::now());
+            let page = ejected.iter().map(|ejected| {
+                serde_json::json!({
+                    "endpoint": ejected.endpoint.address,
+                    "protocol": ejected.endpoint.protocol,
+                    "failures": ejected.failures,
+                    "secondsLeft": ejected.left.as_secs_f32(),
+                    "until": k8s_openapi::jiff::Timestamp::now().checked_add(ejected.left).ok().map(|until| until.to_string()),
+                })
+            });
+            serde_json::json!({ "ejected": page.collect::<Vec<_>>() })
+        }
     }
 }
 

@@ -4,22 +4,25 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant as Moment},
 };
 
 use edgemesh_mesh::{
-    CatalogStore, Reach,
+    Candidates, CatalogStore, Reach,
+    health::{EndpointKey, Health, Sorted},
     l4::udp::{DatagramSink, DatagramSource, FlowEnd, socket},
     model::{Endpoint, Protocol},
 };
-use edgemesh_tunnel::{Carried, DatagramReceiver, DatagramSender, Path, StreamHeader, Tunnel, TunnelStream};
+use edgemesh_tunnel::{
+    Carried, DatagramReceiver, DatagramSender, Path, RefusalReason, StreamHeader, Tunnel, TunnelError, TunnelStream,
+};
 use futures::future::BoxFuture;
 use tokio::{
     net::{TcpStream, UdpSocket},
     time::{Instant, timeout, timeout_at},
 };
 
-use super::Standpoint;
+use super::{Standpoint, metrics::ProxiedMetrics};
 use crate::node_local::ServicePortName;
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
@@ -28,6 +31,8 @@ pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 const OVERALL_DEADLINE: Duration = Duration::from_secs(15);
 /// Endpoints that are tried for one connection.
 const MAX_ATTEMPTS: usize = 4;
+/// Endpoints that are looked at for that.
+const MAX_CONSIDERED: usize = 64;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -72,17 +77,82 @@ impl<Direct> Upstream<Direct> {
     }
 }
 
+/// A failed attempt, and what it says about.
+struct Failure {
+    cause: String,
+    blame: Blame,
+}
+
+/// What could not be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blame {
+    /// That endpoint.
+    Endpoint,
+    /// The whole node that it is on.
+    Node,
+    /// Neither: this process lacks something, or the attempt was cut short.
+    Nothing,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        // Those come from this host, whatever the endpoint does.
+        let own = matches!(
+            error.raw_os_error(),
+            Some(
+                libc::EMFILE
+                    | libc::ENFILE
+                    | libc::ENOMEM
+                    | libc::ENOBUFS
+                    | libc::EADDRNOTAVAIL
+                    | libc::EACCES
+                    | libc::EPERM
+            )
+        );
+        Self { cause: error.to_string(), blame: if own { Blame::Nothing } else { Blame::Endpoint } }
+    }
+}
+
+impl From<TunnelError> for Failure {
+    fn from(error: TunnelError) -> Self {
+        let blame = match &error {
+            TunnelError::Refused { refusal, .. } => match refusal.reason {
+                RefusalReason::NotHere | RefusalReason::DialFailed => Blame::Endpoint,
+                RefusalReason::Busy | RefusalReason::NotServing => Blame::Node,
+                RefusalReason::Malformed => Blame::Nothing,
+            },
+            TunnelError::UnknownNode { .. }
+            | TunnelError::Unreachable { .. }
+            | TunnelError::Timeout { .. }
+            | TunnelError::Lost { .. } => Blame::Node,
+            TunnelError::HeaderTooLong(_) | TunnelError::Stopped => Blame::Nothing,
+        };
+        Self { cause: error.to_string(), blame }
+    }
+}
+
+/// The endpoints that one connection may use, in the order in which it tries them.
+type Attempts = Vec<(Arc<Endpoint>, Reach)>;
+
 /// Chooses and connects.
 #[derive(Debug)]
 pub(super) struct Dialer {
     standpoint: Standpoint,
     catalog: Arc<CatalogStore>,
     tunnel: Tunnel,
+    health: Arc<Health>,
+    metrics: ProxiedMetrics,
 }
 
 impl Dialer {
-    pub(super) fn new(standpoint: Standpoint, catalog: Arc<CatalogStore>, tunnel: Tunnel) -> Self {
-        Self { standpoint, catalog, tunnel }
+    pub(super) fn new(
+        standpoint: Standpoint,
+        catalog: Arc<CatalogStore>,
+        tunnel: Tunnel,
+        health: Arc<Health>,
+        metrics: ProxiedMetrics,
+    ) -> Self {
+        Self { standpoint, catalog, tunnel, health, metrics }
     }
 
     /// A TCP connection to an endpoint of the Service port.
@@ -123,39 +193,62 @@ impl Dialer {
     ) -> Result<Upstream<Direct>, UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
         let mut failures = Vec::new();
-        for (endpoint, reach) in self.endpoints(port, client)? {
-            let address = SocketAddr::new(endpoint.address, endpoint.port);
+        let mut left = self.endpoints(port, client)?;
+        left.reverse();
+        while let Some((endpoint, reach)) = left.pop() {
+            if failures.len() == MAX_ATTEMPTS {
+                break;
+            }
+            let key = EndpointKey::of(&endpoint, port.protocol);
+            let began = Moment::now();
+            self.health.trying(key, began);
             let attempt = async {
                 match &reach {
-                    Reach::Local | Reach::Direct => {
-                        dial(address).await.map(Upstream::Direct).map_err(|error| error.to_string())
+                    Reach::Local | Reach::Direct => Ok(dial(key.address).await.map(Upstream::Direct)?),
+                    Reach::Tunnel { node } => {
+                        let stream = self.tunnel.open(node, &header(port, key.address, client)).await?;
+                        Ok(Upstream::Tunnel(Box::new(stream)))
                     }
-                    Reach::Tunnel { node } => self
-                        .tunnel
-                        .open(node, &header(port, address, client))
-                        .await
-                        .map(|stream| Upstream::Tunnel(Box::new(stream)))
-                        .map_err(|error| error.to_string()),
                 }
             };
-            match timeout_at(deadline, attempt).await {
-                Ok(Ok(upstream)) => return Ok(upstream),
-                Ok(Err(failure)) => failures.push(format!("{address}: {failure}")),
+            let failure: Failure = match timeout_at(deadline, attempt).await {
+                Ok(Ok(upstream)) => {
+                    if self.health.reached(key) {
+                        tracing::info!(%port, endpoint = %key.address, "an endpoint is reached again");
+                    }
+                    return Ok(upstream);
+                }
+                Ok(Err(failure)) => failure,
                 Err(_) => {
-                    failures.push(format!("{address}: no time left"));
+                    failures.push(format!("{}: no time left", key.address));
                     break;
                 }
+            };
+            if failure.blame != Blame::Nothing {
+                self.eject(port, key, began, &failure.cause);
             }
+            if failure.blame == Blame::Node {
+                // The others there are no better: those of other nodes first.
+                let (there, elsewhere): (Attempts, Attempts) = left.into_iter().partition(|(_, other)| *other == reach);
+                for (endpoint, _) in &there {
+                    self.eject(port, EndpointKey::of(endpoint, port.protocol), began, &failure.cause);
+                }
+                left = there.into_iter().chain(elsewhere).collect();
+            }
+            failures.push(format!("{}: {}", key.address, failure.cause));
         }
         Err(UpstreamError::Unreachable(failures.join("; ")))
     }
 
-    /// The endpoints to try, in order.
-    fn endpoints(
-        &self,
-        name: &ServicePortName,
-        client: SocketAddr,
-    ) -> Result<Vec<(Arc<Endpoint>, Reach)>, UpstreamError> {
+    fn eject(&self, port: &ServicePortName, endpoint: EndpointKey, began: Moment, cause: &str) {
+        if let Some(time) = self.health.failed(endpoint, began, Moment::now()) {
+            self.metrics.ejection();
+            tracing::info!(%port, endpoint = %endpoint.address, seconds = time.as_secs_f32(), cause, "an endpoint is passed over");
+        }
+    }
+
+    /// The endpoints to try, in order: a chosen one, then those after it; those that could not be reached lately come last.
+    fn endpoints(&self, name: &ServicePortName, client: SocketAddr) -> Result<Attempts, UpstreamError> {
         let catalog = self.catalog.snapshot();
         let service = catalog.service_named(&name.service).ok_or(UpstreamError::NoService)?;
         let port = service
@@ -165,6 +258,8 @@ impl Dialer {
             .ok_or(UpstreamError::NoService)?;
         let viewpoint = self.standpoint.viewpoint(&catalog);
         let candidates = viewpoint.candidates(&catalog, port);
+        let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
+        let candidates = Candidates { endpoints: usable, ..candidates };
         let first = match service.client_ip_affinity {
             Some(_) => candidates.pick_for_client(client.ip()),
             None => candidates.pick(rand::random()),
@@ -172,12 +267,9 @@ impl Dialer {
         .ok_or(UpstreamError::NoEndpoint)?;
         let at = candidates.endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, first)).unwrap_or(0);
         let (before, from) = candidates.endpoints.split_at(at);
-        Ok(from
-            .iter()
-            .chain(before)
-            .take(MAX_ATTEMPTS)
-            .map(|endpoint| (endpoint.clone(), viewpoint.reach(&catalog, endpoint)))
-            .collect())
+        // Enough that a node with many endpoints, when it is cut off, doesn't use up all of them.
+        let order = from.iter().chain(before).chain(&ejected).take(MAX_CONSIDERED);
+        Ok(order.map(|endpoint| (endpoint.clone(), viewpoint.reach(&catalog, endpoint))).collect())
     }
 }
 

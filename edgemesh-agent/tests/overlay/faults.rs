@@ -9,7 +9,7 @@ use tokio::{
 
 use crate::{
     rig::{Node, service, two_sites, two_sites_behind_a_relay, within},
-    servers::{black_hole, call, greeting_server, server},
+    servers::{black_hole, call, greeting_server, server, server_at},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -117,4 +117,64 @@ async fn a_client_with_affinity_keeps_its_endpoint_whatever_port_it_calls_from()
     for _ in 0..20 {
         assert_eq!(call(&a, "web", b"x").await.unwrap(), first);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_swallows_connections_is_passed_over_and_used_again_when_it_answers() {
+    let (a, b) = two_sites().await;
+    let hole = black_hole();
+    service(&[&a, &b], "web", "TCP", &[(hole.address, "b"), (server("good").await, "b")]);
+    let ejections = || a.metric("edgemesh_agent_proxied_ejections_total");
+    while ejections() == 0 {
+        assert_eq!(call(&a, "web", b"x").await.unwrap(), "good 1");
+    }
+    let page = a.overlay.debug_page()();
+    assert_eq!(page["ejected"][0]["endpoint"], hole.address.to_string(), "{page}");
+    // Half of these would try the other one first, for five seconds each: more than a minute.
+    let begin = std::time::Instant::now();
+    for _ in 0..30 {
+        assert_eq!(call(&a, "web", b"x").await.unwrap(), "good 1");
+    }
+    assert!(begin.elapsed() < std::time::Duration::from_secs(40), "{:?}", begin.elapsed());
+    let address = hole.address;
+    drop(hole);
+    let _healed = server_at(address, "healed").await;
+    within("the endpoint to be used again", async {
+        while call(&a, "web", b"x").await.unwrap() != "healed 1" {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    })
+    .await;
+    let page = a.overlay.debug_page()();
+    assert!(page["ejected"].as_array().unwrap().is_empty(), "{page}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_whose_only_endpoint_was_away_is_served_as_soon_as_it_is_back() {
+    let (a, b) = two_sites().await;
+    let address = server("before").await;
+    let gone = std::net::SocketAddr::from((address.ip(), {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap().port()
+    }));
+    service(&[&a, &b], "web", "TCP", &[(gone, "b")]);
+    for _ in 0..5 {
+        assert!(call(&a, "web", b"x").await.is_err());
+    }
+    assert!(a.metric("edgemesh_agent_proxied_ejections_total") >= 1);
+    let _server = server_at(gone, "back").await;
+    assert_eq!(call(&a, "web", b"x").await.unwrap(), "back 1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_gone_takes_all_its_endpoints_out_of_the_choice_at_once() {
+    let (a, b) = two_sites().await;
+    // Nobody knows how to reach the node `gone`.
+    let away: Vec<_> = (1..=8).map(|port| (std::net::SocketAddr::from(([127, 0, 0, 1], port)), "gone")).collect();
+    let endpoints: Vec<_> = away.iter().copied().chain([(server("good").await, "b")]).collect();
+    service(&[&a, &b], "web", "TCP", &endpoints);
+    while a.metric("edgemesh_agent_proxied_ejections_total") == 0 {
+        assert_eq!(call(&a, "web", b"x").await.unwrap(), "good 1");
+    }
+    assert_eq!(a.metric("edgemesh_agent_proxied_ejections_total"), 8);
 }

@@ -13,7 +13,15 @@ use crate::rig::{Node, within};
 
 /// A TCP server that reads all, then answers with its name and the number of bytes.
 pub(crate) async fn server(name: &'static str) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    server_at(SocketAddr::from(([127, 0, 0, 1], 0)), name).await
+}
+
+/// The same at a given address.
+pub(crate) async fn server_at(address: SocketAddr, name: &'static str) -> SocketAddr {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(address).unwrap();
+    let listener = socket.listen(1024).unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut connection, _)) = listener.accept().await {
