@@ -2,9 +2,11 @@
 //! that it accepts, and the listener for the Service ports that go through it.
 
 mod accept;
+mod access;
 mod metrics;
 mod proxied;
 mod proxied_udp;
+mod service_metrics;
 mod upstream;
 
 use std::{
@@ -101,14 +103,17 @@ impl Overlay {
         let health = Arc::new(Health::new(HealthSettings { max, ..HealthSettings::default() }, rand::random()));
         let dialer =
             upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone(), health.clone(), metrics.clone());
+        let services = service_metrics::ServiceMetrics::register(&mut registry.write(), catalog.clone());
+        spawn_until_stopping(shutdown, services.clone().follow());
         let parts = proxied::Parts {
-            dialer: Arc::new(dialer),
+            dialer,
             allocator,
             metrics,
+            accounts: access::Accounts { services, catalog: catalog.clone() },
             udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
             shutdown: shutdown.clone(),
         };
-        let listener = proxied::Proxied::bind(proxied, parts)
+        let listener = proxied::Proxied::bind(proxied, Arc::new(parts))
             .with_context(|| format!("listening on {proxied} for proxied Service ports"))?;
         let proxied = listener.address();
         listener.start();

@@ -10,7 +10,7 @@ use std::{
 use edgemesh_mesh::{
     Candidates, CatalogStore, Reach,
     health::{EndpointKey, Health, Sorted},
-    l4::udp::{DatagramSink, DatagramSource, FlowEnd, socket},
+    l4::udp::{DatagramSink, DatagramSource, FlowEnd, FlowEnded, socket},
     model::{Endpoint, Protocol},
 };
 use edgemesh_tunnel::{
@@ -64,9 +64,20 @@ pub(super) enum Upstream<Direct> {
     Tunnel(Box<TunnelStream>),
 }
 
+/// Where a connection or flow goes.
+#[derive(Debug, Clone)]
+pub(super) struct Route {
+    /// The endpoint.
+    pub(super) endpoint: SocketAddr,
+    /// Its node, if it is known.
+    pub(super) node: Option<Arc<str>>,
+    /// `direct`, `tunnel` or `relay`.
+    pub(super) path: &'static str,
+}
+
 impl<Direct> Upstream<Direct> {
     /// The `path` label of metrics.
-    pub(super) fn path(&self) -> &'static str {
+    fn path(&self) -> &'static str {
         match self {
             Self::Direct(_) => "direct",
             Self::Tunnel(stream) => match stream.path() {
@@ -160,7 +171,7 @@ impl Dialer {
         &self,
         port: &ServicePortName,
         client: SocketAddr,
-    ) -> Result<Upstream<TcpStream>, UpstreamError> {
+    ) -> Result<(Upstream<TcpStream>, Route), UpstreamError> {
         self.first_that_answers(port, client, |address| {
             Box::pin(async move {
                 let connection = timeout(DIAL_DEADLINE, TcpStream::connect(address)).await??;
@@ -176,13 +187,35 @@ impl Dialer {
         &self,
         port: &ServicePortName,
         client: SocketAddr,
-    ) -> Result<(FlowEnd, &'static str), UpstreamError> {
-        let upstream = self.first_that_answers(port, client, |address| Box::pin(connected_socket(address))).await?;
-        let path = upstream.path();
+    ) -> Result<(FlowEnd, Route), UpstreamError> {
+        let dial = |address| -> BoxFuture<'static, _> { Box::pin(connected_socket(address)) };
+        let (upstream, route) = self.first_that_answers(port, client, dial).await?;
         Ok(match upstream {
-            Upstream::Direct(socket) => (socket::flow_end(socket), path),
-            Upstream::Tunnel(stream) => (tunnel_end(*stream), path),
+            Upstream::Direct(socket) => (socket::flow_end(socket), route),
+            Upstream::Tunnel(stream) => (tunnel_end(*stream), route),
         })
+    }
+
+    /// Hears how a UDP flow ended that went to its endpoint directly: opening it has said nothing about the endpoint.
+    pub(super) fn flow_ended(
+        &self,
+        port: &ServicePortName,
+        route: &Route,
+        began: Moment,
+        end: &FlowEnded,
+        replied: bool,
+    ) {
+        if route.path != "direct" {
+            return;
+        }
+        let key = EndpointKey { address: route.endpoint, protocol: port.protocol };
+        match end {
+            _ if replied => drop(self.health.reached(key)),
+            FlowEnded::Failed(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                self.eject(port, key, began, &error.to_string());
+            }
+            _ => {}
+        }
     }
 
     async fn first_that_answers<Direct>(
@@ -190,7 +223,7 @@ impl Dialer {
         port: &ServicePortName,
         client: SocketAddr,
         dial: impl Fn(SocketAddr) -> BoxFuture<'static, io::Result<Direct>>,
-    ) -> Result<Upstream<Direct>, UpstreamError> {
+    ) -> Result<(Upstream<Direct>, Route), UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
         let mut failures = Vec::new();
         let mut left = self.endpoints(port, client)?;
@@ -213,10 +246,18 @@ impl Dialer {
             };
             let failure: Failure = match timeout_at(deadline, attempt).await {
                 Ok(Ok(upstream)) => {
-                    if self.health.reached(key) {
+                    // A UDP socket is connected without a word to the other side.
+                    let answered = port.protocol == Protocol::Tcp || matches!(upstream, Upstream::Tunnel(_));
+                    if answered && self.health.reached(key) {
                         tracing::info!(%port, endpoint = %key.address, "an endpoint is reached again");
                     }
-                    return Ok(upstream);
+                    let node = match reach {
+                        Reach::Tunnel { node } => Some(node),
+                        Reach::Local => Some(self.standpoint.node.clone()),
+                        Reach::Direct => endpoint.node.clone(),
+                    };
+                    let path = upstream.path();
+                    return Ok((upstream, Route { endpoint: key.address, node, path }));
                 }
                 Ok(Err(failure)) => failure,
                 Err(_) => {

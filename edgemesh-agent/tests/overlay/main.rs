@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+mod accounts;
 mod faults;
 mod proxied;
 mod rig;

@@ -112,11 +112,16 @@ impl Node {
         SocketAddr::from((address, self.overlay.proxied_address().port()))
     }
 
-    /// The value of a metric line, 0 if it isn't there.
-    pub(crate) fn metric(&self, line: &str) -> u64 {
+    /// What `/metrics` shows.
+    pub(crate) fn metrics(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry.read()).unwrap();
-        text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok()).unwrap_or(0)
+        text
+    }
+
+    /// The value of a metric line, 0 if it isn't there.
+    pub(crate) fn metric(&self, line: &str) -> u64 {
+        self.metrics().lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok()).unwrap_or(0)
     }
 }
 
