@@ -10,14 +10,18 @@ use std::{
 use edgemesh_mesh::{
     Candidates, CatalogStore, Reach,
     health::{EndpointKey, Health, Sorted},
-    l4::udp::{DatagramSink, DatagramSource, FlowEnd, FlowEnded, socket},
-    model::{Endpoint, Protocol},
+    l4::{
+        proxy_protocol,
+        udp::{DatagramSink, DatagramSource, FlowEnd, FlowEnded, socket},
+    },
+    model::{Endpoint, Protocol, Service, ServicePort},
 };
 use edgemesh_tunnel::{
     Carried, DatagramReceiver, DatagramSender, Path, RefusalReason, StreamHeader, Tunnel, TunnelError, TunnelStream,
 };
 use futures::future::BoxFuture;
 use tokio::{
+    io::AsyncWriteExt as _,
     net::{TcpStream, UdpSocket},
     time::{Instant, timeout, timeout_at},
 };
@@ -26,7 +30,7 @@ use super::{Standpoint, metrics::ProxiedMetrics};
 use crate::node_local::ServicePortName;
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
-pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 /// Time for all attempts of one connection together.
 const OVERALL_DEADLINE: Duration = Duration::from_secs(15);
 /// Endpoints that are tried for one connection.
@@ -172,14 +176,16 @@ impl Dialer {
         port: &ServicePortName,
         client: SocketAddr,
     ) -> Result<(Upstream<TcpStream>, Route), UpstreamError> {
-        self.first_that_answers(port, client, |address| {
-            Box::pin(async move {
-                let connection = timeout(DIAL_DEADLINE, TcpStream::connect(address)).await??;
-                connection.set_nodelay(true)?;
-                Ok(connection)
-            })
-        })
-        .await
+        let announcement = self.announcement(port, client);
+        self.first_that_answers(port, client, |address| Box::pin(dial(address, announcement.clone()))).await
+    }
+
+    /// What is to be said to an endpoint of the Service port before the bytes of the connection, if anything.
+    fn announcement(&self, name: &ServicePortName, client: SocketAddr) -> Option<Vec<u8>> {
+        let catalog = self.catalog.peek();
+        let service = catalog.service_named(&name.service).filter(|service| service.proxy_protocol)?;
+        let port = service.ports.iter().find(|port| port.name == name.port && port.protocol == name.protocol)?;
+        Some(announcement(service, port, Some(client)))
     }
 
     /// The remote end of a UDP flow.
@@ -325,6 +331,34 @@ fn header(port: &ServicePortName, endpoint: SocketAddr, client: SocketAddr) -> S
         },
         endpoint,
         source: client.to_string(),
+    }
+}
+
+/// A TCP connection to an endpoint on this node or in its network, on which `first` has been sent.
+pub(super) async fn dial(address: SocketAddr, first: Option<Vec<u8>>) -> io::Result<TcpStream> {
+    let dialling = async {
+        let mut connection = TcpStream::connect(address).await?;
+        connection.set_nodelay(true)?;
+        if let Some(first) = first {
+            connection.write_all(&first).await?;
+        }
+        Ok(connection)
+    };
+    timeout(DIAL_DEADLINE, dialling).await?
+}
+
+/// The header of the PROXY protocol for a connection to a Service port; of no client in particular where it isn't known.
+pub(super) fn announcement(service: &Service, port: &ServicePort, client: Option<SocketAddr>) -> Vec<u8> {
+    let Some(client) = client else { return proxy_protocol::local() };
+    // What the client called: the Service's address of its own family.
+    let called = service.cluster_ips.iter().find(|ip| ip.is_ipv4() == client.is_ipv4());
+    match called {
+        Some(ip) => proxy_protocol::proxied(client, SocketAddr::new(*ip, port.port)),
+        None => {
+            let nothing: IpAddr =
+                if client.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            proxy_protocol::proxied(client, SocketAddr::new(nothing, port.port))
+        }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use edgemesh_mesh::model::Protocol;
 use tokio::{
-    io::AsyncReadExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
 
@@ -84,4 +85,31 @@ async fn the_port_is_closed_outside_of_the_node_local_range() {
     let outside = SocketAddr::from(([127, 0, 0, 1], a.overlay.proxied_address().port()));
     let attempt = tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(outside)).await;
     assert!(!matches!(attempt, Ok(Ok(_))), "the listener answered at {outside}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_wants_it_is_told_whose_connection_it_gets() {
+    let (a, b) = two_sites().await;
+    for (name, node) in [("far", "b"), ("near", "a")] {
+        // A server that answers with all that it got.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        service(&[&a, &b], name, "TCP", &[(listener.local_addr().unwrap(), node)]);
+        let wanting = serde_json::json!({
+            "metadata": {"namespace": "default", "name": name, "annotations": {"edgemesh.dev/proxy-protocol": "v2"}},
+            "spec": {"clusterIP": "10.96.0.9", "ports": [{"name": "main", "port": 80, "protocol": "TCP"}]},
+        });
+        for node in [&a, &b] {
+            node.catalog.apply_service(&serde_json::from_value(wanting.clone()).unwrap());
+            node.catalog.publish();
+        }
+        let mut client = TcpStream::connect(a.listener(name, Protocol::Tcp)).await.unwrap();
+        let own = client.local_addr().unwrap();
+        let (mut server, _) = within("the connection", listener.accept()).await.unwrap();
+        client.write_all(b"hello").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut received = Vec::new();
+        within("what is sent", server.read_to_end(&mut received)).await.unwrap();
+        let header = edgemesh_mesh::l4::proxy_protocol::proxied(own, "10.96.0.9:80".parse().unwrap());
+        assert_eq!(received, [&header[..], b"hello"].concat(), "{name}");
+    }
 }
