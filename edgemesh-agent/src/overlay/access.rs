@@ -55,20 +55,21 @@ impl Accounts {
         }
     }
 
-    /// The account of a flow that has ended.
+    /// The account of a flow that has ended; `opened` is nothing if it ended before opening it had an outcome.
     pub(super) fn flow(
         &self,
         (port, client): (Arc<ServicePortName>, SocketAddr),
         begin: Instant,
-        opened: Result<Route, &'static str>,
+        opened: Option<Result<Route, &'static str>>,
         end: &FlowEnded,
         traffic: &Traffic,
     ) {
         let mut account = self.begin(port, client);
         account.begin = begin;
         match opened {
-            Err(reason) => return account.failed(reason),
-            Ok(route) => account.connected(route),
+            Some(Err(reason)) => return account.failed(reason),
+            Some(Ok(route)) => account.connected(route),
+            None => {}
         }
         account.datagrams = (traffic.to_far(), traffic.to_near());
         match end {
@@ -76,7 +77,8 @@ impl Accounts {
             FlowEnded::Evicted => account.result = "evicted",
             FlowEnded::Closed => account.result = "closed",
             FlowEnded::Stopped => account.result = "stopped",
-            FlowEnded::NotOpened(_) | FlowEnded::Failed(_) => account.failed("broken"),
+            FlowEnded::NotOpened(_) => account.failed("unreachable"),
+            FlowEnded::Failed(_) => account.failed("broken"),
         }
     }
 }

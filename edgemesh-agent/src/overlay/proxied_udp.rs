@@ -99,9 +99,8 @@ impl ProxiedUdp {
         };
         let ended = move |end: FlowEnded, traffic: &Traffic| {
             tracing::trace!(%port, %client, ?end, "a flow ended");
-            // Nothing: the time for opening it has passed, or the agent ends.
-            let opened = opened.get().cloned().unwrap_or(Err("unreachable"));
-            if let Ok(route) = &opened {
+            let opened = opened.get().cloned();
+            if let Some(Ok(route)) = &opened {
                 parts.dialer.flow_ended(&port, route, begin, &end, traffic.to_near() > 0);
             }
             parts.accounts.flow((port, client.into()), begin, opened, &end, traffic);

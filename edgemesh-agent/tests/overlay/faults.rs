@@ -129,6 +129,7 @@ async fn an_endpoint_that_swallows_connections_is_passed_over_and_used_again_whe
         assert_eq!(call(&a, "web", b"x").await.unwrap(), "good 1");
     }
     let page = a.overlay.debug_page()();
+    assert_eq!(page["ejected"].as_array().unwrap().len(), 1, "{page}");
     assert_eq!(page["ejected"][0]["endpoint"], hole.address.to_string(), "{page}");
     // Half of these would try the other one first, for five seconds each: more than a minute.
     let begin = std::time::Instant::now();

@@ -192,11 +192,12 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
         let (opening, client, limits, stop) = (open(), client(), self.limits, self.stop.clone());
         self.tasks.spawn(async move {
             let end = tokio::select! {
+                biased;
+                () = traffic.evicted.cancelled() => FlowEnded::Evicted,
                 end = run(opening, client, datagrams, limits, &traffic) => end,
                 () = stop.cancelled() => FlowEnded::Stopped,
             };
             drop(place);
-            let end = if traffic.evicted.load(Ordering::Relaxed) { FlowEnded::Evicted } else { end };
             ended(end, &traffic);
         });
         delivery
@@ -210,7 +211,8 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
     }
 }
 
-/// Takes the flows that were idle longest out of the table; they end, because their queues close. Returns how many.
+/// Takes the flows that were idle longest out of the table and ends them, also those that are still being opened, so that
+/// there are never more than the table has places for. Returns how many.
 fn evict<K: Clone + Eq + Hash>(flows: &mut HashMap<K, Entry>, limits: FlowLimits) -> usize {
     let wanted = (limits.flows / FREED_SHARE).max(1);
     let now = Instant::now();
@@ -226,7 +228,7 @@ fn evict<K: Clone + Eq + Hash>(flows: &mut HashMap<K, Entry>, limits: FlowLimits
     }
     for (_, key) in &idle {
         if let Some(entry) = flows.remove(key) {
-            entry.traffic.evicted.store(true, Ordering::Relaxed);
+            entry.traffic.evicted.cancel();
         }
     }
     idle.len()
@@ -426,6 +428,28 @@ mod tests {
         }
         assert_eq!(ends.recv().await.unwrap(), (2, "Evicted".to_owned(), 4, 4));
         assert_eq!(table.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_flow_that_is_still_being_opened_can_make_room() {
+        let table = FlowTable::new(FlowLimits { flows: 1, spared: Duration::ZERO, ..FlowLimits::default() });
+        let server = echo().await;
+        let (client, mut replies) = mpsc::channel(8);
+        let (tell, ended) = oneshot::channel();
+        let sink = client.clone();
+        table.deliver(
+            1,
+            Bytes::new(),
+            || Box::new(Client(sink)),
+            std::future::pending,
+            |end, _| {
+                let _ = tell.send(end);
+            },
+        );
+        let outcome = table.deliver(2, Bytes::new(), || Box::new(Client(client)), || open(server), |_, _| {});
+        assert_eq!(outcome, Delivery::BeganInPlaceOf(1));
+        assert!(matches!(ended.await.unwrap(), FlowEnded::Evicted));
+        replies.recv().await.unwrap();
     }
 
     #[tokio::test]

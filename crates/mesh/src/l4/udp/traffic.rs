@@ -1,11 +1,12 @@
 //! What a UDP flow has carried, and when.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 /// What a flow has carried; may be read while it runs.
 #[derive(Debug)]
@@ -15,7 +16,8 @@ pub struct Traffic {
     last: AtomicU64,
     pub(super) to_far: AtomicU64,
     pub(super) to_near: AtomicU64,
-    pub(super) evicted: AtomicBool,
+    /// Cancelled when another flow needs the place of this one.
+    pub(super) evicted: CancellationToken,
 }
 
 impl Default for Traffic {
@@ -25,7 +27,7 @@ impl Default for Traffic {
             last: AtomicU64::new(0),
             to_far: AtomicU64::new(0),
             to_near: AtomicU64::new(0),
-            evicted: AtomicBool::new(false),
+            evicted: CancellationToken::new(),
         }
     }
 }
