@@ -158,6 +158,11 @@ impl Upstreams {
         Err(UpstreamError::Unreachable { service: service.clone(), cause })
     }
 
+    /// The endpoints that are passed over, and until when.
+    pub fn debug_view(&self) -> serde_json::Value {
+        self.health.debug_view(Instant::now())
+    }
+
     /// Keeps a connection whose answer was read to the end.
     pub fn keep(&self, mut connection: Connection) {
         connection.since = Instant::now();

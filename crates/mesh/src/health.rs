@@ -3,7 +3,7 @@
 //!
 //! The times grow with each failure in a row, up to a bound, and differ a little from process to process, so that not all try
 //! at the same moment. If all endpoints of a choice are ejected, all of them are used: a wrong guess must not take a Service
-//! away. Nothing here reads a clock or sends anything.
+//! away. No decision here reads a clock, and nothing is sent.
 
 use std::{
     collections::HashMap,
@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use k8s_openapi::jiff::Timestamp;
 use parking_lot::Mutex;
 
 use crate::model::{Endpoint, Protocol};
@@ -181,6 +182,21 @@ impl Health {
             .collect();
         all.sort_by_key(|ejected| (std::cmp::Reverse(ejected.left), ejected.endpoint.address));
         all
+    }
+
+    /// What is ejected as JSON, for a debug page.
+    pub fn debug_view(&self, now: Instant) -> serde_json::Value {
+        let page = self.ejected(now).into_iter().map(|ejected| {
+            let until = Timestamp::now().checked_add(ejected.left).ok();
+            serde_json::json!({
+                "endpoint": ejected.endpoint.address,
+                "protocol": ejected.endpoint.protocol,
+                "failures": ejected.failures,
+                "secondsLeft": ejected.left.as_secs_f32(),
+                "until": until.map(|until| until.to_string()),
+            })
+        });
+        serde_json::json!({ "ejected": page.collect::<Vec<_>>() })
     }
 
     /// How long after an ejection its failures still count.

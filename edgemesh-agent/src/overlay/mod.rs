@@ -138,19 +138,7 @@ impl Overlay {
     /// `/debug/proxied`: the endpoints that are passed over, and for how long.
     pub fn debug_page(&self) -> impl Fn() -> serde_json::Value + Send + Sync + 'static {
         let health = self.health.clone();
-        move || {
-            let ejected = health.ejected(Instant::now());
-            let page = ejected.iter().map(|ejected| {
-                serde_json::json!({
-                    "endpoint": ejected.endpoint.address,
-                    "protocol": ejected.endpoint.protocol,
-                    "failures": ejected.failures,
-                    "secondsLeft": ejected.left.as_secs_f32(),
-                    "until": k8s_openapi::jiff::Timestamp::now().checked_add(ejected.left).ok().map(|until| until.to_string()),
-                })
-            });
-            serde_json::json!({ "ejected": page.collect::<Vec<_>>() })
-        }
+        move || health.debug_view(Instant::now())
     }
 }
 
