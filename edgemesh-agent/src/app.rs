@@ -95,7 +95,8 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let debug_catalog = Arc::clone(&catalog);
     let pages = AdminRoutes::default()
         .page("/debug/catalog", move || edgemesh_mesh::debug::view(&debug_catalog.snapshot()))
-        .page("/debug/datapath", datapath.debug_page());
+        .page("/debug/datapath", datapath.debug_page())
+        .page("/debug/proxied", overlay.debug_page());
     let address = admin.address();
     let admin_task = tokio::spawn(admin.serve(registry, readiness.clone(), pages, shutdown.clone()));
     Ok(Bound {

@@ -46,6 +46,8 @@ pub struct Config {
     pub dns: DnsConfig,
     /// The overlay to nodes of other networks.
     pub tunnel: TunnelConfig,
+    /// Service ports that go through the agent.
+    pub proxied: ProxiedConfig,
     /// Logging.
     pub log: LogConfig,
     /// How long work in flight may take when the agent stops, in seconds.
@@ -111,6 +113,16 @@ pub struct TunnelConfig {
     pub advertise: Vec<String>,
 }
 
+/// Service ports that go through the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct ProxiedConfig {
+    /// A UDP flow without datagrams ends after this time, in seconds.
+    pub udp_idle_seconds: u64,
+    /// Longest time for which an endpoint that could not be reached is passed over, in seconds. 0 passes none over.
+    pub max_ejection_seconds: u64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -126,6 +138,7 @@ impl Default for Config {
             admin: AdminConfig::on(names::AGENT_ADMIN_PORT),
             dns: DnsConfig::default(),
             tunnel: TunnelConfig::default(),
+            proxied: ProxiedConfig::default(),
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -161,6 +174,12 @@ impl Default for TunnelConfig {
             relay: false,
             advertise: Vec::new(),
         }
+    }
+}
+
+impl Default for ProxiedConfig {
+    fn default() -> Self {
+        Self { udp_idle_seconds: 60, max_ejection_seconds: 60 }
     }
 }
 
@@ -212,6 +231,12 @@ impl Validate for Config {
         self.dns.validate(problems);
         if self.tunnel.listen.is_empty() {
             problems.add("tunnel.listen", "must hold at least one address, for example 0.0.0.0");
+        }
+        if !(1..=80).contains(&self.proxied.udp_idle_seconds) {
+            problems.add("proxied.udpIdleSeconds", "must be between 1 and 80: the other side ends a flow after 90");
+        }
+        if self.proxied.max_ejection_seconds > 3600 {
+            problems.add("proxied.maxEjectionSeconds", "must be at most 3600");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");

@@ -62,21 +62,22 @@ pub async fn build(config: Config) -> Result<Bound> {
 
     let resolved = resolve::start(objects, Arc::clone(&catalog), &shutdown);
     shutdown.spawn(status::write_back(client, resolved.clone(), shutdown.clone()));
-    let upstreams = Upstreams::new(Arc::clone(&catalog), tunnel, config.node_name.clone(), Arc::clone(&metrics));
-    let proxy = Arc::new(Proxy::new(upstreams, &config, Arc::clone(&metrics)));
+    let upstreams =
+        Arc::new(Upstreams::new(Arc::clone(&catalog), tunnel, config.node_name.clone(), Arc::clone(&metrics)));
+    let proxy = Arc::new(Proxy::new(Arc::clone(&upstreams), &config, Arc::clone(&metrics)));
     let (listeners, opened) = Listeners::new(&config, proxy, metrics, shutdown.clone());
     let task = readiness.task("listeners");
     let table = resolved.clone();
     shutdown.spawn(listeners.run(table, task));
 
     let page = resolved.clone();
-    let routes = AdminRoutes::default().page("/debug/routes", move || resolve::debug_view(&page.borrow())).page(
-        "/debug/catalog",
-        {
+    let routes = AdminRoutes::default()
+        .page("/debug/routes", move || resolve::debug_view(&page.borrow()))
+        .page("/debug/catalog", {
             let catalog = Arc::clone(&catalog);
             move || edgemesh_mesh::debug::view(&catalog.snapshot())
-        },
-    );
+        })
+        .page("/debug/upstreams", move || upstreams.debug_view());
     tokio::spawn(admin.serve(registry, readiness, routes, shutdown.clone()));
     Ok(Bound { admin: admin_address, listeners: opened, shutdown, drain })
 }

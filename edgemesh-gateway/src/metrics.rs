@@ -35,6 +35,8 @@ pub struct Metrics {
     pub seconds: Histogram,
     /// Upstream connections.
     pub connects: Family<ConnectLabels, Counter>,
+    /// Endpoints that could not be reached and are passed over for a while.
+    pub ejections: Counter,
     /// Open client connections.
     pub connections: Gauge,
     /// Open listener ports.
@@ -48,6 +50,7 @@ impl Metrics {
             requests: Family::default(),
             seconds: Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0]),
             connects: Family::default(),
+            ejections: Counter::default(),
             connections: Gauge::default(),
             listeners: Gauge::default(),
         };
@@ -63,6 +66,11 @@ impl Metrics {
             metrics.seconds.clone(),
         );
         registry.register("upstream_connects", "Connections to endpoints by path and result", metrics.connects.clone());
+        registry.register(
+            "upstream_ejections",
+            "Endpoints that could not be reached and are passed over for a while",
+            metrics.ejections.clone(),
+        );
         registry.register("connections", "Open client connections", metrics.connections.clone());
         registry.register("listeners", "Open listener ports", metrics.listeners.clone());
         metrics

@@ -53,9 +53,9 @@ struct Own(StatusCode, String);
 
 impl Proxy {
     /// A proxy over the given connections.
-    pub fn new(upstreams: Upstreams, config: &Config, metrics: Arc<Metrics>) -> Self {
+    pub fn new(upstreams: Arc<Upstreams>, config: &Config, metrics: Arc<Metrics>) -> Self {
         let response_timeout = Duration::from_secs(config.response_timeout_seconds);
-        Self { upstreams: Arc::new(upstreams), response_timeout, metrics }
+        Self { upstreams, response_timeout, metrics }
     }
 
     /// Closes connections that were not used for long.

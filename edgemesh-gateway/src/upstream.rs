@@ -11,6 +11,7 @@ use bytes::Bytes;
 use edgemesh_mesh::{
     CatalogStore,
     choice::{Reach, Viewpoint},
+    health::{EndpointKey, Health, HealthSettings, Sorted},
     model::{Endpoint, Protocol, ServiceName, ServicePort},
 };
 use edgemesh_tunnel::{Carried, StreamHeader, Tunnel};
@@ -76,6 +77,7 @@ pub struct Upstreams {
     node: String,
     idle: Mutex<HashMap<SocketAddr, Vec<Connection>>>,
     metrics: Arc<Metrics>,
+    health: Health,
 }
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -84,7 +86,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 impl Upstreams {
     /// No connections yet.
     pub fn new(catalog: Arc<CatalogStore>, tunnel: Tunnel, node: String, metrics: Arc<Metrics>) -> Self {
-        Self { catalog, tunnel, node, idle: Mutex::default(), metrics }
+        let health = Health::new(HealthSettings::default(), rand::random());
+        Self { catalog, tunnel, node, idle: Mutex::default(), metrics, health }
     }
 
     /// Sends a request to an endpoint of a Service port and gives the head of its answer, and the connection, to be
@@ -107,16 +110,18 @@ impl Upstreams {
             .and_then(|s| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).map(Arc::clone));
         let service_port = found.ok_or_else(|| UpstreamError::NoService(service.clone(), port))?;
         let viewpoint = Viewpoint::of(&catalog, &self.node);
-        let mut endpoints = viewpoint.candidates(&catalog, &service_port).endpoints;
-        if endpoints.is_empty() {
+        let endpoints = viewpoint.candidates(&catalog, &service_port).endpoints;
+        let Sorted { mut usable, ejected } = self.health.sort(&endpoints, Protocol::Tcp, Instant::now());
+        if usable.is_empty() {
             return Err(UpstreamError::NoEndpoint(service.clone()));
         }
-        // A random begin spreads the requests; the others follow for retries.
-        let begin = rand::random_range(0..endpoints.len());
-        endpoints.rotate_left(begin);
+        // A random begin spreads the requests; the others follow for retries, those that could not be reached lately last.
+        let begin = rand::random_range(0..usable.len());
+        usable.rotate_left(begin);
         let mut cause = String::new();
-        for endpoint in endpoints.iter().take(MAX_ATTEMPTS) {
-            let address = SocketAddr::new(endpoint.address, endpoint.port);
+        for endpoint in usable.iter().chain(&ejected).take(MAX_ATTEMPTS) {
+            let key = EndpointKey::of(endpoint, Protocol::Tcp);
+            let address = key.address;
             // A kept connection may have been closed by the other side in this moment: then nothing was sent yet.
             while let Some(mut connection) = self.take_idle(address) {
                 match connection.sender.try_send_request(request).await {
@@ -127,7 +132,16 @@ impl Upstreams {
                     },
                 }
             }
-            match self.connect(&viewpoint.reach(&catalog, endpoint), &service_port, endpoint, client).await {
+            let began = Instant::now();
+            self.health.trying(key, began);
+            let connected = self.connect(&viewpoint.reach(&catalog, endpoint), &service_port, endpoint, client).await;
+            if connected.is_ok() {
+                self.health.reached(key);
+            } else if let Some(time) = self.health.failed(key, began, Instant::now()) {
+                self.metrics.ejections.inc();
+                tracing::info!(%address, seconds = time.as_secs_f32(), "an endpoint is passed over");
+            }
+            match connected {
                 Err(error) => cause = format!("{address}: {error}"),
                 Ok(mut connection) => match connection.sender.try_send_request(request).await {
                     Ok(response) => return Ok((response, connection)),
@@ -142,6 +156,11 @@ impl Upstreams {
             }
         }
         Err(UpstreamError::Unreachable { service: service.clone(), cause })
+    }
+
+    /// The endpoints that are passed over, and until when.
+    pub fn debug_view(&self) -> serde_json::Value {
+        self.health.debug_view(Instant::now())
     }
 
     /// Keeps a connection whose answer was read to the end.

@@ -22,6 +22,9 @@ use crate::model::{Endpoint, Node, Peer, Protocol, Service, ServiceKind, Service
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Label of a Node that names its zone (Kubernetes, "Well-Known Labels").
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// Annotation of a Service whose servers want the client's address in a header before the bytes of a connection that the agent
+/// carries; its value is `v2`, the version of the PROXY protocol.
+pub const PROXY_PROTOCOL_ANNOTATION: &str = "edgemesh.dev/proxy-protocol";
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const DEFAULT_AFFINITY: Duration = Duration::from_secs(10_800);
 /// The API allows 1000 endpoints in a slice and 100 ports; these bounds only stop objects that bypassed it.
@@ -153,7 +156,22 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
         client_ip_affinity: affinity,
         internal_traffic_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        proxy_protocol: wants_proxy_protocol(&object.metadata),
     })
+}
+
+fn wants_proxy_protocol(metadata: &ObjectMeta) -> bool {
+    let value = metadata.annotations.as_ref().and_then(|all| all.get(PROXY_PROTOCOL_ANNOTATION));
+    match value.map(String::as_str) {
+        None => false,
+        Some("v2") => true,
+        Some(other) => {
+            let other: String = other.chars().take(64).collect();
+            tracing::warn!(namespace = ?metadata.namespace, service = ?metadata.name, value = other,
+                "{PROXY_PROTOCOL_ANNOTATION} must be `v2`; it is ignored");
+            false
+        }
+    }
 }
 
 /// The Service and the endpoints of a slice. Nothing for slices of no Service, and for those of type FQDN, which

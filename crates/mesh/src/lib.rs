@@ -6,6 +6,7 @@ pub mod choice;
 pub mod cidr;
 pub mod debug;
 pub mod from_kubernetes;
+pub mod health;
 pub mod l4;
 pub mod model;
 mod shards;

@@ -51,6 +51,9 @@ pub struct Service {
     pub internal_traffic_local: bool,
     /// `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
+    /// Its servers want the client's address in a header of the PROXY protocol, version 2
+    /// ([`crate::from_kubernetes::PROXY_PROTOCOL_ANNOTATION`]).
+    pub proxy_protocol: bool,
 }
 
 /// One port of a Service.

@@ -304,3 +304,17 @@ fn one_change_among_ten_thousand_services_costs_little() {
     println!("one change: median {:?}, worst {:?}; difference of 200: {:?}", times[100], times[199], started.elapsed());
     assert!(times[100] < Duration::from_millis(10), "median {:?}", times[100]);
 }
+
+#[test]
+fn the_proxy_protocol_is_spoken_only_where_the_annotation_says_v2() {
+    for (value, wanted) in [("v2", true), ("v1", false), ("", false)] {
+        let store = CatalogStore::new();
+        let service = json!({
+            "metadata": {"namespace": "default", "name": "web", "annotations": {"edgemesh.dev/proxy-protocol": value}},
+            "spec": {"clusterIP": "10.96.0.9", "ports": [{"port": 80}]},
+        });
+        store.apply_service(&serde_json::from_value(service).unwrap());
+        store.publish();
+        assert_eq!(store.snapshot().service("default", "web").unwrap().proxy_protocol, wanted, "{value}");
+    }
+}

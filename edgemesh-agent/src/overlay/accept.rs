@@ -6,16 +6,16 @@ use edgemesh_mesh::{
     Catalog, CatalogStore,
     l4::{
         copy::{Copied, CopyLimits, copy_both},
-        udp::{pump, socket},
+        udp::{Traffic, pump, socket},
     },
-    model::Protocol,
+    model::{Protocol, Service, ServicePort},
 };
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Accept, Carried, PeerName, Refusal, RefusalReason, Session, StreamHeader};
 use futures::future::BoxFuture;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::net::TcpStream;
 
-use super::upstream::{self, DIAL_DEADLINE};
+use super::upstream;
 
 /// A UDP flow without datagrams ends after this time. The dialing side ends it sooner; this is for those that vanished.
 const UDP_IDLE: Duration = Duration::from_secs(90);
@@ -32,17 +32,16 @@ impl Acceptor {
         Self { node, catalog, shutdown }
     }
 
-    async fn connect(&self, header: &StreamHeader) -> Result<Session, Refusal> {
-        check(&self.catalog.snapshot(), &self.node, header)?;
+    async fn connect(&self, peer: &PeerName, header: &StreamHeader) -> Result<Session, Refusal> {
+        let (service, port) = check(&self.catalog.snapshot(), &self.node, header)?;
         let failed =
             |error: std::io::Error| Refusal::new(RefusalReason::DialFailed, format!("{}: {error}", header.endpoint));
         match header.protocol {
             Carried::Tcp => {
-                let mut endpoint = timeout(DIAL_DEADLINE, TcpStream::connect(header.endpoint))
-                    .await
-                    .map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))?
-                    .map_err(failed)?;
-                endpoint.set_nodelay(true).map_err(failed)?;
+                // A gateway's connections carry the requests of many clients, one after the other.
+                let client = if peer.component == super::COMPONENT { header.source.parse().ok() } else { None };
+                let announcement = service.proxy_protocol.then(|| upstream::announcement(&service, &port, client));
+                let mut endpoint = upstream::dial(header.endpoint, announcement).await.map_err(failed)?;
                 let limits = CopyLimits { idle: None, stop: self.shutdown.forced().clone() };
                 Ok(Session::new(move |mut stream| async move {
                     let copied = Copied::default();
@@ -55,7 +54,9 @@ impl Acceptor {
             Carried::Udp => {
                 let socket = upstream::connected_socket(header.endpoint).await.map_err(failed)?;
                 Ok(Session::new(move |stream| async move {
-                    let end = pump(upstream::tunnel_end(stream), socket::flow_end(socket), UDP_IDLE).await;
+                    let end =
+                        pump(upstream::tunnel_end(stream), socket::flow_end(socket), UDP_IDLE, &Traffic::default())
+                            .await;
                     tracing::trace!(?end, "a UDP flow ended");
                 }))
             }
@@ -67,7 +68,7 @@ impl Accept for Acceptor {
     fn accept<'a>(&'a self, peer: &'a PeerName, header: &'a StreamHeader) -> BoxFuture<'a, Result<Session, Refusal>> {
         Box::pin(async move {
             tracing::trace!(%peer, service = header.service, endpoint = %header.endpoint, source = header.source, "a stream");
-            self.connect(header).await
+            self.connect(peer, header).await
         })
     }
 }
@@ -79,8 +80,8 @@ pub(super) fn reset(connection: &TcpStream) {
     }
 }
 
-/// Whether the header names a usable endpoint of its Service on this node.
-fn check(catalog: &Catalog, own: &str, header: &StreamHeader) -> Result<(), Refusal> {
+/// Whether the header names a usable endpoint of its Service on this node; gives that Service and its port.
+fn check(catalog: &Catalog, own: &str, header: &StreamHeader) -> Result<(Arc<Service>, Arc<ServicePort>), Refusal> {
     let not_here = |what: &str| {
         let detail = format!("{}/{} {}: {what}", header.namespace, header.service, header.endpoint);
         Err(Refusal::new(RefusalReason::NotHere, detail))
@@ -103,7 +104,7 @@ fn check(catalog: &Catalog, own: &str, header: &StreamHeader) -> Result<(), Refu
     }
     // What the choice on the other side may have picked a moment ago.
     let usable = endpoint.ready || endpoint.serving || service.publish_not_ready;
-    if usable { Ok(()) } else { not_here("the endpoint is not ready") }
+    if usable { Ok((service.clone(), port.clone())) } else { not_here("the endpoint is not ready") }
 }
 
 #[cfg(test)]
@@ -159,7 +160,7 @@ mod tests {
         for (header, refusal) in table {
             let outcome = check(&catalog, "here", &header);
             match (outcome, refusal) {
-                (Ok(()), None) => {}
+                (Ok(_), None) => {}
                 (Err(found), Some(wanted)) => assert!(found.detail.contains(wanted), "{found}"),
                 (outcome, _) => panic!("{header:?}: {outcome:?}"),
             }

@@ -32,6 +32,8 @@ pub(super) struct ProxiedMetrics {
     bytes: Family<Direction, Counter>,
     active: Family<ProtocolLabel, Gauge>,
     dropped: Counter,
+    evicted: Counter,
+    ejections: Counter,
 }
 
 impl ProxiedMetrics {
@@ -49,6 +51,16 @@ impl ProxiedMetrics {
             "dropped_datagrams",
             "Datagrams dropped: too many flows, or too fast",
             metrics.dropped.clone(),
+        );
+        registry.register(
+            "evicted_flows",
+            "UDP flows ended before their idle time, because newer ones needed their places",
+            metrics.evicted.clone(),
+        );
+        registry.register(
+            "ejections",
+            "Endpoints that could not be reached and are passed over for a while",
+            metrics.ejections.clone(),
         );
         for path in ["direct", "tunnel", "relay"] {
             for protocol in ["tcp", "udp"] {
@@ -69,6 +81,14 @@ impl ProxiedMetrics {
 
     pub(super) fn dropped(&self) {
         self.dropped.inc();
+    }
+
+    pub(super) fn evicted(&self, flows: usize) {
+        self.evicted.inc_by(flows as u64);
+    }
+
+    pub(super) fn ejection(&self) {
+        self.ejections.inc();
     }
 
     /// Counts as active until it is dropped.

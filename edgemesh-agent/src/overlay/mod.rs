@@ -2,20 +2,27 @@
 //! that it accepts, and the listener for the Service ports that go through it.
 
 mod accept;
+mod access;
 mod metrics;
 mod proxied;
 mod proxied_udp;
+mod service_metrics;
 mod upstream;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use edgemesh_api::names;
 use edgemesh_discovery::{peers, publish::Publisher};
-use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr};
+use edgemesh_mesh::{
+    Catalog, CatalogStore, Viewpoint,
+    cidr::Cidr,
+    health::{Health, HealthSettings},
+};
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
 use parking_lot::RwLock;
@@ -52,6 +59,7 @@ impl Standpoint {
 pub struct Overlay {
     tunnel: Tunnel,
     proxied: SocketAddr,
+    health: Arc<Health>,
 }
 
 impl Overlay {
@@ -90,10 +98,22 @@ impl Overlay {
         let tunnel_config = tunnel_config(config)?;
         let tunnel = Tunnel::start(&tunnel_config, acceptor, registry, shutdown).context("starting the tunnel")?;
 
-        let dialer = upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone());
         let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
-        let parts = proxied::Parts { dialer: Arc::new(dialer), allocator, metrics, shutdown: shutdown.clone() };
-        let listener = proxied::Proxied::bind(proxied, parts)
+        let max = Duration::from_secs(config.proxied.max_ejection_seconds);
+        let health = Arc::new(Health::new(HealthSettings { max, ..HealthSettings::default() }, rand::random()));
+        let dialer =
+            upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone(), health.clone(), metrics.clone());
+        let services = service_metrics::ServiceMetrics::register(&mut registry.write(), catalog.clone());
+        spawn_until_stopping(shutdown, services.clone().follow());
+        let parts = proxied::Parts {
+            dialer,
+            allocator,
+            metrics,
+            accounts: access::Accounts { services, catalog: catalog.clone() },
+            udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
+            shutdown: shutdown.clone(),
+        };
+        let listener = proxied::Proxied::bind(proxied, Arc::new(parts))
             .with_context(|| format!("listening on {proxied} for proxied Service ports"))?;
         let proxied = listener.address();
         listener.start();
@@ -102,7 +122,7 @@ impl Overlay {
         spawn_until_stopping(shutdown, peers::follow(COMPONENT, node.clone(), catalog.clone(), tunnel.clone()));
         let publisher = Publisher::new(COMPONENT, node, config.tunnel.relay, catalog, client, &tunnel);
         spawn_until_stopping(shutdown, publisher.run());
-        Ok(Self { tunnel, proxied })
+        Ok(Self { tunnel, proxied, health })
     }
 
     /// The tunnel.
@@ -113,6 +133,12 @@ impl Overlay {
     /// Where proxied Service ports are listened for, TCP and UDP.
     pub fn proxied_address(&self) -> SocketAddr {
         self.proxied
+    }
+
+    /// `/debug/proxied`: the endpoints that are passed over, and for how long.
+    pub fn debug_page(&self) -> impl Fn() -> serde_json::Value + Send + Sync + 'static {
+        let health = self.health.clone();
+        move || health.debug_view(Instant::now())
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use edgemesh_mesh::l4::copy::{Copied, CopyLimits, copy_both};
+use edgemesh_mesh::l4::copy::{CopyLimits, copy_both};
 use edgemesh_telemetry::Shutdown;
 use socket2::{Domain, SockFilter, Socket, Type};
 use tokio::{
@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{
     accept::reset,
+    access::Accounts,
     metrics::ProxiedMetrics,
     proxied_udp::ProxiedUdp,
     upstream::{Dialer, Upstream},
@@ -32,11 +33,13 @@ const BACKLOG: i32 = 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the listener works with.
-#[derive(Clone)]
 pub(super) struct Parts {
-    pub(super) dialer: Arc<Dialer>,
+    pub(super) dialer: Dialer,
     pub(super) allocator: Arc<Allocator>,
     pub(super) metrics: ProxiedMetrics,
+    pub(super) accounts: Accounts,
+    /// A UDP flow without datagrams ends after this time.
+    pub(super) udp_idle: Duration,
     pub(super) shutdown: Shutdown,
 }
 
@@ -45,12 +48,12 @@ pub(super) struct Proxied {
     tcp: TcpListener,
     udp: ProxiedUdp,
     address: SocketAddr,
-    parts: Parts,
+    parts: Arc<Parts>,
 }
 
 impl Proxied {
     /// Binds both sockets. Port 0 picks a free one, the same for both.
-    pub(super) fn bind(address: SocketAddr, parts: Parts) -> io::Result<Self> {
+    pub(super) fn bind(address: SocketAddr, parts: Arc<Parts>) -> io::Result<Self> {
         let mut attempts = 0;
         loop {
             match Self::bind_once(address, parts.clone()) {
@@ -63,7 +66,7 @@ impl Proxied {
         }
     }
 
-    fn bind_once(address: SocketAddr, parts: Parts) -> io::Result<Self> {
+    fn bind_once(address: SocketAddr, parts: Arc<Parts>) -> io::Result<Self> {
         let tcp = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         tcp.set_reuse_address(true)?;
         tcp.set_nonblocking(true)?;
@@ -122,7 +125,7 @@ pub(super) fn v4(address: IpAddr) -> Option<Ipv4Addr> {
     }
 }
 
-async fn accept_all(listener: TcpListener, parts: Parts) {
+async fn accept_all(listener: TcpListener, parts: Arc<Parts>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
@@ -142,7 +145,7 @@ async fn accept_all(listener: TcpListener, parts: Parts) {
     }
 }
 
-async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Parts) {
+async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>) {
     let port = connection
         .local_addr()
         .ok()
@@ -152,35 +155,44 @@ async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Parts) {
         parts.metrics.connection("tcp", "none", "no_service");
         return reset(&connection);
     };
+    let mut account = parts.accounts.begin(port.clone(), client);
     let upstream = match parts.dialer.tcp(&port, client).await {
-        Ok(upstream) => upstream,
+        Ok((upstream, route)) => {
+            parts.metrics.connection("tcp", route.path, "ok");
+            account.connected(route);
+            upstream
+        }
         Err(error) => {
             tracing::debug!(%port, %client, %error, "no connection");
             parts.metrics.connection("tcp", "none", error.label());
+            account.failed(error.label());
             return reset(&connection);
         }
     };
-    parts.metrics.connection("tcp", upstream.path(), "ok");
     let _active = parts.metrics.active("tcp");
-    let copied = Copied::default();
     let limits = CopyLimits { idle: None, stop: parts.shutdown.forced().clone() };
+    let copied = &account.copied;
     let end = async {
         connection.set_nodelay(true)?;
         match upstream {
             Upstream::Direct(mut endpoint) => {
-                let end = copy_both(&mut connection, &mut endpoint, &copied, &limits).await;
+                let end = copy_both(&mut connection, &mut endpoint, copied, &limits).await;
                 if end.is_err() {
                     reset(&endpoint);
                 }
                 end
             }
-            Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, &copied, &limits).await,
+            Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, copied, &limits).await,
         }
     }
     .await;
-    if let Err(error) = end {
-        tracing::debug!(%port, %client, %error, "a connection broke");
-        reset(&connection);
-    }
     parts.metrics.tcp_bytes(copied.forward(), copied.backward());
+    match end {
+        Ok(end) => account.ended(end),
+        Err(error) => {
+            tracing::debug!(%port, %client, %error, "a connection broke");
+            account.failed("broken");
+            reset(&connection);
+        }
+    }
 }

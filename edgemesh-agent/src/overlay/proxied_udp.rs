@@ -5,11 +5,14 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     os::fd::AsRawFd as _,
-    sync::Arc,
+    sync::{Arc, OnceLock},
+    time::Instant,
 };
 
 use bytes::Bytes;
-use edgemesh_mesh::l4::udp::{DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, socket::receive_whole};
+use edgemesh_mesh::l4::udp::{
+    DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, Traffic, socket::receive_whole,
+};
 use futures::future::BoxFuture;
 use nix::{
     cmsg_space,
@@ -34,11 +37,11 @@ type FlowKey = (SocketAddrV4, Ipv4Addr);
 /// The bound socket.
 pub(super) struct ProxiedUdp {
     socket: Arc<UdpSocket>,
-    parts: Parts,
+    parts: Arc<Parts>,
 }
 
 impl ProxiedUdp {
-    pub(super) fn bind(address: SocketAddr, parts: Parts) -> io::Result<Self> {
+    pub(super) fn bind(address: SocketAddr, parts: Arc<Parts>) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
         socket.set_nonblocking(true)?;
         // Best effort: the limits belong to the operator.
@@ -52,7 +55,8 @@ impl ProxiedUdp {
 
     /// Serves until it is dropped; the flows end with it.
     pub(super) async fn run(self) {
-        let table = FlowTable::new(FlowLimits { flows: MAX_FLOWS, ..FlowLimits::default() });
+        let limits = FlowLimits { flows: MAX_FLOWS, idle: self.parts.udp_idle, ..FlowLimits::default() };
+        let table = FlowTable::new(limits);
         loop {
             match self.socket.async_io(Interest::READABLE, || receive(&self.socket)).await {
                 Ok((datagram, Some((client, local)))) => self.deliver(&table, client, local, datagram),
@@ -68,17 +72,23 @@ impl ProxiedUdp {
             self.parts.metrics.connection("udp", "none", "no_service");
             return;
         };
-        let (metrics, dialer) = (self.parts.metrics.clone(), self.parts.dialer.clone());
-        let name = port.clone();
-        let opening = move || async move {
-            match dialer.udp(&port, client.into()).await {
-                Ok((remote, path)) => {
-                    metrics.connection("udp", path, "ok");
-                    Ok(remote)
-                }
-                Err(error) => {
-                    metrics.connection("udp", "none", error.label());
-                    Err(io::Error::other(error.to_string()))
+        // What opening has led to, for the account at the end.
+        let opened = Arc::new(OnceLock::new());
+        let (parts, begin) = (self.parts.clone(), Instant::now());
+        let opening = {
+            let (port, opened, parts) = (port.clone(), opened.clone(), parts.clone());
+            move || async move {
+                match parts.dialer.udp(&port, client.into()).await {
+                    Ok((remote, route)) => {
+                        parts.metrics.connection("udp", route.path, "ok");
+                        let _ = opened.set(Ok(route));
+                        Ok(remote)
+                    }
+                    Err(error) => {
+                        parts.metrics.connection("udp", "none", error.label());
+                        let _ = opened.set(Err(error.label()));
+                        Err(io::Error::other(error.to_string()))
+                    }
                 }
             }
         };
@@ -87,12 +97,17 @@ impl ProxiedUdp {
                 Replies { socket: self.socket.clone(), client, local, _active: self.parts.metrics.active("udp") };
             Box::new(sink) as Box<dyn DatagramSink>
         };
-        let ended = move |end| match end {
-            FlowEnded::NotOpened(error) => tracing::debug!(port = %name, %client, %error, "no flow"),
-            end => tracing::trace!(port = %name, %client, ?end, "a flow ended"),
+        let ended = move |end: FlowEnded, traffic: &Traffic| {
+            tracing::trace!(%port, %client, ?end, "a flow ended");
+            let opened = opened.get().cloned();
+            if let Some(Ok(route)) = &opened {
+                parts.dialer.flow_ended(&port, route, begin, &end, traffic.to_near() > 0);
+            }
+            parts.accounts.flow((port, client.into()), begin, opened, &end, traffic);
         };
         match table.deliver((client, local), datagram, replies, opening, ended) {
             Delivery::Queued | Delivery::Began => {}
+            Delivery::BeganInPlaceOf(evicted) => self.parts.metrics.evicted(evicted),
             Delivery::QueueFull | Delivery::TableFull => self.parts.metrics.dropped(),
         }
     }

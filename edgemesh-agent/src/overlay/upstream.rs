@@ -4,30 +4,39 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant as Moment},
 };
 
 use edgemesh_mesh::{
-    CatalogStore, Reach,
-    l4::udp::{DatagramSink, DatagramSource, FlowEnd, socket},
-    model::{Endpoint, Protocol},
+    Candidates, CatalogStore, Reach,
+    health::{EndpointKey, Health, Sorted},
+    l4::{
+        proxy_protocol,
+        udp::{DatagramSink, DatagramSource, FlowEnd, FlowEnded, socket},
+    },
+    model::{Endpoint, Protocol, Service, ServicePort},
 };
-use edgemesh_tunnel::{Carried, DatagramReceiver, DatagramSender, Path, StreamHeader, Tunnel, TunnelStream};
+use edgemesh_tunnel::{
+    Carried, DatagramReceiver, DatagramSender, Path, RefusalReason, StreamHeader, Tunnel, TunnelError, TunnelStream,
+};
 use futures::future::BoxFuture;
 use tokio::{
+    io::AsyncWriteExt as _,
     net::{TcpStream, UdpSocket},
     time::{Instant, timeout, timeout_at},
 };
 
-use super::Standpoint;
+use super::{Standpoint, metrics::ProxiedMetrics};
 use crate::node_local::ServicePortName;
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
-pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 /// Time for all attempts of one connection together.
 const OVERALL_DEADLINE: Duration = Duration::from_secs(15);
 /// Endpoints that are tried for one connection.
 const MAX_ATTEMPTS: usize = 4;
+/// Endpoints that are looked at for that.
+const MAX_CONSIDERED: usize = 64;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -59,9 +68,20 @@ pub(super) enum Upstream<Direct> {
     Tunnel(Box<TunnelStream>),
 }
 
+/// Where a connection or flow goes.
+#[derive(Debug, Clone)]
+pub(super) struct Route {
+    /// The endpoint.
+    pub(super) endpoint: SocketAddr,
+    /// Its node, if it is known.
+    pub(super) node: Option<Arc<str>>,
+    /// `direct`, `tunnel` or `relay`.
+    pub(super) path: &'static str,
+}
+
 impl<Direct> Upstream<Direct> {
     /// The `path` label of metrics.
-    pub(super) fn path(&self) -> &'static str {
+    fn path(&self) -> &'static str {
         match self {
             Self::Direct(_) => "direct",
             Self::Tunnel(stream) => match stream.path() {
@@ -72,17 +92,82 @@ impl<Direct> Upstream<Direct> {
     }
 }
 
+/// A failed attempt, and what it says about.
+struct Failure {
+    cause: String,
+    blame: Blame,
+}
+
+/// What could not be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blame {
+    /// That endpoint.
+    Endpoint,
+    /// The whole node that it is on.
+    Node,
+    /// Neither: this process lacks something, or the attempt was cut short.
+    Nothing,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        // Those come from this host, whatever the endpoint does.
+        let own = matches!(
+            error.raw_os_error(),
+            Some(
+                libc::EMFILE
+                    | libc::ENFILE
+                    | libc::ENOMEM
+                    | libc::ENOBUFS
+                    | libc::EADDRNOTAVAIL
+                    | libc::EACCES
+                    | libc::EPERM
+            )
+        );
+        Self { cause: error.to_string(), blame: if own { Blame::Nothing } else { Blame::Endpoint } }
+    }
+}
+
+impl From<TunnelError> for Failure {
+    fn from(error: TunnelError) -> Self {
+        let blame = match &error {
+            TunnelError::Refused { refusal, .. } => match refusal.reason {
+                RefusalReason::NotHere | RefusalReason::DialFailed => Blame::Endpoint,
+                RefusalReason::Busy | RefusalReason::NotServing => Blame::Node,
+                RefusalReason::Malformed => Blame::Nothing,
+            },
+            TunnelError::UnknownNode { .. }
+            | TunnelError::Unreachable { .. }
+            | TunnelError::Timeout { .. }
+            | TunnelError::Lost { .. } => Blame::Node,
+            TunnelError::HeaderTooLong(_) | TunnelError::Stopped => Blame::Nothing,
+        };
+        Self { cause: error.to_string(), blame }
+    }
+}
+
+/// The endpoints that one connection may use, in the order in which it tries them.
+type Attempts = Vec<(Arc<Endpoint>, Reach)>;
+
 /// Chooses and connects.
 #[derive(Debug)]
 pub(super) struct Dialer {
     standpoint: Standpoint,
     catalog: Arc<CatalogStore>,
     tunnel: Tunnel,
+    health: Arc<Health>,
+    metrics: ProxiedMetrics,
 }
 
 impl Dialer {
-    pub(super) fn new(standpoint: Standpoint, catalog: Arc<CatalogStore>, tunnel: Tunnel) -> Self {
-        Self { standpoint, catalog, tunnel }
+    pub(super) fn new(
+        standpoint: Standpoint,
+        catalog: Arc<CatalogStore>,
+        tunnel: Tunnel,
+        health: Arc<Health>,
+        metrics: ProxiedMetrics,
+    ) -> Self {
+        Self { standpoint, catalog, tunnel, health, metrics }
     }
 
     /// A TCP connection to an endpoint of the Service port.
@@ -90,15 +175,17 @@ impl Dialer {
         &self,
         port: &ServicePortName,
         client: SocketAddr,
-    ) -> Result<Upstream<TcpStream>, UpstreamError> {
-        self.first_that_answers(port, client, |address| {
-            Box::pin(async move {
-                let connection = timeout(DIAL_DEADLINE, TcpStream::connect(address)).await??;
-                connection.set_nodelay(true)?;
-                Ok(connection)
-            })
-        })
-        .await
+    ) -> Result<(Upstream<TcpStream>, Route), UpstreamError> {
+        let announcement = self.announcement(port, client);
+        self.first_that_answers(port, client, |address| Box::pin(dial(address, announcement.clone()))).await
+    }
+
+    /// What is to be said to an endpoint of the Service port before the bytes of the connection, if anything.
+    fn announcement(&self, name: &ServicePortName, client: SocketAddr) -> Option<Vec<u8>> {
+        let catalog = self.catalog.peek();
+        let service = catalog.service_named(&name.service).filter(|service| service.proxy_protocol)?;
+        let port = service.ports.iter().find(|port| port.name == name.port && port.protocol == name.protocol)?;
+        Some(announcement(service, port, Some(client)))
     }
 
     /// The remote end of a UDP flow.
@@ -106,13 +193,35 @@ impl Dialer {
         &self,
         port: &ServicePortName,
         client: SocketAddr,
-    ) -> Result<(FlowEnd, &'static str), UpstreamError> {
-        let upstream = self.first_that_answers(port, client, |address| Box::pin(connected_socket(address))).await?;
-        let path = upstream.path();
+    ) -> Result<(FlowEnd, Route), UpstreamError> {
+        let dial = |address| -> BoxFuture<'static, _> { Box::pin(connected_socket(address)) };
+        let (upstream, route) = self.first_that_answers(port, client, dial).await?;
         Ok(match upstream {
-            Upstream::Direct(socket) => (socket::flow_end(socket), path),
-            Upstream::Tunnel(stream) => (tunnel_end(*stream), path),
+            Upstream::Direct(socket) => (socket::flow_end(socket), route),
+            Upstream::Tunnel(stream) => (tunnel_end(*stream), route),
         })
+    }
+
+    /// Hears how a UDP flow ended that went to its endpoint directly: opening it has said nothing about the endpoint.
+    pub(super) fn flow_ended(
+        &self,
+        port: &ServicePortName,
+        route: &Route,
+        began: Moment,
+        end: &FlowEnded,
+        replied: bool,
+    ) {
+        if route.path != "direct" {
+            return;
+        }
+        let key = EndpointKey { address: route.endpoint, protocol: port.protocol };
+        match end {
+            _ if replied => drop(self.health.reached(key)),
+            FlowEnded::Failed(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                self.eject(port, key, began, &error.to_string());
+            }
+            _ => {}
+        }
     }
 
     async fn first_that_answers<Direct>(
@@ -120,42 +229,73 @@ impl Dialer {
         port: &ServicePortName,
         client: SocketAddr,
         dial: impl Fn(SocketAddr) -> BoxFuture<'static, io::Result<Direct>>,
-    ) -> Result<Upstream<Direct>, UpstreamError> {
+    ) -> Result<(Upstream<Direct>, Route), UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
         let mut failures = Vec::new();
-        for (endpoint, reach) in self.endpoints(port, client)? {
-            let address = SocketAddr::new(endpoint.address, endpoint.port);
+        let mut left = self.endpoints(port, client)?;
+        left.reverse();
+        while let Some((endpoint, reach)) = left.pop() {
+            if failures.len() == MAX_ATTEMPTS {
+                break;
+            }
+            let key = EndpointKey::of(&endpoint, port.protocol);
+            let began = Moment::now();
+            self.health.trying(key, began);
             let attempt = async {
                 match &reach {
-                    Reach::Local | Reach::Direct => {
-                        dial(address).await.map(Upstream::Direct).map_err(|error| error.to_string())
+                    Reach::Local | Reach::Direct => Ok(dial(key.address).await.map(Upstream::Direct)?),
+                    Reach::Tunnel { node } => {
+                        let stream = self.tunnel.open(node, &header(port, key.address, client)).await?;
+                        Ok(Upstream::Tunnel(Box::new(stream)))
                     }
-                    Reach::Tunnel { node } => self
-                        .tunnel
-                        .open(node, &header(port, address, client))
-                        .await
-                        .map(|stream| Upstream::Tunnel(Box::new(stream)))
-                        .map_err(|error| error.to_string()),
                 }
             };
-            match timeout_at(deadline, attempt).await {
-                Ok(Ok(upstream)) => return Ok(upstream),
-                Ok(Err(failure)) => failures.push(format!("{address}: {failure}")),
+            let failure: Failure = match timeout_at(deadline, attempt).await {
+                Ok(Ok(upstream)) => {
+                    // A UDP socket is connected without a word to the other side.
+                    let answered = port.protocol == Protocol::Tcp || matches!(upstream, Upstream::Tunnel(_));
+                    if answered && self.health.reached(key) {
+                        tracing::info!(%port, endpoint = %key.address, "an endpoint is reached again");
+                    }
+                    let node = match reach {
+                        Reach::Tunnel { node } => Some(node),
+                        Reach::Local => Some(self.standpoint.node.clone()),
+                        Reach::Direct => endpoint.node.clone(),
+                    };
+                    let path = upstream.path();
+                    return Ok((upstream, Route { endpoint: key.address, node, path }));
+                }
+                Ok(Err(failure)) => failure,
                 Err(_) => {
-                    failures.push(format!("{address}: no time left"));
+                    failures.push(format!("{}: no time left", key.address));
                     break;
                 }
+            };
+            if failure.blame != Blame::Nothing {
+                self.eject(port, key, began, &failure.cause);
             }
+            if failure.blame == Blame::Node {
+                // The others there are no better: those of other nodes first.
+                let (there, elsewhere): (Attempts, Attempts) = left.into_iter().partition(|(_, other)| *other == reach);
+                for (endpoint, _) in &there {
+                    self.eject(port, EndpointKey::of(endpoint, port.protocol), began, &failure.cause);
+                }
+                left = there.into_iter().chain(elsewhere).collect();
+            }
+            failures.push(format!("{}: {}", key.address, failure.cause));
         }
         Err(UpstreamError::Unreachable(failures.join("; ")))
     }
 
-    /// The endpoints to try, in order.
-    fn endpoints(
-        &self,
-        name: &ServicePortName,
-        client: SocketAddr,
-    ) -> Result<Vec<(Arc<Endpoint>, Reach)>, UpstreamError> {
+    fn eject(&self, port: &ServicePortName, endpoint: EndpointKey, began: Moment, cause: &str) {
+        if let Some(time) = self.health.failed(endpoint, began, Moment::now()) {
+            self.metrics.ejection();
+            tracing::info!(%port, endpoint = %endpoint.address, seconds = time.as_secs_f32(), cause, "an endpoint is passed over");
+        }
+    }
+
+    /// The endpoints to try, in order: a chosen one, then those after it; those that could not be reached lately come last.
+    fn endpoints(&self, name: &ServicePortName, client: SocketAddr) -> Result<Attempts, UpstreamError> {
         let catalog = self.catalog.snapshot();
         let service = catalog.service_named(&name.service).ok_or(UpstreamError::NoService)?;
         let port = service
@@ -165,6 +305,8 @@ impl Dialer {
             .ok_or(UpstreamError::NoService)?;
         let viewpoint = self.standpoint.viewpoint(&catalog);
         let candidates = viewpoint.candidates(&catalog, port);
+        let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
+        let candidates = Candidates { endpoints: usable, ..candidates };
         let first = match service.client_ip_affinity {
             Some(_) => candidates.pick_for_client(client.ip()),
             None => candidates.pick(rand::random()),
@@ -172,12 +314,9 @@ impl Dialer {
         .ok_or(UpstreamError::NoEndpoint)?;
         let at = candidates.endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, first)).unwrap_or(0);
         let (before, from) = candidates.endpoints.split_at(at);
-        Ok(from
-            .iter()
-            .chain(before)
-            .take(MAX_ATTEMPTS)
-            .map(|endpoint| (endpoint.clone(), viewpoint.reach(&catalog, endpoint)))
-            .collect())
+        // Enough that a node with many endpoints, when it is cut off, doesn't use up all of them.
+        let order = from.iter().chain(before).chain(&ejected).take(MAX_CONSIDERED);
+        Ok(order.map(|endpoint| (endpoint.clone(), viewpoint.reach(&catalog, endpoint))).collect())
     }
 }
 
@@ -192,6 +331,34 @@ fn header(port: &ServicePortName, endpoint: SocketAddr, client: SocketAddr) -> S
         },
         endpoint,
         source: client.to_string(),
+    }
+}
+
+/// A TCP connection to an endpoint on this node or in its network, on which `first` has been sent.
+pub(super) async fn dial(address: SocketAddr, first: Option<Vec<u8>>) -> io::Result<TcpStream> {
+    let dialling = async {
+        let mut connection = TcpStream::connect(address).await?;
+        connection.set_nodelay(true)?;
+        if let Some(first) = first {
+            connection.write_all(&first).await?;
+        }
+        Ok(connection)
+    };
+    timeout(DIAL_DEADLINE, dialling).await?
+}
+
+/// The header of the PROXY protocol for a connection to a Service port; of no client in particular where it isn't known.
+pub(super) fn announcement(service: &Service, port: &ServicePort, client: Option<SocketAddr>) -> Vec<u8> {
+    let Some(client) = client else { return proxy_protocol::local() };
+    // What the client called: the Service's address of its own family.
+    let called = service.cluster_ips.iter().find(|ip| ip.is_ipv4() == client.is_ipv4());
+    match called {
+        Some(ip) => proxy_protocol::proxied(client, SocketAddr::new(*ip, port.port)),
+        None => {
+            let nothing: IpAddr =
+                if client.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            proxy_protocol::proxied(client, SocketAddr::new(nothing, port.port))
+        }
     }
 }
 

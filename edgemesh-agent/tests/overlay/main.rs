@@ -3,5 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+mod accounts;
+mod faults;
 mod proxied;
 mod rig;
+mod servers;
+mod udp;

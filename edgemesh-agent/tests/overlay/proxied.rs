@@ -1,52 +1,17 @@
-//! Proxied Service ports.
+//! Proxied TCP connections.
 
 use std::{net::SocketAddr, time::Duration};
 
 use edgemesh_mesh::model::Protocol;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, UdpSocket},
+    net::{TcpListener, TcpStream},
 };
 
-use crate::rig::{Node, service, two_sites, within};
-
-/// A TCP server that reads all, then answers with its name and the number of bytes.
-async fn server(name: &'static str) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut connection, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut all = Vec::new();
-                let _ = connection.read_to_end(&mut all).await;
-                let _ = connection.write_all(format!("{name} {}", all.len()).as_bytes()).await;
-            });
-        }
-    });
-    address
-}
-
-/// A UDP server that sends back what it gets.
-async fn udp_server() -> SocketAddr {
-    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let address = socket.local_addr().unwrap();
-    tokio::spawn(async move {
-        let mut buffer = vec![0; 65_536];
-        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
-            let _ = socket.send_to(&buffer[..length], from).await;
-        }
-    });
-    address
-}
-
-async fn call(node: &Node, name: &str, body: &[u8]) -> std::io::Result<String> {
-    let mut connection = TcpStream::connect(node.listener(name, Protocol::Tcp)).await?;
-    connection.write_all(body).await?;
-    connection.shutdown().await?;
-    let mut answer = String::new();
-    within("the answer", connection.read_to_string(&mut answer)).await?;
-    Ok(answer)
-}
+use crate::{
+    rig::{service, two_sites, within},
+    servers::{call, server},
+};
 
 const TUNNELLED: &str = "edgemesh_agent_proxied_connections_total{protocol=\"tcp\",path=\"tunnel\",result=\"ok\"}";
 
@@ -115,67 +80,36 @@ async fn a_node_serves_only_endpoints_that_its_own_catalog_places_on_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_endpoint_that_swallows_connections_does_not_hold_up_other_services() {
-    let (a, b) = two_sites().await;
-    // A full backlog: further connections hang, as with a black hole.
-    let hole = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    hole.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
-    hole.listen(0).unwrap();
-    let swallowing = hole.local_addr().unwrap().as_socket().unwrap();
-    let _filling: Vec<_> = (0..4)
-        .map(|_| {
-            let filler = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-            filler.set_nonblocking(true).unwrap();
-            let _ = filler.connect(&swallowing.into());
-            filler
-        })
-        .collect();
-    service(&[&a, &b], "hole", "TCP", &[(swallowing, "b")]);
-    service(&[&a, &b], "web", "TCP", &[(server("b").await, "b")]);
-    let hanging: Vec<_> =
-        futures::future::join_all((0..50).map(|_| TcpStream::connect(a.listener("hole", Protocol::Tcp)))).await;
-    let begin = std::time::Instant::now();
-    assert_eq!(call(&a, "web", b"x").await.unwrap(), "b 1");
-    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
-    drop(hanging);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn udp_replies_come_from_the_address_that_was_asked() {
-    let (a, b) = two_sites().await;
-    service(&[&a, &b], "dns", "UDP", &[(udp_server().await, "b")]);
-    let listener = a.listener("dns", Protocol::Udp);
-    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let mut buffer = vec![0; 65_536];
-    for size in [5, 0, 20_000, 65_507] {
-        client.send_to(&vec![3; size], listener).await.unwrap();
-        let (length, from) = within("the reply", client.recv_from(&mut buffer)).await.unwrap();
-        assert_eq!((length, from), (size, listener));
-    }
-    let flows = "edgemesh_agent_proxied_connections_total{protocol=\"udp\",path=\"tunnel\",result=\"ok\"}";
-    assert_eq!(a.metric(flows), 1);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_udp_clients_leave_tcp_working() {
-    let (a, b) = two_sites().await;
-    service(&[&a, &b], "dns", "UDP", &[(udp_server().await, "b")]);
-    service(&[&a, &b], "web", "TCP", &[(server("b").await, "b")]);
-    let listener = a.listener("dns", Protocol::Udp);
-    let mut buffer = [0; 16];
-    for client in 0..1000u32 {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        socket.send_to(&client.to_be_bytes(), listener).await.unwrap();
-        let length = within("the reply", socket.recv(&mut buffer)).await.unwrap();
-        assert_eq!(buffer[..length], client.to_be_bytes());
-    }
-    assert_eq!(call(&a, "web", b"x").await.unwrap(), "b 1");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn the_port_is_closed_outside_of_the_node_local_range() {
     let (a, _b) = two_sites().await;
     let outside = SocketAddr::from(([127, 0, 0, 1], a.overlay.proxied_address().port()));
     let attempt = tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(outside)).await;
     assert!(!matches!(attempt, Ok(Ok(_))), "the listener answered at {outside}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_wants_it_is_told_whose_connection_it_gets() {
+    let (a, b) = two_sites().await;
+    for (name, node) in [("far", "b"), ("near", "a")] {
+        // A server that answers with all that it got.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        service(&[&a, &b], name, "TCP", &[(listener.local_addr().unwrap(), node)]);
+        let wanting = serde_json::json!({
+            "metadata": {"namespace": "default", "name": name, "annotations": {"edgemesh.dev/proxy-protocol": "v2"}},
+            "spec": {"clusterIP": "10.96.0.9", "ports": [{"name": "main", "port": 80, "protocol": "TCP"}]},
+        });
+        for node in [&a, &b] {
+            node.catalog.apply_service(&serde_json::from_value(wanting.clone()).unwrap());
+            node.catalog.publish();
+        }
+        let mut client = TcpStream::connect(a.listener(name, Protocol::Tcp)).await.unwrap();
+        let own = client.local_addr().unwrap();
+        let (mut server, _) = within("the connection", listener.accept()).await.unwrap();
+        client.write_all(b"hello").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut received = Vec::new();
+        within("what is sent", server.read_to_end(&mut received)).await.unwrap();
+        let header = edgemesh_mesh::l4::proxy_protocol::proxied(own, "10.96.0.9:80".parse().unwrap());
+        assert_eq!(received, [&header[..], b"hello"].concat(), "{name}");
+    }
 }

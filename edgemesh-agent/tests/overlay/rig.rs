@@ -1,4 +1,4 @@
-//! Two nodes with a catalog each, and the servers behind their Services.
+//! Nodes with a catalog each, the Services in it, and the metrics that they show.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -23,6 +23,16 @@ use prometheus_client::registry::Registry;
 use serde_json::json;
 use tempfile::TempDir;
 
+/// Waits until a condition holds.
+pub(crate) async fn until(what: &str, condition: impl Fn() -> bool) {
+    within(what, async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
 /// Everything here happens on loopback; what takes longer than this doesn't work.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -41,16 +51,19 @@ pub(crate) struct Node {
     pub(crate) catalog: Arc<CatalogStore>,
     pub(crate) allocator: Arc<Allocator>,
     registry: Arc<RwLock<Registry>>,
+    relay: bool,
     _shutdown: Shutdown,
     _folder: TempDir,
 }
 
 impl Node {
-    pub(crate) fn start(name: &'static str) -> Self {
+    /// Starts it with the settings that `change` makes of the defaults.
+    pub(crate) fn start(name: &'static str, change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut config = Config { data_dir: folder.path().into(), node_name: name.into(), ..Config::default() };
         config.tunnel.listen = vec![Ipv4Addr::LOCALHOST.into()];
         config.tunnel.port = 0;
+        change(&mut config);
         let catalog = CatalogStore::new();
         let allocator = Arc::new(Allocator::in_memory("127.64.0.0/18".parse().unwrap()));
         let registry = Arc::new(RwLock::new(Registry::default()));
@@ -68,7 +81,8 @@ impl Node {
             &shutdown,
         )
         .unwrap();
-        Self { name, overlay, catalog, allocator, registry, _shutdown: shutdown, _folder: folder }
+        let relay = config.tunnel.relay;
+        Self { name, overlay, catalog, allocator, registry, relay, _shutdown: shutdown, _folder: folder }
     }
 
     /// What this node would publish.
@@ -76,8 +90,15 @@ impl Node {
         let mut addresses = self.overlay.tunnel().addresses();
         let addresses = within("listening", addresses.wait_for(|all| all.len() >= 2)).await.unwrap().clone();
         let peer_id = self.overlay.tunnel().peer_id().to_string();
-        let peers = [("agent".to_owned(), MeshPeer { peer_id, addresses, relay: false })].into();
+        let peers = [("agent".to_owned(), MeshPeer { peer_id, addresses, relay: self.relay })].into();
         MeshNode::new(self.name, MeshNodeSpec { peers })
+    }
+
+    /// Waits until a relay holds a place for it.
+    async fn has_a_place_with_a_relay(&self) {
+        let mut addresses = self.overlay.tunnel().addresses();
+        let circuit = addresses.wait_for(|all| all.iter().any(|address| address.contains("p2p-circuit")));
+        drop(within("a place with a relay", circuit).await.unwrap());
     }
 
     /// The address at which the Service port is proxied on this node.
@@ -91,22 +112,58 @@ impl Node {
         SocketAddr::from((address, self.overlay.proxied_address().port()))
     }
 
-    /// The value of a metric line, 0 if it isn't there.
-    pub(crate) fn metric(&self, line: &str) -> u64 {
+    /// What `/metrics` shows.
+    pub(crate) fn metrics(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry.read()).unwrap();
-        text.lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok()).unwrap_or(0)
+        text
+    }
+
+    /// The value of a metric line, 0 if it isn't there.
+    pub(crate) fn metric(&self, line: &str) -> u64 {
+        self.metrics().lines().find_map(|found| found.strip_prefix(line)?.trim().parse().ok()).unwrap_or(0)
     }
 }
 
 /// Two nodes of different networks that know each other.
 pub(crate) async fn two_sites() -> (Node, Node) {
-    let nodes = (Node::start("a"), Node::start("b"));
-    let mesh_nodes = [nodes.0.mesh_node().await, nodes.1.mesh_node().await];
-    for catalog in [&nodes.0.catalog, &nodes.1.catalog] {
-        for (mesh_node, network) in mesh_nodes.iter().zip(["site-a", "site-b"]) {
+    two_sites_with(|_| {}).await
+}
+
+/// Two nodes of different networks that know each other, with changed settings.
+pub(crate) async fn two_sites_with(change: impl Fn(&mut Config)) -> (Node, Node) {
+    let nodes = (Node::start("a", &change), Node::start("b", &change));
+    introduce(&[&nodes.0, &nodes.1], &[nodes.0.mesh_node().await, nodes.1.mesh_node().await]);
+    within("the nodes to know each other", async {
+        while !(answers(&nodes.0, "b").await && answers(&nodes.1, "a").await) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    nodes
+}
+
+/// Two nodes whose own addresses nobody knows, and the relay at which they meet.
+pub(crate) async fn two_sites_behind_a_relay() -> (Node, Node, Node) {
+    let (a, b) = (Node::start("a", |_| {}), Node::start("b", |_| {}));
+    let relay = Node::start("relay", |config| config.tunnel.relay = true);
+    let mut mesh_nodes = [a.mesh_node().await, b.mesh_node().await, relay.mesh_node().await];
+    for hidden in &mut mesh_nodes[..2] {
+        hidden.spec.peers.values_mut().for_each(|peer| peer.addresses.clear());
+    }
+    introduce(&[&a, &b, &relay], &mesh_nodes);
+    a.has_a_place_with_a_relay().await;
+    b.has_a_place_with_a_relay().await;
+    (a, b, relay)
+}
+
+/// Puts nodes, each in a network of its own, into the catalogs of all of them.
+fn introduce(nodes: &[&Node], mesh_nodes: &[MeshNode]) {
+    for catalog in nodes.iter().map(|node| &node.catalog) {
+        for mesh_node in mesh_nodes {
+            let name = mesh_node.metadata.name.as_deref().unwrap();
             let node = json!({
-                "metadata": {"name": mesh_node.metadata.name, "labels": {"edgemesh.dev/network": network}},
+                "metadata": {"name": name, "labels": {"edgemesh.dev/network": format!("site-{name}")}},
                 "status": {"conditions": [{"type": "Ready", "status": "True"}]},
             });
             catalog.apply_node(&serde_json::from_value(node).unwrap());
@@ -115,13 +172,6 @@ pub(crate) async fn two_sites() -> (Node, Node) {
         catalog.mark_synced();
         catalog.publish();
     }
-    within("the nodes to know each other", async {
-        while !(answers(&nodes.0, "b").await && answers(&nodes.1, "a").await) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await;
-    nodes
 }
 
 /// Whether the other node lets this one in: it then answers, though only to refuse a Service that it doesn't have.

@@ -1,6 +1,9 @@
 //! UDP flows: one for each client address and Service port, with an idle limit, a limit of their number, and a bounded
 //! queue each. What a flow's remote end is (a socket, a tunnel stream) is the caller's business.
 
+pub mod socket;
+mod traffic;
+
 use std::{
     collections::HashMap,
     hash::Hash,
@@ -20,6 +23,8 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use self::traffic::Traffic;
 
 /// Takes datagrams.
 pub trait DatagramSink: Send {
@@ -44,19 +49,28 @@ pub struct FlowEnd {
 /// Limits of a flow table.
 #[derive(Debug, Clone, Copy)]
 pub struct FlowLimits {
-    /// Most flows at a time; datagrams that would begin another are dropped.
+    /// Most flows at a time. For another one, those that were idle longest end early; if none has been idle for
+    /// [`FlowLimits::spared`], its datagram is dropped.
     pub flows: usize,
     /// Datagrams that may wait in one flow; more are dropped, as a full socket buffer would.
     pub queue: usize,
     /// A flow without datagrams in either direction ends after this time.
     pub idle: Duration,
+    /// A flow with datagrams within this time is never ended for another one.
+    pub spared: Duration,
     /// Time to open a flow's remote end.
     pub open: Duration,
 }
 
 impl Default for FlowLimits {
     fn default() -> Self {
-        Self { flows: 4096, queue: 64, idle: Duration::from_secs(60), open: Duration::from_secs(15) }
+        Self {
+            flows: 4096,
+            queue: 64,
+            idle: Duration::from_secs(60),
+            spared: Duration::from_secs(1),
+            open: Duration::from_secs(15),
+        }
     }
 }
 
@@ -67,6 +81,8 @@ pub enum Delivery {
     Queued,
     /// It began a flow.
     Began,
+    /// It began a flow, and this many idle ones end early to make room.
+    BeganInPlaceOf(usize),
     /// Its flow's queue is full.
     QueueFull,
     /// There are too many flows.
@@ -78,6 +94,8 @@ pub enum Delivery {
 pub enum FlowEnded {
     /// Nothing moved for the idle time.
     Idle,
+    /// It was idle and another flow needed its place.
+    Evicted,
     /// One end closed.
     Closed,
     /// The remote end could not be opened.
@@ -99,9 +117,19 @@ pub struct FlowTable<K> {
 
 #[derive(Debug)]
 struct Flows<K> {
-    by_key: Mutex<HashMap<K, (u64, mpsc::Sender<Bytes>)>>,
+    by_key: Mutex<HashMap<K, Entry>>,
     next: AtomicU64,
 }
+
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    queue: mpsc::Sender<Bytes>,
+    traffic: Arc<Traffic>,
+}
+
+/// The share of a full table that is freed at once, so that the search for idle flows is not done for each new one.
+const FREED_SHARE: usize = 32;
 
 impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
     /// An empty table.
@@ -121,7 +149,7 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
     }
 
     /// Hands a client's datagram to its flow. If it has none, one begins: `open` gives its remote end, `client` takes the
-    /// replies, and `ended` hears how it ended. Never waits.
+    /// replies, and `ended` hears how it ended and what it carried. Never waits.
     pub fn deliver<Open, Opening, Ended>(
         &self,
         key: K,
@@ -133,39 +161,46 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
     where
         Open: FnOnce() -> Opening,
         Opening: Future<Output = io::Result<FlowEnd>> + Send + 'static,
-        Ended: FnOnce(FlowEnded) + Send + 'static,
+        Ended: FnOnce(FlowEnded, &Traffic) + Send + 'static,
     {
         let mut flows = self.shared.by_key.lock();
         let datagram = match flows.get(&key) {
             None => datagram,
-            Some((_, queue)) => match queue.try_send(datagram) {
+            Some(entry) => match entry.queue.try_send(datagram) {
                 Ok(()) => return Delivery::Queued,
                 Err(mpsc::error::TrySendError::Full(_)) => return Delivery::QueueFull,
                 // The flow is just ending; this datagram begins the next one.
                 Err(mpsc::error::TrySendError::Closed(datagram)) => datagram,
             },
         };
+        let mut delivery = Delivery::Began;
         if flows.len() >= self.limits.flows && !flows.contains_key(&key) {
-            return Delivery::TableFull;
+            match evict(&mut flows, self.limits) {
+                0 => return Delivery::TableFull,
+                evicted => delivery = Delivery::BeganInPlaceOf(evicted),
+            }
         }
         let (queue, datagrams) = mpsc::channel(self.limits.queue.max(1));
         // The queue is empty and has room for one.
         let _ = queue.try_send(datagram);
         let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        flows.insert(key.clone(), (id, queue));
+        let traffic = Arc::<Traffic>::default();
+        flows.insert(key.clone(), Entry { id, queue, traffic: traffic.clone() });
         drop(flows);
 
         let place = Place { key, id, flows: self.shared.clone() };
         let (opening, client, limits, stop) = (open(), client(), self.limits, self.stop.clone());
         self.tasks.spawn(async move {
             let end = tokio::select! {
-                end = run(opening, client, datagrams, limits) => end,
+                biased;
+                () = traffic.evicted.cancelled() => FlowEnded::Evicted,
+                end = run(opening, client, datagrams, limits, &traffic) => end,
                 () = stop.cancelled() => FlowEnded::Stopped,
             };
             drop(place);
-            ended(end);
+            ended(end, &traffic);
         });
-        Delivery::Began
+        delivery
     }
 
     /// Ends all flows and waits for them.
@@ -174,6 +209,29 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
         self.tasks.close();
         self.tasks.wait().await;
     }
+}
+
+/// Takes the flows that were idle longest out of the table and ends them, also those that are still being opened, so that
+/// there are never more than the table has places for. Returns how many.
+fn evict<K: Clone + Eq + Hash>(flows: &mut HashMap<K, Entry>, limits: FlowLimits) -> usize {
+    let wanted = (limits.flows / FREED_SHARE).max(1);
+    let now = Instant::now();
+    let mut idle: Vec<(Instant, K)> = flows
+        .iter()
+        .map(|(key, entry)| (entry.traffic.last(), key))
+        .filter(|(last, _)| now.saturating_duration_since(*last) >= limits.spared)
+        .map(|(last, key)| (last, key.clone()))
+        .collect();
+    if idle.len() > wanted {
+        idle.select_nth_unstable_by_key(wanted, |(last, _)| *last);
+        idle.truncate(wanted);
+    }
+    for (_, key) in &idle {
+        if let Some(entry) = flows.remove(key) {
+            entry.traffic.evicted.cancel();
+        }
+    }
+    idle.len()
 }
 
 impl<K> Drop for FlowTable<K> {
@@ -193,7 +251,7 @@ impl<K: Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
         let mut flows = self.flows.by_key.lock();
         // A newer flow of the same key may have taken the place.
-        if flows.get(&self.key).is_some_and(|(id, _)| *id == self.id) {
+        if flows.get(&self.key).is_some_and(|entry| entry.id == self.id) {
             flows.remove(&self.key);
         }
     }
@@ -204,13 +262,14 @@ async fn run(
     client: Box<dyn DatagramSink>,
     datagrams: mpsc::Receiver<Bytes>,
     limits: FlowLimits,
+    traffic: &Traffic,
 ) -> FlowEnded {
     let remote = match timeout(limits.open, opening).await {
         Ok(Ok(remote)) => remote,
         Ok(Err(error)) => return FlowEnded::NotOpened(error),
         Err(_) => return FlowEnded::NotOpened(io::ErrorKind::TimedOut.into()),
     };
-    pump(FlowEnd { sink: client, source: Box::new(Queue(datagrams)) }, remote, limits.idle).await
+    pump(FlowEnd { sink: client, source: Box::new(Queue(datagrams)) }, remote, limits.idle, traffic).await
 }
 
 struct Queue(mpsc::Receiver<Bytes>);
@@ -222,18 +281,14 @@ impl DatagramSource for Queue {
 }
 
 /// Carries datagrams between two ends until one ends, or nothing moves for the idle time.
-pub async fn pump(near: FlowEnd, far: FlowEnd, idle: Duration) -> FlowEnded {
-    let begin = Instant::now();
-    // Milliseconds since the beginning.
-    let last = AtomicU64::new(0);
-    let moved = || last.store(elapsed(begin), Ordering::Relaxed);
+pub async fn pump(near: FlowEnd, far: FlowEnd, idle: Duration, traffic: &Traffic) -> FlowEnded {
     let (mut near, mut far) = (near, far);
     // Each direction runs by itself: one that waits must not stop the other.
-    let forward = carry(near.source.as_mut(), far.sink.as_mut(), &moved);
-    let backward = carry(far.source.as_mut(), near.sink.as_mut(), &moved);
+    let forward = carry(near.source.as_mut(), far.sink.as_mut(), |bytes| traffic.count(&traffic.to_far, bytes));
+    let backward = carry(far.source.as_mut(), near.sink.as_mut(), |bytes| traffic.count(&traffic.to_near, bytes));
     let quiet = async {
         loop {
-            let until = begin + Duration::from_millis(last.load(Ordering::Relaxed)) + idle;
+            let until = traffic.last() + idle;
             if Instant::now() >= until {
                 return;
             }
@@ -251,75 +306,12 @@ pub async fn pump(near: FlowEnd, far: FlowEnd, idle: Duration) -> FlowEnded {
     }
 }
 
-async fn carry(from: &mut dyn DatagramSource, to: &mut dyn DatagramSink, moved: &(dyn Fn() + Sync)) -> io::Result<()> {
+async fn carry(from: &mut dyn DatagramSource, to: &mut dyn DatagramSink, moved: impl Fn(usize)) -> io::Result<()> {
     while let Some(datagram) = from.recv().await? {
-        moved();
+        moved(datagram.len());
         to.send(&datagram).await?;
     }
     Ok(())
-}
-
-fn elapsed(begin: Instant) -> u64 {
-    u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX)
-}
-
-/// A connected socket as one end of a flow.
-pub mod socket {
-    use std::{cell::RefCell, io, sync::Arc};
-
-    use bytes::Bytes;
-    use futures::future::BoxFuture;
-    use tokio::net::UdpSocket;
-
-    use super::{DatagramSink, DatagramSource, FlowEnd};
-
-    /// Longest datagram over IPv4 and IPv6 without jumbograms.
-    const MAX_DATAGRAM: usize = 65_535;
-
-    thread_local! {
-        /// Flows are many and datagrams short: room for the longest is shared, and each datagram gets what it needs.
-        static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_DATAGRAM]);
-    }
-
-    struct Half(Arc<UdpSocket>);
-
-    /// Both halves of a connected socket.
-    pub fn flow_end(socket: UdpSocket) -> FlowEnd {
-        let socket = Arc::new(socket);
-        FlowEnd { sink: Box::new(Half(socket.clone())), source: Box::new(Half(socket)) }
-    }
-
-    /// Receives with a function that fills a buffer, and copies what arrived.
-    ///
-    /// # Errors
-    /// Those of the function.
-    pub fn receive_whole<T>(receive: impl FnOnce(&mut [u8]) -> io::Result<(usize, T)>) -> io::Result<(Bytes, T)> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let (length, rest) = receive(scratch)?;
-            Ok((Bytes::copy_from_slice(scratch.get(..length).unwrap_or_default()), rest))
-        })
-    }
-
-    impl DatagramSink for Half {
-        fn send<'a>(&'a mut self, datagram: &'a [u8]) -> BoxFuture<'a, io::Result<()>> {
-            Box::pin(async move { self.0.send(datagram).await.map(|_| ()) })
-        }
-    }
-
-    impl DatagramSource for Half {
-        fn recv(&mut self) -> BoxFuture<'_, io::Result<Option<Bytes>>> {
-            Box::pin(async move {
-                loop {
-                    self.0.readable().await?;
-                    match receive_whole(|buffer| Ok((self.0.try_recv(buffer)?, ()))) {
-                        Ok((datagram, ())) => return Ok(Some(datagram)),
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                        Err(error) => return Err(error),
-                    }
-                }
-            })
-        }
-    }
 }
 
 #[cfg(test)]
@@ -365,7 +357,7 @@ mod tests {
         for (size, delivery) in [(65_507, Delivery::Began), (0, Delivery::Queued), (4097, Delivery::Queued)] {
             let sink = client.clone();
             let sent = Bytes::from(vec![7; size]);
-            let outcome = table.deliver(1, sent.clone(), || Box::new(Client(sink)), || open(server), |_| {});
+            let outcome = table.deliver(1, sent.clone(), || Box::new(Client(sink)), || open(server), |_, _| {});
             assert_eq!(outcome, delivery);
             assert_eq!(replies.recv().await.unwrap(), sent);
         }
@@ -386,7 +378,7 @@ mod tests {
             Bytes::from_static(b"x"),
             || Box::new(Client(client)),
             || open(server),
-            |end| {
+            |end, _| {
                 let _ = tell.send(end);
             },
         );
@@ -395,18 +387,69 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_table_drops_new_flows_and_keeps_the_old() {
-        let table = FlowTable::new(FlowLimits { flows: 2, ..FlowLimits::default() });
+    async fn a_full_table_of_busy_flows_drops_new_ones_and_keeps_the_old() {
+        let spared = Duration::from_secs(3600);
+        let table = FlowTable::new(FlowLimits { flows: 2, spared, ..FlowLimits::default() });
         let server = echo().await;
         let (client, _replies) = mpsc::channel(8);
         let deliver = |key| {
             let sink = client.clone();
-            table.deliver(key, Bytes::from_static(b"x"), || Box::new(Client(sink)), || open(server), |_| {})
+            table.deliver(key, Bytes::from_static(b"x"), || Box::new(Client(sink)), || open(server), |_, _| {})
         };
         assert_eq!(
             [deliver(1), deliver(2), deliver(3), deliver(1)],
             [Delivery::Began, Delivery::Began, Delivery::TableFull, Delivery::Queued]
         );
+    }
+
+    #[tokio::test]
+    async fn in_a_full_table_the_flow_that_was_idle_longest_makes_room() {
+        let table = FlowTable::new(FlowLimits { flows: 2, spared: Duration::ZERO, ..FlowLimits::default() });
+        let server = echo().await;
+        let (client, mut replies) = mpsc::channel(8);
+        let (tell, mut ends) = mpsc::channel(8);
+        for (key, delivery) in
+            [(1, Delivery::Began), (2, Delivery::Began), (1, Delivery::Queued), (3, Delivery::BeganInPlaceOf(1))]
+        {
+            let (sink, tell) = (client.clone(), tell.clone());
+            // Times have a resolution of a millisecond.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let outcome = table.deliver(
+                key,
+                Bytes::from_static(b"four"),
+                || Box::new(Client(sink)),
+                || open(server),
+                move |end, traffic| {
+                    let _ = tell.try_send((key, format!("{end:?}"), traffic.to_far(), traffic.to_near()));
+                },
+            );
+            assert_eq!(outcome, delivery, "{key}");
+            replies.recv().await.unwrap();
+        }
+        assert_eq!(ends.recv().await.unwrap(), (2, "Evicted".to_owned(), 4, 4));
+        assert_eq!(table.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_flow_that_is_still_being_opened_can_make_room() {
+        let table = FlowTable::new(FlowLimits { flows: 1, spared: Duration::ZERO, ..FlowLimits::default() });
+        let server = echo().await;
+        let (client, mut replies) = mpsc::channel(8);
+        let (tell, ended) = oneshot::channel();
+        let sink = client.clone();
+        table.deliver(
+            1,
+            Bytes::new(),
+            || Box::new(Client(sink)),
+            std::future::pending,
+            |end, _| {
+                let _ = tell.send(end);
+            },
+        );
+        let outcome = table.deliver(2, Bytes::new(), || Box::new(Client(client)), || open(server), |_, _| {});
+        assert_eq!(outcome, Delivery::BeganInPlaceOf(1));
+        assert!(matches!(ended.await.unwrap(), FlowEnded::Evicted));
+        replies.recv().await.unwrap();
     }
 
     #[tokio::test]
@@ -425,12 +468,12 @@ mod tests {
             Bytes::new(),
             || Box::new(Client(sink)),
             || opening,
-            |end| {
+            |end, _| {
                 let _ = tell.send(end);
             },
         );
         let more =
-            table.deliver(1, Bytes::new(), || Box::new(Client(client)), || open(([127, 0, 0, 1], 1).into()), |_| {});
+            table.deliver(1, Bytes::new(), || Box::new(Client(client)), || open(([127, 0, 0, 1], 1).into()), |_, _| {});
         assert_eq!(more, Delivery::QueueFull);
         fail.send(()).unwrap();
         assert!(matches!(ended.await.unwrap(), FlowEnded::NotOpened(_)));
