@@ -15,8 +15,10 @@ use crate::{
 
 /// The kernel ends the call with the error that was set.
 const REJECT: i32 = 0;
-/// What a host answers on a port that nothing listens on.
+/// What a host answers on a port that nothing listens on: here, on a port that the Service doesn't have.
 const ECONNREFUSED: i32 = 111;
+/// What a Service port without endpoints answers, so that clients tell it from a closed port.
+const EHOSTUNREACH: i32 = 113;
 /// How often a frontend is looked up when its slots change meanwhile. Twice in one run takes two updates within a
 /// microsecond.
 const LOOKUPS: u32 = 4;
@@ -24,8 +26,10 @@ const LOOKUPS: u32 = 4;
 enum Choice {
     /// The address is no Service's.
     None,
+    /// The Service has no such port.
+    Closed,
     /// The Service port has no backend.
-    Refuse,
+    NoBackend,
     /// Slots and frontend did not fit together, each time.
     Inconsistent,
     Backend(SocketAddress),
@@ -58,13 +62,17 @@ pub fn to_backend(call: &impl SocketCall, connect: bool) -> i32 {
             count(Counter::Misses);
             PROCEED
         }
-        Choice::Refuse => {
+        Choice::Closed => {
             count(Counter::Refused);
-            refuse()
+            refuse(ECONNREFUSED)
+        }
+        Choice::NoBackend => {
+            count(Counter::Refused);
+            refuse(EHOSTUNREACH)
         }
         Choice::Inconsistent => {
             count(Counter::Inconsistent);
-            refuse()
+            refuse(EHOSTUNREACH)
         }
     }
 }
@@ -102,10 +110,10 @@ fn choose(key: FrontendKey, tcp: bool, cookie: u64) -> Choice {
         // SAFETY: the value is one word, read at once; the generation tells if the element was reused meanwhile.
         let Some(&frontend) = (unsafe { FRONTENDS.get(&key) }) else {
             // A Service's address belongs to nobody else: what is not one of its ports is closed.
-            return if FRONTENDS.get_ptr(key.any_port()).is_some() { Choice::Refuse } else { Choice::None };
+            return if FRONTENDS.get_ptr(key.any_port()).is_some() { Choice::Closed } else { Choice::None };
         };
         if frontend.count() == 0 {
-            return Choice::Refuse;
+            return Choice::NoBackend;
         }
         // A UDP socket keeps its backend while the set stays the same, for protocols that send more than one datagram.
         let random = if tcp { random() } else { spread(cookie) };
@@ -162,8 +170,8 @@ fn forget_peer(key: &PeerKey) {
 }
 
 #[inline(always)]
-fn refuse() -> i32 {
+fn refuse(error: i32) -> i32 {
     // SAFETY: the helper takes any negative error number.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    unsafe { bpf_set_retval(-error) };
     REJECT
 }

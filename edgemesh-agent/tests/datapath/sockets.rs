@@ -141,15 +141,15 @@ fn udp_answers_come_from_the_service_address() {
 }
 
 #[test]
-fn a_service_without_endpoints_refuses_at_once() {
+fn a_service_without_endpoints_is_unreachable_at_once() {
     let sandbox = Sandbox::new(&[]);
     let (mut programs, counters) = sandbox.programs();
     set(&mut programs, Tcp, VIP, Some(&[]));
     set(&mut programs, Udp, VIP, Some(&[]));
     let started = Instant::now();
-    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-    assert_eq!(udp_client().connect(VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-    assert_eq!(udp_client().send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert_eq!(udp_client().connect(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert_eq!(udp_client().send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     assert_eq!(counters.get(Counter::Refused).unwrap(), 3);
 }
