@@ -41,6 +41,28 @@ pub enum Reach {
     },
 }
 
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum IpFamily {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl From<IpAddr> for IpFamily {
+    fn from(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// How a Service port is called.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Call {
+    /// Family that the endpoints must have: that of the Service address (Kubernetes, "IPv4/IPv6 dual-stack"). Any if left out.
+    pub family: Option<IpFamily>,
+}
+
 /// How near the chosen endpoints are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 pub enum Tier {
@@ -84,17 +106,23 @@ impl Viewpoint {
         }
     }
 
-    /// The endpoints to use for a Service port: the nearest tier that has any.
+    /// The endpoints to use for a Service port, of any family: the nearest tier that has any.
+    pub fn candidates(&self, catalog: &Catalog, port: &ServicePort) -> Candidates {
+        self.candidates_for(catalog, port, Call::default())
+    }
+
+    /// The endpoints to use for a Service port that is called in a certain way: the nearest tier that has any.
     ///
     /// Inside a tier, endpoints on nodes that are `Ready` come first: the rest is used when there are no others.
-    pub fn candidates(&self, catalog: &Catalog, port: &ServicePort) -> Candidates {
+    pub fn candidates_for(&self, catalog: &Catalog, port: &ServicePort, call: Call) -> Candidates {
+        let of_family = |endpoint: &Endpoint| call.family.is_none_or(|family| family == endpoint.address.into());
         let service = catalog.service_named(&port.service);
         let publish_not_ready = service.is_some_and(|service| service.publish_not_ready);
         let local_only = service.is_some_and(|service| service.internal_traffic_local);
         let usable: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving && e.terminating];
         for may_use in usable {
             let mut tiers: [Vec<(&Arc<Endpoint>, bool)>; 3] = Default::default();
-            for endpoint in port.endpoints.iter().filter(|e| publish_not_ready || may_use(e)) {
+            for endpoint in port.endpoints.iter().filter(|e| of_family(e) && (publish_not_ready || may_use(e))) {
                 let tier = match self.reach(catalog, endpoint) {
                     Reach::Local => Tier::Node,
                     _ if local_only => continue,

@@ -3,12 +3,22 @@
 //! padding, so that a value is read and written as a whole, and addresses and ports stay in network byte order, as
 //! sockets have them.
 
+mod v6;
+
+pub use v6::{Backend6, FrontendKey6, PeerKey6, SocketAddress6};
+
 /// Name of the map `FrontendKey -> Frontend` (hash).
 pub const FRONTENDS: &str = "FRONTENDS";
 /// Name of the map `slot -> Backend` (array).
 pub const BACKENDS: &str = "BACKENDS";
 /// Name of the map `PeerKey -> SocketAddress` (LRU hash).
 pub const PEERS: &str = "PEERS";
+/// Name of the map `FrontendKey6 -> Frontend` (hash).
+pub const FRONTENDS6: &str = "FRONTENDS6";
+/// Name of the map `slot -> Backend6` (array).
+pub const BACKENDS6: &str = "BACKENDS6";
+/// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash).
+pub const PEERS6: &str = "PEERS6";
 /// Name of the map `Counter -> u64` (per-CPU array).
 pub const COUNTERS: &str = "COUNTERS";
 
@@ -18,6 +28,10 @@ pub const MAX_FRONTENDS: u32 = 65_536;
 pub const MAX_BACKENDS: u32 = 262_144;
 /// How many translated peers are remembered, unless the loader sets another size; the least used is forgotten first.
 pub const MAX_PEERS: u32 = 65_536;
+/// As [`MAX_BACKENDS`], for IPv6: these maps are allocated in full, and few clusters have IPv6 Services.
+pub const MAX_BACKENDS6: u32 = 65_536;
+/// As [`MAX_PEERS`], for IPv6.
+pub const MAX_PEERS6: u32 = 16_384;
 
 /// IANA protocol number of TCP.
 pub const TCP: u8 = 6;
@@ -223,7 +237,7 @@ pub enum Counter {
     UdpConnects = 1,
     /// Datagrams of unconnected UDP sockets that were sent to a backend.
     UdpDatagrams = 2,
-    /// Connections and datagrams refused because the Service port has no backend.
+    /// Connections and datagrams refused because the Service port has no backend, or the Service no such port.
     Refused = 3,
     /// Connections and datagrams to addresses that are not a Service's.
     Misses = 4,

@@ -1,12 +1,14 @@
 //! Keeps what sockets see equal to the catalog: plans it, and programs the differences.
 
+mod counters;
 pub mod ebpf;
 pub mod plan;
 mod slots;
+mod tables;
 
 use std::{
     fmt,
-    net::{SocketAddr, SocketAddrV4},
+    net::SocketAddr,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -151,12 +153,9 @@ impl Worker {
     fn program(&mut self, catalog: &edgemesh_mesh::Catalog) -> bool {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
-        let dns = match self.dns {
-            SocketAddr::V4(listener) => {
-                Some((SocketAddrV4::new(self.config.dns.cluster_address, plan::DNS_PORT), listener))
-            }
-            SocketAddr::V6(_) => None,
-        };
+        let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
+        // A backend is of its frontend's family.
+        let dns = self.dns.is_ipv4().then_some((cluster_dns, self.dns));
         let surroundings = Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, dns };
         let wanted = plan::plan(catalog, surroundings);
         // Before sockets are sent there, so that an address means the same Service port after a crash.

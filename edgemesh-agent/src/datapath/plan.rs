@@ -2,13 +2,13 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
 use edgemesh_mesh::{
     catalog::Catalog,
-    choice::{Tier, Viewpoint},
-    model::{Protocol, ServicePort},
+    choice::{Call, Tier, Viewpoint},
+    model::{Endpoint, Protocol, ServicePort},
 };
 
 use crate::node_local::{Allocator, ServicePortName};
@@ -20,7 +20,7 @@ pub const DNS_PORT: u16 = 53;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Frontend {
     /// Address and port. Port 0 stands for all ports without a frontend of their own.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     /// Protocol.
     pub protocol: Protocol,
 }
@@ -29,16 +29,16 @@ pub struct Frontend {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// To endpoints that are reached by their own addresses.
-    Direct(Vec<SocketAddrV4>),
+    Direct(Vec<SocketAddr>),
     /// To a listener of the agent.
-    Listener(SocketAddrV4),
+    Listener(SocketAddr),
     /// Nowhere: there is no endpoint, and connections are refused.
     Refuse,
 }
 
 impl Target {
     /// The addresses to which sockets are sent; none to refuse them.
-    pub fn backends(&self) -> &[SocketAddrV4] {
+    pub fn backends(&self) -> &[SocketAddr] {
         match self {
             Self::Direct(backends) => backends,
             Self::Listener(listener) => std::slice::from_ref(listener),
@@ -58,7 +58,7 @@ pub struct Surroundings<'a> {
     /// Addresses of Service ports that go through the agent.
     pub allocator: &'a Allocator,
     /// The cluster DNS address, and the listener that answers for it.
-    pub dns: Option<(SocketAddrV4, SocketAddrV4)>,
+    pub dns: Option<(SocketAddr, SocketAddr)>,
 }
 
 /// One difference between two plans.
@@ -75,17 +75,15 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
     let Surroundings { viewpoint, allocator, dns } = surroundings;
     let mut plan = Plan::new();
     for (&(ip, port, protocol), service_port) in catalog.vips() {
-        if let IpAddr::V4(ip) = ip {
-            let target = target(catalog, surroundings, service_port);
-            plan.insert(Frontend { address: SocketAddrV4::new(ip, port), protocol }, target);
-            close_other_ports(&mut plan, ip);
-        }
+        let target = target(catalog, surroundings, service_port, ip);
+        plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
+        close_other_ports(&mut plan, ip);
     }
-    let node_addresses: Vec<Ipv4Addr> = own_addresses(catalog, &viewpoint.node);
+    let node_addresses: Vec<IpAddr> = own_addresses(catalog, &viewpoint.node);
     for (&(port, protocol), service_port) in catalog.node_ports() {
-        let target = target(catalog, surroundings, service_port);
         for &ip in &node_addresses {
-            plan.insert(Frontend { address: SocketAddrV4::new(ip, port), protocol }, target.clone());
+            let target = target(catalog, surroundings, service_port, ip);
+            plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
         }
     }
     if let Some((address, listener)) = dns {
@@ -93,7 +91,7 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             plan.insert(Frontend { address, protocol }, Target::Listener(listener));
         }
-        close_other_ports(&mut plan, *address.ip());
+        close_other_ports(&mut plan, address.ip());
     }
     let live: HashSet<ServicePortName> =
         catalog.services().flat_map(|service| service.ports.iter()).map(|port| (&**port).into()).collect();
@@ -102,9 +100,9 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
 }
 
 /// What is sent to a port that a Service doesn't have would leave the node and wait for an answer that never comes.
-fn close_other_ports(plan: &mut Plan, ip: Ipv4Addr) {
+fn close_other_ports(plan: &mut Plan, ip: IpAddr) {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        plan.insert(Frontend { address: SocketAddrV4::new(ip, 0), protocol }, Target::Refuse);
+        plan.insert(Frontend { address: SocketAddr::new(ip, 0), protocol }, Target::Refuse);
     }
 }
 
@@ -118,39 +116,34 @@ pub fn changes<'a>(from: &Plan, to: &'a Plan) -> Vec<Change<'a>> {
         .collect()
 }
 
-fn target(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort) -> Target {
-    let candidates = surroundings.viewpoint.candidates(catalog, port);
+/// Where a Service port leads that is called at an address: to endpoints of that address' family.
+fn target(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort, called: IpAddr) -> Target {
+    let call = Call { family: Some(called.into()) };
+    let candidates = surroundings.viewpoint.candidates_for(catalog, port, call);
     if candidates.endpoints.is_empty() {
         return Target::Refuse;
     }
-    if candidates.tier == Tier::Remote {
-        return match surroundings.allocator.listener(&port.into()) {
-            Ok(listener) => Target::Listener(listener),
-            Err(error) => {
-                tracing::warn!(service = %ServicePortName::from(port), %error, "the Service port can't be reached");
-                Target::Refuse
-            }
-        };
+    if candidates.tier != Tier::Remote {
+        let address = |endpoint: &std::sync::Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
+        return Target::Direct(candidates.endpoints.iter().map(address).collect());
     }
-    let backends: Vec<SocketAddrV4> = candidates
-        .endpoints
-        .iter()
-        .filter_map(|endpoint| match SocketAddr::new(endpoint.address, endpoint.port) {
-            SocketAddr::V4(address) => Some(address),
-            SocketAddr::V6(_) => None,
-        })
-        .collect();
-    if backends.is_empty() { Target::Refuse } else { Target::Direct(backends) }
+    if called.is_ipv6() {
+        // The agent's listener has IPv4 addresses only.
+        return Target::Refuse;
+    }
+    match surroundings.allocator.listener(&port.into()) {
+        Ok(listener) => Target::Listener(SocketAddr::V4(listener)),
+        Err(error) => {
+            tracing::warn!(service = %ServicePortName::from(port), %error, "the Service port can't be reached");
+            Target::Refuse
+        }
+    }
 }
 
-/// The addresses of this node at which its NodePorts are called from the node itself.
-fn own_addresses(catalog: &Catalog, node: &str) -> Vec<Ipv4Addr> {
-    let of_node = catalog.node(node).into_iter().flat_map(|node| node.addresses.iter());
-    let v4 = of_node.filter_map(|address| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    [Ipv4Addr::LOCALHOST].into_iter().chain(v4).collect()
+/// The addresses of this node at which its NodePorts are called from the node itself. As with kube-proxy, `::1` is not.
+fn own_addresses(catalog: &Catalog, node: &str) -> Vec<IpAddr> {
+    let of_node = catalog.node(node).into_iter().flat_map(|node| node.addresses.iter().copied());
+    [IpAddr::V4(Ipv4Addr::LOCALHOST)].into_iter().chain(of_node).collect()
 }
 
 #[cfg(test)]
@@ -214,6 +207,11 @@ mod tests {
         plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, dns: None })
     }
 
+    fn service_of(allocator: &Allocator, listener: SocketAddr) -> Arc<ServicePortName> {
+        let IpAddr::V4(ip) = listener.ip() else { panic!("{listener}") };
+        allocator.service_of(ip).unwrap()
+    }
+
     fn tcp(address: &str) -> Frontend {
         Frontend { address: address.parse().unwrap(), protocol: Protocol::Tcp }
     }
@@ -234,7 +232,7 @@ mod tests {
         endpoints(&store, &all[2..]);
         let plan = plan_at(&store, "a1", &allocator);
         let Target::Listener(listener) = plan[&tcp(VIP)] else { panic!("{plan:?}") };
-        assert_eq!(&*allocator.service_of(*listener.ip()).unwrap().service.name, "web");
+        assert_eq!(&*service_of(&allocator, listener).service.name, "web");
         endpoints(&store, &[("10.244.1.5", "a1", false)]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
     }
@@ -252,6 +250,38 @@ mod tests {
             let expected = if frontend.address.port() == 0 { Target::Refuse } else { direct(&["10.244.1.5:8080"]) };
             assert_eq!(*target, expected, "{frontend}");
         }
+    }
+
+    #[test]
+    fn an_address_leads_to_endpoints_of_its_own_family() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20", "fd00:96::20"],
+                     "ipFamilies": ["IPv4", "IPv6"], "ports": [{"port": 80}]},
+        })));
+        endpoints(&store, &[("10.244.2.5", "a2", true), ("10.244.1.5", "a1", true)]);
+        let six = |endpoints: &[(&str, &str)]| {
+            let endpoints: Vec<Value> = endpoints
+                .iter()
+                .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}}))
+                .collect();
+            store.apply_endpoint_slice(&object::<EndpointSlice>(json!({
+                "metadata": {"name": "web-6", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+                "addressType": "IPv6", "ports": [{"port": 8080, "name": ""}], "endpoints": endpoints,
+            })));
+            store.publish();
+        };
+        let (four, sixth) = (tcp(VIP), tcp("[fd00:96::20]:80"));
+        six(&[("fd00:2::5", "a2")]);
+        let plan = plan_at(&store, "a1", &allocator);
+        assert_eq!(plan[&four], direct(&["10.244.1.5:8080"]));
+        assert_eq!(plan[&sixth], direct(&["[fd00:2::5]:8080"]), "the nearest IPv6 one, though an IPv4 one is nearer");
+        assert_eq!(plan[&tcp("[fd00:96::20]:0")], Target::Refuse);
+        six(&[("fd00:3::5", "b1")]);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse, "no tunnel for IPv6 yet");
+        six(&[]);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
 mod host_routes;
+mod ipv6;
 mod sandbox;
 mod sockets;
 mod whole_agent;

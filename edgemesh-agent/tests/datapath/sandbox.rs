@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
+    net::{SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError, mpsc},
@@ -35,7 +35,8 @@ impl Sandbox {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip("link set lo up");
         for address in addresses {
-            ip(&format!("address add {address}/32 dev lo"));
+            let prefix = if address.contains(':') { 128 } else { 32 };
+            ip(&format!("address add {address}/{prefix} dev lo nodad"));
         }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("no cgroup2 mount");
@@ -116,7 +117,7 @@ pub(crate) fn ip(arguments: &str) {
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-pub(crate) fn v4(text: &str) -> SocketAddrV4 {
+pub(crate) fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
@@ -124,9 +125,9 @@ pub(crate) fn v4(text: &str) -> SocketAddrV4 {
 pub(crate) fn set(programs: &mut Programs, protocol: Protocol, frontend: &str, backends: Option<&[&str]>) {
     let target = backends.map(|backends| match backends {
         [] => Target::Refuse,
-        backends => Target::Direct(backends.iter().map(|backend| v4(backend)).collect()),
+        backends => Target::Direct(backends.iter().map(|backend| at(backend)).collect()),
     });
-    let frontend = Frontend { address: v4(frontend), protocol };
+    let frontend = Frontend { address: at(frontend), protocol };
     programs.apply(&Change { frontend, target: target.as_ref() }).unwrap();
 }
 
