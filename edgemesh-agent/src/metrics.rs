@@ -69,7 +69,7 @@ impl DatapathMetrics {
         let mut counts = [("direct", 0_i64), ("listener", 0), ("refuse", 0)];
         for target in targets {
             let at = match target {
-                Target::Direct(_) => 0,
+                Target::Direct(_) | Target::Sticky(..) => 0,
                 Target::Listener(_) => 1,
                 Target::Refuse => 2,
             };

@@ -125,6 +125,20 @@ impl Backend6 {
         Self { address: address.address, word: low | check(address.address, low) << 32 }
     }
 
+    /// The slot behind the backends of a frontend with affinity: the timeout in seconds.
+    pub const fn timeout(seconds: u32, generation: u16) -> Self {
+        Self::new(SocketAddress6 { address: [seconds as u64, 0], port: 0 }, generation)
+    }
+
+    /// The timeout in seconds in such a slot; nothing as for [`Backend6::address`].
+    #[inline(always)]
+    pub const fn seconds(self, generation: u16) -> Option<u32> {
+        match self.address(generation) {
+            Some(found) => Some(found.address[0] as u32),
+            None => None,
+        }
+    }
+
     /// Where it is; nothing if the slot belongs to another generation or is half written.
     #[inline(always)]
     pub const fn address(self, generation: u16) -> Option<SocketAddress6> {
@@ -186,6 +200,8 @@ mod tests {
         let backend = Backend6::new(there, u16::MAX);
         assert_eq!(Backend6::from_words(backend.to_words()).address(u16::MAX), Some(there));
         assert_eq!(backend.address(7), None);
+        let timeout = Backend6::timeout(86_400, 7);
+        assert_eq!((timeout.seconds(7), timeout.seconds(8)), (Some(86_400), None));
     }
 
     #[test]

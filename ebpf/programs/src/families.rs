@@ -9,7 +9,7 @@ use crate::maps::{BACKENDS, BACKENDS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6};
 /// An address family's addresses and maps.
 pub trait Family {
     /// Address and port.
-    type Address: Copy + PartialEq;
+    type Address: Copy + PartialEq + Into<SocketAddress6>;
 
     /// The frontend at an address.
     fn frontend(service: Self::Address, protocol: u8) -> Option<Frontend>;
@@ -17,6 +17,8 @@ pub trait Family {
     fn is_service(service: Self::Address, protocol: u8) -> bool;
     /// The backend in a slot; nothing if the slot is of another generation.
     fn backend(slot: u32, generation: u16) -> Option<Self::Address>;
+    /// The timeout in seconds in the slot behind the backends; nothing if the slot is of another generation.
+    fn timeout(slot: u32, generation: u16) -> Option<u32>;
     /// The Service address that a socket named when it was sent to a backend.
     fn service(cookie: u64, backend: Self::Address) -> Option<Self::Address>;
     /// Remembers it.
@@ -44,9 +46,12 @@ impl Family for V4 {
 
     #[inline(always)]
     fn backend(slot: u32, generation: u16) -> Option<SocketAddress> {
-        // SAFETY: array elements live as long as the map; the word is read at once.
-        let backend = Backend::from_bits(BACKENDS.get_ptr(slot).map(|word| unsafe { word.read_volatile() })?);
-        (backend.generation() == generation).then(|| backend.address())
+        slot4(slot, generation).map(Backend::address)
+    }
+
+    #[inline(always)]
+    fn timeout(slot: u32, generation: u16) -> Option<u32> {
+        slot4(slot, generation).map(Backend::seconds)
     }
 
     #[inline(always)]
@@ -72,6 +77,13 @@ impl Family for V4 {
     }
 }
 
+#[inline(always)]
+fn slot4(slot: u32, generation: u16) -> Option<Backend> {
+    // SAFETY: array elements live as long as the map; the word is read at once.
+    let backend = Backend::from_bits(BACKENDS.get_ptr(slot).map(|word| unsafe { word.read_volatile() })?);
+    (backend.generation() == generation).then_some(backend)
+}
+
 /// IPv6.
 pub struct V6;
 
@@ -91,13 +103,12 @@ impl Family for V6 {
 
     #[inline(always)]
     fn backend(slot: u32, generation: u16) -> Option<SocketAddress6> {
-        let slot = BACKENDS6.get_ptr(slot)?;
-        let word = |at: usize| {
-            // SAFETY: array elements live as long as the map, and have three words; the check in the last one tells if
-            // they do not belong together.
-            unsafe { slot.cast::<u64>().add(at).read_volatile() }
-        };
-        Backend6::from_words([word(0), word(1), word(2)]).address(generation)
+        slot6(slot)?.address(generation)
+    }
+
+    #[inline(always)]
+    fn timeout(slot: u32, generation: u16) -> Option<u32> {
+        slot6(slot)?.seconds(generation)
     }
 
     #[inline(always)]
@@ -118,4 +129,15 @@ impl Family for V6 {
             let _ = PEERS6.remove(&key);
         }
     }
+}
+
+#[inline(always)]
+fn slot6(slot: u32) -> Option<Backend6> {
+    let slot = BACKENDS6.get_ptr(slot)?;
+    let word = |at: usize| {
+        // SAFETY: array elements live as long as the map, and have three words; the check in the last one tells if they
+        // do not belong together.
+        unsafe { slot.cast::<u64>().add(at).read_volatile() }
+    };
+    Some(Backend6::from_words([word(0), word(1), word(2)]))
 }

@@ -3,6 +3,7 @@
 //! Socket load balancing: Service addresses become backend addresses when a socket connects or sends, and turn back
 //! into Service addresses where a program asks who its peer is. Packets are never touched.
 
+mod affinity;
 mod families;
 mod maps;
 mod sockets;

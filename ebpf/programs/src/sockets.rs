@@ -1,6 +1,11 @@
 //! The socket addresses of a call, as the kernel shows them to cgroup programs.
 
-use aya_ebpf::{EbpfContext, bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie, programs::SockAddrContext};
+use aya_ebpf::{
+    EbpfContext,
+    bindings::bpf_sock_addr,
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    programs::SockAddrContext,
+};
 use edgemesh_ebpf_abi::{SocketAddress, SocketAddress6};
 
 use crate::families::{Family, V4, V6};
@@ -28,6 +33,13 @@ pub trait SocketCall {
     fn cookie(&self) -> u64 {
         // SAFETY: the helper takes the context of these program types.
         unsafe { bpf_get_socket_cookie(self.context().as_ptr()) }
+    }
+
+    /// The cookie of the socket's network namespace.
+    #[inline(always)]
+    fn netns(&self) -> u64 {
+        // SAFETY: the helper takes the context of these program types.
+        unsafe { bpf_get_netns_cookie(self.context().as_ptr()) }
     }
 }
 

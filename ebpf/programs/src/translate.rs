@@ -8,7 +8,7 @@ use aya_ebpf::{
 use edgemesh_ebpf_abi::{Counter, Frontend, SocketAddress, SocketAddress6, TCP, UDP};
 
 use crate::{
-    PROCEED,
+    PROCEED, affinity,
     families::{Family, V4, V6},
     maps::count,
     sockets::{SocketCall, read},
@@ -23,6 +23,8 @@ const EHOSTUNREACH: i32 = 113;
 /// How often a frontend is looked up when its slots change meanwhile. Twice in one run takes two updates within a
 /// microsecond.
 const LOOKUPS: u32 = 4;
+
+type AddressOf<C> = <<C as SocketCall>::Family as Family>::Address;
 
 enum Choice<A> {
     /// The address is no Service's.
@@ -46,7 +48,7 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
     let service = call.address();
     let tcp = protocol == u32::from(TCP);
     let cookie = call.cookie();
-    match choose::<C::Family>(service, protocol as u8, cookie) {
+    match choose(call, service, protocol as u8, cookie) {
         Choice::Backend(backend) => {
             // Most datagrams of a socket go where the one before went: a lookup is cheaper than an update.
             if C::Family::service(cookie, backend) != Some(service) {
@@ -110,26 +112,33 @@ pub fn forget(socket: &SockContext) {
 }
 
 #[inline(always)]
-fn choose<F: Family>(service: F::Address, protocol: u8, cookie: u64) -> Choice<F::Address> {
+fn choose<C: SocketCall>(call: &C, service: AddressOf<C>, protocol: u8, cookie: u64) -> Choice<AddressOf<C>> {
     for _ in 0..LOOKUPS {
-        let Some(frontend) = F::frontend(service, protocol) else {
+        let Some(frontend) = C::Family::frontend(service, protocol) else {
             // A Service's address belongs to nobody else: what is not one of its ports is closed.
-            return if F::is_service(service, protocol) { Choice::Closed } else { Choice::None };
+            let closed = C::Family::is_service(service, protocol);
+            return if closed { Choice::Closed } else { Choice::None };
         };
         if frontend.count() == 0 {
             return Choice::NoBackend;
         }
         // A UDP socket keeps its backend while the set stays the same, for protocols that send more than one datagram.
         let random = if protocol == TCP { random() } else { spread(cookie) };
-        if let Some(address) = backend::<F>(frontend, random) {
+        let chosen = if frontend.has_affinity() {
+            affinity::keep::<C::Family>(call.netns(), service, protocol, frontend, random)
+        } else {
+            backend::<C::Family>(frontend, random)
+        };
+        if let Some(address) = chosen {
             return Choice::Backend(address);
         }
     }
     Choice::Inconsistent
 }
 
+/// One of a frontend's backends by a number that is spread over 32 bits; nothing if the slots are of another generation.
 #[inline(always)]
-fn backend<F: Family>(frontend: Frontend, random: u32) -> Option<F::Address> {
+pub fn backend<F: Family>(frontend: Frontend, random: u32) -> Option<F::Address> {
     let offset = (u64::from(random) * u64::from(frontend.count())) >> 32;
     F::backend(frontend.first() + offset as u32, frontend.generation())
 }

@@ -136,9 +136,9 @@ impl Programs {
     pub fn apply(&mut self, change: &Change<'_>) -> Result<(), EbpfDatapathError> {
         let protocol = change.frontend.protocol;
         match (change.frontend.address, change.target) {
-            (SocketAddr::V4(address), Some(target)) => self.ipv4.set(V4::key(address, protocol), target.backends()),
+            (SocketAddr::V4(address), Some(target)) => self.ipv4.set(V4::key(address, protocol), target),
             (SocketAddr::V4(address), None) => self.ipv4.remove(V4::key(address, protocol)),
-            (SocketAddr::V6(address), Some(target)) => self.ipv6.set(V6::key(address, protocol), target.backends()),
+            (SocketAddr::V6(address), Some(target)) => self.ipv6.set(V6::key(address, protocol), target),
             (SocketAddr::V6(address), None) => self.ipv6.remove(V6::key(address, protocol)),
         }
     }

@@ -217,11 +217,15 @@ fn view(state: &State, counters: &Counters, cgroup: &std::path::Path) -> Value {
         .iter()
         .map(|(frontend, target)| {
             let kind = match target {
-                Target::Direct(_) => "direct",
+                Target::Direct(_) | Target::Sticky(..) => "direct",
                 Target::Listener(_) => "listener",
                 Target::Refuse => "refuse",
             };
-            json!({"frontend": frontend.to_string(), "target": kind, "backends": target.backends()})
+            let mut entry = json!({"frontend": frontend.to_string(), "target": kind, "backends": target.backends()});
+            if let Some(timeout) = target.affinity() {
+                entry["affinitySeconds"] = timeout.as_secs().into();
+            }
+            entry
         })
         .collect();
     json!({

@@ -3,6 +3,8 @@
 use std::{
     collections::{BTreeMap, HashSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
 };
 
 use edgemesh_mesh::{
@@ -30,6 +32,8 @@ pub struct Frontend {
 pub enum Target {
     /// To endpoints that are reached by their own addresses.
     Direct(Vec<SocketAddr>),
+    /// As `Direct`, and a client keeps its endpoint until it has not called for the timeout.
+    Sticky(Vec<SocketAddr>, Duration),
     /// To a listener of the agent.
     Listener(SocketAddr),
     /// Nowhere: there is no endpoint, and connections are refused.
@@ -40,9 +44,17 @@ impl Target {
     /// The addresses to which sockets are sent; none to refuse them.
     pub fn backends(&self) -> &[SocketAddr] {
         match self {
-            Self::Direct(backends) => backends,
+            Self::Direct(backends) | Self::Sticky(backends, _) => backends,
             Self::Listener(listener) => std::slice::from_ref(listener),
             Self::Refuse => &[],
+        }
+    }
+
+    /// How long a client that does not call keeps its endpoint, if it does at all.
+    pub fn affinity(&self) -> Option<Duration> {
+        match self {
+            Self::Sticky(_, timeout) => Some(*timeout),
+            _ => None,
         }
     }
 }
@@ -124,8 +136,13 @@ fn target(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort,
         return Target::Refuse;
     }
     if candidates.tier != Tier::Remote {
-        let address = |endpoint: &std::sync::Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
-        return Target::Direct(candidates.endpoints.iter().map(address).collect());
+        let address = |endpoint: &Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
+        let backends = candidates.endpoints.iter().map(address).collect();
+        let affinity = catalog.service_named(&port.service).and_then(|service| service.client_ip_affinity);
+        return match affinity {
+            Some(timeout) => Target::Sticky(backends, timeout),
+            None => Target::Direct(backends),
+        };
     }
     if called.is_ipv6() {
         // The agent's listener has IPv4 addresses only.
@@ -148,8 +165,6 @@ fn own_addresses(catalog: &Catalog, node: &str) -> Vec<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use edgemesh_mesh::CatalogStore;
     use k8s_openapi::api::{
         core::v1::{Node, Service},
@@ -235,6 +250,24 @@ mod tests {
         assert_eq!(&*service_of(&allocator, listener).service.name, "web");
         endpoints(&store, &[("10.244.1.5", "a1", false)]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
+    }
+
+    #[test]
+    fn session_affinity_is_part_of_where_a_frontend_leads() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        endpoints(&store, &[("10.244.1.5", "a1", true)]);
+        let before = plan_at(&store, "a1", &allocator);
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "type": "NodePort", "sessionAffinity": "ClientIP",
+                     "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 7}},
+                     "ports": [{"port": 80, "nodePort": 30080, "protocol": "TCP"}]},
+        })));
+        store.publish();
+        let after = plan_at(&store, "a1", &allocator);
+        let sticky = Target::Sticky(vec!["10.244.1.5:8080".parse().unwrap()], Duration::from_secs(7));
+        assert_eq!((&after[&tcp(VIP)], &after[&tcp("192.168.1.11:30080")]), (&sticky, &sticky));
+        assert_eq!(changes(&before, &after).len(), 3, "written anew");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use edgemesh_mesh::model::Protocol;
 
 use super::{
     ebpf::{EbpfDatapathError, map_error, take_map},
+    plan::Target,
     slots::{Run, Slots},
 };
 
@@ -35,6 +36,8 @@ pub(super) trait Family {
     fn key(address: Self::Address, protocol: Protocol) -> Self::Key;
     /// A backend in a slot; nothing for one of the other family.
     fn slot(backend: SocketAddr, generation: u16) -> Option<Self::Slot>;
+    /// The slot behind the backends of a frontend with affinity.
+    fn timeout(seconds: u32, generation: u16) -> Self::Slot;
 }
 
 /// IPv4.
@@ -62,6 +65,10 @@ impl Family for V4 {
         let address = abi::SocketAddress::new(backend.ip().octets(), backend.port());
         Some(abi::Backend::new(address, generation).to_bits())
     }
+
+    fn timeout(seconds: u32, generation: u16) -> u64 {
+        abi::Backend::timeout(seconds, generation).to_bits()
+    }
 }
 
 impl Family for V6 {
@@ -80,6 +87,10 @@ impl Family for V6 {
         let SocketAddr::V6(backend) = backend else { return None };
         let address = abi::SocketAddress6::new(backend.ip().octets(), backend.port());
         Some(abi::Backend6::new(address, generation).to_words())
+    }
+
+    fn timeout(seconds: u32, generation: u16) -> [u64; 3] {
+        abi::Backend6::timeout(seconds, generation).to_words()
     }
 }
 
@@ -128,19 +139,30 @@ impl<F: Family> Table<F> {
 
     /// Writes one frontend. The backends go to slots of their own, then the frontend leads there, then the old slots are
     /// free. Backends of the other family are left out.
-    pub(super) fn set(&mut self, key: F::Key, backends: &[SocketAddr]) -> Result<(), EbpfDatapathError> {
+    pub(super) fn set(&mut self, key: F::Key, target: &Target) -> Result<(), EbpfDatapathError> {
         self.generation = self.generation.wrapping_add(1);
         let generation = self.generation;
+        let affinity = target.affinity().filter(|timeout| !timeout.is_zero());
         // A Service port with more endpoints than fit in the count uses the first ones: still far more than it needs.
-        let slots: Vec<F::Slot> =
-            backends.iter().filter_map(|&backend| F::slot(backend, generation)).take(usize::from(u16::MAX)).collect();
+        let most = if affinity.is_some() { abi::MAX_AFFINITY_BACKENDS } else { u16::MAX - 1 };
+        let backends = target.backends().iter().filter_map(|&backend| F::slot(backend, generation));
+        let mut slots: Vec<F::Slot> = backends.take(usize::from(most)).collect();
         let count = u16::try_from(slots.len()).unwrap_or(u16::MAX);
         let mut run = None;
+        let mut frontend = abi::Frontend::new(0, 0, generation);
         if count > 0 {
+            if let Some(timeout) = affinity {
+                slots.push(F::timeout(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX), generation));
+            }
             let full = || EbpfDatapathError::Full { backends: slots.len(), slots: self.backends.len() };
-            run = Some(self.slots.take(count).ok_or_else(full)?);
+            let taken = self.slots.take(u16::try_from(slots.len()).unwrap_or(u16::MAX)).ok_or_else(full)?;
+            frontend = abi::Frontend::new(taken.first, count, generation);
+            if affinity.is_some() {
+                frontend = frontend.with_affinity();
+            }
+            run = Some(taken);
         }
-        if let Err(error) = self.write(key, run, &slots, count) {
+        if let Err(error) = self.write(key, frontend, &slots) {
             if let Some(run) = run {
                 self.slots.release(run);
             }
@@ -151,13 +173,11 @@ impl<F: Family> Table<F> {
         Ok(())
     }
 
-    fn write(&mut self, key: F::Key, run: Option<Run>, slots: &[F::Slot], count: u16) -> Result<(), EbpfDatapathError> {
-        let first = run.map_or(0, |run| run.first);
-        for (at, slot) in (first..).zip(slots) {
+    fn write(&mut self, key: F::Key, frontend: abi::Frontend, slots: &[F::Slot]) -> Result<(), EbpfDatapathError> {
+        for (at, slot) in (frontend.first()..).zip(slots) {
             self.backends.set(at, slot, 0).map_err(map_error(F::BACKENDS))?;
         }
-        let word = abi::Frontend::new(first, count, self.generation).to_bits();
-        self.frontends.insert(key, word, 0).map_err(map_error(F::FRONTENDS))
+        self.frontends.insert(key, frontend.to_bits(), 0).map_err(map_error(F::FRONTENDS))
     }
 
     fn release(&mut self, key: F::Key) {

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
+mod affinity;
 mod host_routes;
 mod ipv6;
 mod sandbox;
