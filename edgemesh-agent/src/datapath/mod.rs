@@ -2,11 +2,13 @@
 
 mod counters;
 pub mod ebpf;
+mod host;
 pub mod plan;
 mod slots;
 mod tables;
 
 use std::{
+    collections::HashSet,
     fmt,
     net::SocketAddr,
     path::PathBuf,
@@ -28,6 +30,8 @@ use plan::{Frontend, Plan, Surroundings, Target};
 const DEBOUNCE: Duration = Duration::from_millis(5);
 /// How long to wait before what could not be programmed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How soon a change of the host's addresses is seen, where Services have `externalIPs`.
+const HOST_ADDRESSES: Duration = Duration::from_secs(15);
 
 /// What is programmed, for `/debug/datapath`.
 #[derive(Debug, Clone, Default)]
@@ -68,8 +72,16 @@ impl Datapath {
         let cgroup = programs.cgroup().to_owned();
         tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
         let state = Arc::<ArcSwap<State>>::default();
-        let worker =
-            Worker { programs, plan: Arc::default(), metrics, state: Arc::clone(&state), config, allocator, dns };
+        let worker = Worker {
+            programs,
+            plan: Arc::default(),
+            metrics,
+            state: Arc::clone(&state),
+            config,
+            allocator,
+            dns,
+            has_external: false,
+        };
         let task = tokio::spawn(worker.run(catalog, shutdown.clone(), readiness));
         Ok(Self { state, counters: Arc::new(counters), cgroup, task })
     }
@@ -103,6 +115,8 @@ struct Worker {
     allocator: Arc<Allocator>,
     /// Where this node answers DNS.
     dns: SocketAddr,
+    /// Whether a Service has `externalIPs`, so that the host's addresses matter.
+    has_external: bool,
 }
 
 impl Worker {
@@ -143,6 +157,7 @@ impl Worker {
                     return;
                 },
                 () = tokio::time::sleep(RETRY), if retry => {}
+                () = tokio::time::sleep(HOST_ADDRESSES), if self.has_external => {}
                 () = shutdown.forced().cancelled() => return,
             }
             tokio::time::sleep(DEBOUNCE).await;
@@ -156,7 +171,10 @@ impl Worker {
         let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
         // A backend is of its frontend's family.
         let dns = self.dns.is_ipv4().then_some((cluster_dns, self.dns));
-        let surroundings = Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, dns };
+        self.has_external = catalog.services().any(|service| !service.external_ips.is_empty());
+        let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
+        let surroundings =
+            Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, host_addresses: &host_addresses, dns };
         let wanted = plan::plan(catalog, surroundings);
         // Before sockets are sent there, so that an address means the same Service port after a crash.
         if let Err(error) = self.allocator.save() {

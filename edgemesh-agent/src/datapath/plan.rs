@@ -69,6 +69,8 @@ pub struct Surroundings<'a> {
     pub viewpoint: &'a Viewpoint,
     /// Addresses of Service ports that go through the agent.
     pub allocator: &'a Allocator,
+    /// Addresses of this host's interfaces.
+    pub host_addresses: &'a HashSet<IpAddr>,
     /// The cluster DNS address, and the listener that answers for it.
     pub dns: Option<(SocketAddr, SocketAddr)>,
 }
@@ -84,17 +86,29 @@ pub struct Change<'a> {
 
 /// The plan for a catalog. The only thing that it changes is the allocator, which gives addresses to new Service ports.
 pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
-    let Surroundings { viewpoint, allocator, dns } = surroundings;
+    let Surroundings { viewpoint, allocator, host_addresses, dns } = surroundings;
     let mut plan = Plan::new();
+    // First, so that nothing that a Service claims takes a cluster address or a node port from another one.
+    for service in catalog.services() {
+        // An address that the host doesn't have would let whoever may write Services take traffic to it (CVE-2020-8554).
+        // Those of load balancers are written by whom the cluster trusts with it.
+        let owned = service.external_ips.iter().filter(|ip| host_addresses.contains(ip));
+        for &ip in owned.chain(&service.load_balancer_ips) {
+            for port in service.carried_ports() {
+                let target = target(catalog, surroundings, port, ip, true);
+                plan.insert(Frontend { address: SocketAddr::new(ip, port.port), protocol: port.protocol }, target);
+            }
+        }
+    }
     for (&(ip, port, protocol), service_port) in catalog.vips() {
-        let target = target(catalog, surroundings, service_port, ip);
+        let target = target(catalog, surroundings, service_port, ip, false);
         plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
         close_other_ports(&mut plan, ip);
     }
     let node_addresses: Vec<IpAddr> = own_addresses(catalog, &viewpoint.node);
     for (&(port, protocol), service_port) in catalog.node_ports() {
         for &ip in &node_addresses {
-            let target = target(catalog, surroundings, service_port, ip);
+            let target = target(catalog, surroundings, service_port, ip, true);
             plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
         }
     }
@@ -129,13 +143,19 @@ pub fn changes<'a>(from: &Plan, to: &'a Plan) -> Vec<Change<'a>> {
 }
 
 /// Where a Service port leads that is called at an address: to endpoints of that address' family.
-fn target(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort, called: IpAddr) -> Target {
-    let call = Call { family: Some(called.into()) };
+fn target(
+    catalog: &Catalog,
+    surroundings: Surroundings<'_>,
+    port: &ServicePort,
+    called: IpAddr,
+    external: bool,
+) -> Target {
+    let call = Call { family: Some(called.into()), external };
     let candidates = surroundings.viewpoint.candidates_for(catalog, port, call);
     if candidates.endpoints.is_empty() {
         return Target::Refuse;
     }
-    if candidates.tier != Tier::Remote {
+    if candidates.tier <= Tier::Network {
         let address = |endpoint: &Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
         let backends = candidates.endpoints.iter().map(address).collect();
         let affinity = catalog.service_named(&port.service).and_then(|service| service.client_ip_affinity);
@@ -219,7 +239,8 @@ mod tests {
     fn plan_at(store: &CatalogStore, node: &str, allocator: &Allocator) -> Plan {
         let catalog = store.snapshot();
         let viewpoint = Viewpoint::of(&catalog, node);
-        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, dns: None })
+        let host_addresses = HashSet::from(["192.168.1.11".parse().unwrap()]);
+        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, host_addresses: &host_addresses, dns: None })
     }
 
     fn service_of(allocator: &Allocator, listener: SocketAddr) -> Arc<ServicePortName> {
@@ -250,6 +271,30 @@ mod tests {
         assert_eq!(&*service_of(&allocator, listener).service.name, "web");
         endpoints(&store, &[("10.244.1.5", "a1", false)]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
+    }
+
+    #[test]
+    fn external_addresses_are_served_where_the_host_has_them_and_those_of_load_balancers_everywhere() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "type": "LoadBalancer", "internalTrafficPolicy": "Local",
+                     "externalTrafficPolicy": "Local", "externalIPs": ["192.168.1.11", "203.0.113.99", "10.96.0.21"],
+                     "ports": [{"port": 80, "protocol": "TCP"}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}, {"ip": "10.96.0.21"}]}},
+        })));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "victim", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.21", "ports": [{"port": 80}]},
+        })));
+        endpoints(&store, &[("10.244.2.5", "a2", true)]);
+        let plan = plan_at(&store, "a1", &allocator);
+        let target = direct(&["10.244.2.5:8080"]);
+        assert_eq!((&plan[&tcp("192.168.1.11:80")], &plan[&tcp("203.0.113.7:80")]), (&target, &target));
+        assert!(!plan.contains_key(&tcp("203.0.113.99:80")), "not the host's");
+        assert_eq!(plan[&tcp("10.96.0.21:80")], Target::Refuse, "another Service's cluster address");
+        assert_eq!(plan[&tcp(VIP)], Target::Refuse, "internalTrafficPolicy holds for the cluster address");
+        assert!(!plan.contains_key(&tcp("192.168.1.11:0")), "the host's other ports stay open");
     }
 
     #[test]
@@ -331,7 +376,12 @@ mod tests {
         let viewpoint = Viewpoint::of(&catalog, "a1");
         let plan = plan(
             &catalog,
-            Surroundings { viewpoint: &viewpoint, allocator: &allocator, dns: Some((address, listener)) },
+            Surroundings {
+                viewpoint: &viewpoint,
+                allocator: &allocator,
+                host_addresses: &HashSet::new(),
+                dns: Some((address, listener)),
+            },
         );
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             assert_eq!(plan[&Frontend { address, protocol }], Target::Listener(listener));
