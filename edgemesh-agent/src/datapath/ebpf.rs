@@ -14,7 +14,9 @@ use aya::{
 
 pub use super::counters::Counters;
 use super::{
+    counters::Peers,
     plan::Change,
+    stale::Sweeper,
     tables::{Family as _, Table, V4, V6},
 };
 
@@ -81,6 +83,7 @@ pub enum EbpfDatapathError {
 pub struct Programs {
     ipv4: Table<V4>,
     ipv6: Table<V6>,
+    sweeper: Option<Sweeper>,
     cgroup: PathBuf,
     /// Holds the programs and their links.
     _ebpf: Ebpf,
@@ -95,6 +98,7 @@ impl Programs {
         let cgroup = cgroup_path(cgroup)?;
         let folder = File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
         let mut ebpf = EbpfLoader::new().load(OBJECT)?;
+        let peers = Peers::open(&ebpf)?;
         let (ipv4, ipv6, counters) = (Table::take(&mut ebpf)?, Table::take(&mut ebpf)?, Counters::take(&mut ebpf)?);
         let failed = |name| {
             let cgroup = cgroup.clone();
@@ -111,12 +115,18 @@ impl Programs {
             program.load().map_err(failed(name))?;
             program.attach(&folder, CgroupAttachMode::Single).map_err(failed(name))?;
         }
-        Ok((Self { ipv4, ipv6, cgroup, _ebpf: ebpf }, counters))
+        let sweeper = Some(Sweeper::new(peers, cgroup.clone()));
+        Ok((Self { ipv4, ipv6, sweeper, cgroup, _ebpf: ebpf }, counters))
     }
 
     /// The cgroup to which they are attached.
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
+    }
+
+    /// What ends sockets of these programs whose endpoint is gone; it can be taken once.
+    pub fn take_sweeper(&mut self) -> Option<Sweeper> {
+        self.sweeper.take()
     }
 
     /// How many frontends are in the maps.

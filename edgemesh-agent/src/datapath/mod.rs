@@ -3,21 +3,24 @@
 mod counters;
 pub mod ebpf;
 mod host;
+mod namespaces;
 pub mod plan;
 mod slots;
+mod sock_diag;
+pub mod stale;
 mod tables;
 
 use std::{
     collections::HashSet,
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
-use edgemesh_mesh::{CatalogStore, Viewpoint, model::Protocol};
+use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, model::Protocol};
 use edgemesh_telemetry::{ReadinessTask, Shutdown};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -25,6 +28,7 @@ use tokio::task::JoinHandle;
 use crate::{config::Config, metrics::DatapathMetrics, node_local::Allocator};
 use ebpf::{Counters, EbpfDatapathError, Programs};
 use plan::{Frontend, Plan, Surroundings, Target};
+use stale::Reaper;
 
 /// Changes that come close together are programmed together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
@@ -68,12 +72,25 @@ impl Datapath {
         shutdown: &Shutdown,
         readiness: ReadinessTask,
     ) -> Result<Self, EbpfDatapathError> {
-        let (programs, counters) = Programs::start(&config.cgroup)?;
+        let (mut programs, counters) = Programs::start(&config.cgroup)?;
         let cgroup = programs.cgroup().to_owned();
         tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
         let state = Arc::<ArcSwap<State>>::default();
+        let node_local = config.node_local_cidr;
+        let is_ours = move |backend: SocketAddr| match backend.ip() {
+            _ if backend == dns => true,
+            IpAddr::V4(ip) => node_local.contains(ip),
+            IpAddr::V6(_) => false,
+        };
+        let reaper = programs.take_sweeper().and_then(|sweeper| {
+            Reaper::start(sweeper, is_ours, metrics.clone())
+                .inspect_err(|error| tracing::error!(%error, "sockets of endpoints that are gone will not be ended"))
+                .ok()
+        });
         let worker = Worker {
             programs,
+            reaper,
+            swept: None,
             plan: Arc::default(),
             metrics,
             state: Arc::clone(&state),
@@ -107,6 +124,9 @@ impl Datapath {
 
 struct Worker {
     programs: Programs,
+    reaper: Option<Reaper>,
+    /// The complete catalog by which sockets were last looked at.
+    swept: Option<Arc<Catalog>>,
     /// What is in the maps.
     plan: Arc<Plan>,
     metrics: DatapathMetrics,
@@ -131,6 +151,9 @@ impl Worker {
             let snapshot = if synced { catalog.snapshot() } else { Arc::default() };
             let round = tokio::task::spawn_blocking(move || {
                 let done = self.program(&snapshot);
+                if snapshot.is_synced() {
+                    self.look_for_stale_sockets(snapshot);
+                }
                 (self, done)
             });
             let retry;
@@ -165,7 +188,7 @@ impl Worker {
     }
 
     /// Plans and writes the differences. Returns whether all of them could be written.
-    fn program(&mut self, catalog: &edgemesh_mesh::Catalog) -> bool {
+    fn program(&mut self, catalog: &Catalog) -> bool {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
         let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
@@ -205,6 +228,15 @@ impl Worker {
             plan: Arc::clone(&self.plan),
         }));
         failed.is_empty()
+    }
+
+    /// After the maps are written, so that no socket is sent to what is gone any more.
+    fn look_for_stale_sockets(&mut self, catalog: Arc<Catalog>) {
+        let Some(reaper) = &self.reaper else { return };
+        if self.swept.as_ref().is_none_or(|older| stale::any_gone(older, &catalog)) {
+            reaper.look(Arc::clone(&catalog));
+        }
+        self.swept = Some(catalog);
     }
 
     /// What is in the maps when some frontends stayed as they were.

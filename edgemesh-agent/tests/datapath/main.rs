@@ -8,4 +8,5 @@ mod host_routes;
 mod ipv6;
 mod sandbox;
 mod sockets;
+mod stale;
 mod whole_agent;

@@ -50,6 +50,16 @@ fn catalog() -> Value {
         service("here", "10.96.0.20", Some(30080)), slice("here", "10.244.1.5", "edge-a1"),
         service("there", "10.96.0.21", None), slice("there", "10.244.7.5", "edge-b1"),
         service("nowhere", "10.96.0.22", None),
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "talk", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.23", "ports": [{"port": 53, "protocol": "UDP"}]},
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "talk-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "talk"}},
+            "ports": [{"port": 5353, "protocol": "UDP", "name": ""}],
+            "endpoints": [{"addresses": ["10.244.1.5"], "nodeName": "edge-a1"}],
+        }),
         node("edge-a1", "site-a", "192.168.1.11", "10.244.1.0/24"),
         node("edge-b1", "site-b", "192.168.2.11", "10.244.7.0/24"),
     ]})
@@ -133,6 +143,20 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
     {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
+    // The endpoint of a connected UDP socket is deleted: the socket is told, and the next one has nowhere to go.
+    let talk = UdpSocket::bind("0.0.0.0:0").unwrap();
+    talk.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    talk.connect("10.96.0.23:53").unwrap();
+    agent.catalog.delete_endpoint_slice("default", "talk-1");
+    agent.catalog.publish();
+    assert_eq!(talk.recv(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::ConnectionAborted);
+    assert_eq!(talk.connect("10.96.0.23:53").unwrap_err().kind(), std::io::ErrorKind::HostUnreachable);
+    let ended = "edgemesh_agent_datapath_sockets_destroyed_total{protocol=\"udp\"} 1";
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    while !admin(agent.admin, "/metrics").contains(ended) {
+        assert!(std::time::Instant::now() < until, "{}", admin(agent.admin, "/metrics"));
+    }
+
     runtime.block_on(agent.stop());
     assert!(TcpStream::connect("10.96.0.20:80").is_err(), "the programs are gone");
     assert!(data.path().join("node-local.json").exists());
