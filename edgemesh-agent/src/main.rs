@@ -11,14 +11,22 @@ use edgemesh_telemetry::{config, drain, logging};
 #[command(version)]
 struct Flags {
     /// YAML file with settings.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
     /// One setting, for example `--set dns.port=5353`. May be repeated; wins over the file and the environment.
-    #[arg(long = "set", value_name = "SETTING=VALUE")]
+    #[arg(long = "set", value_name = "SETTING=VALUE", global = true)]
     sets: Vec<String>,
     /// Prints the settings in force and ends.
     #[arg(long)]
     print_config: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Removes what a stopped agent left in the kernel: new connections to Service addresses are no longer served.
+    Uninstall,
 }
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]
@@ -41,7 +49,11 @@ fn main() -> ExitCode {
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         tracing::debug!("a TLS provider was already installed");
     }
-    match run(settings) {
+    let done = match flags.command {
+        Some(Command::Uninstall) => app::uninstall(&settings).map_err(anyhow::Error::from),
+        None => run(settings),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");

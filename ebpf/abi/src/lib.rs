@@ -9,6 +9,10 @@ mod v6;
 pub use affinity::{Affinity, AffinityKey};
 pub use v6::{Backend6, FrontendKey6, PeerKey6, SocketAddress6};
 
+/// Version of what is in the maps: it is raised with every change of a key, a value, a name or a size, so that an agent never
+/// takes over maps that it would misread.
+pub const LAYOUT: u32 = 1;
+
 /// Name of the map `FrontendKey -> Frontend` (hash).
 pub const FRONTENDS: &str = "FRONTENDS";
 /// Name of the map `slot -> Backend` (array).

@@ -2,20 +2,27 @@
 
 use std::{
     fs::File,
+    io,
     net::SocketAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::MapError,
-    programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError},
+    programs::{
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, ProgramFd,
+        links::{FdLink, LinkError},
+    },
 };
+use edgemesh_ebpf_abi as abi;
 
 pub use super::counters::Counters;
 use super::{
     counters::Peers,
-    plan::Change,
+    pins::{Pins, replace_program},
+    plan::{Change, Plan},
     stale::Sweeper,
     tables::{Family as _, Table, V4, V6},
 };
@@ -26,6 +33,17 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ed
 /// hides them, so that no socket sees a backend's address while they are attached one after the other.
 const ADDRESS_PROGRAMS: [&str; 8] =
     ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "connect6", "connect4"];
+/// All maps of the object.
+const MAPS: [&str; 8] = [
+    abi::FRONTENDS,
+    abi::BACKENDS,
+    abi::PEERS,
+    abi::FRONTENDS6,
+    abi::BACKENDS6,
+    abi::PEERS6,
+    abi::AFFINITIES,
+    abi::COUNTERS,
+];
 /// The program that sees sockets close.
 const RELEASE_PROGRAM: &str = "sock_release";
 /// The largest `/proc/self/mounts` that is read, in bytes.
@@ -44,6 +62,14 @@ pub enum EbpfDatapathError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// Programs and maps can't be pinned, or their pins not removed.
+    #[error("BPF filesystem: {path}: {source}")]
+    Pins {
+        /// Which folder or pin.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The kernel refuses the object.
     #[error("loading the eBPF programs (needs Linux 5.18, CAP_BPF and CAP_NET_ADMIN): {0}")]
@@ -79,44 +105,133 @@ pub enum EbpfDatapathError {
     },
 }
 
-/// Attached programs and their maps. They are detached when this is dropped.
+/// Attached programs and their maps.
 pub struct Programs {
     ipv4: Table<V4>,
     ipv6: Table<V6>,
     sweeper: Option<Sweeper>,
+    adopted: Plan,
     cgroup: PathBuf,
-    /// Holds the programs and their links.
-    _ebpf: Ebpf,
+    pins: Option<Pins>,
+    /// Holds the programs, and their links unless they are pinned.
+    ebpf: Ebpf,
 }
 
 impl Programs {
-    /// Loads the programs and attaches them to a cgroup, given relative to the cgroup2 mount.
+    /// Loads the programs and attaches them to a cgroup, given relative to the cgroup2 mount. They are detached when this is
+    /// dropped.
     ///
     /// # Errors
     /// When the cgroup is missing, or the kernel lacks something or denies it.
     pub fn start(cgroup: &Path) -> Result<(Self, Counters), EbpfDatapathError> {
+        Self::load(cgroup_path(cgroup)?, None)
+    }
+
+    /// As [`Programs::start`], but programs and maps are pinned in a BPF filesystem: they stay when this is dropped. What an
+    /// earlier agent pinned is taken over, see [`Programs::take_adopted`].
+    ///
+    /// # Errors
+    /// As for [`Programs::start`]; also when the BPF filesystem can't be mounted or written.
+    pub fn start_pinned(cgroup: &Path, bpffs: &Path) -> Result<(Self, Counters), EbpfDatapathError> {
         let cgroup = cgroup_path(cgroup)?;
+        // Named first, so that a missing cgroup is not reported as a trouble of the BPF filesystem.
+        File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
+        let pins =
+            Pins::open(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })?;
+        Self::load(cgroup, Some(pins))
+    }
+
+    /// Detaches the pinned programs of a cgroup and frees their maps.
+    ///
+    /// # Errors
+    /// When a pin can't be removed.
+    pub fn uninstall(cgroup: &Path, bpffs: &Path) -> Result<(), EbpfDatapathError> {
+        let cgroup = cgroup_path(cgroup)?;
+        Pins::remove(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })
+    }
+
+    fn load(cgroup: PathBuf, pins: Option<Pins>) -> Result<(Self, Counters), EbpfDatapathError> {
         let folder = File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
-        let mut ebpf = EbpfLoader::new().load(OBJECT)?;
+        let mut loader = EbpfLoader::new();
+        for name in pins.iter().flat_map(|_| MAPS) {
+            if let Some(pins) = &pins {
+                loader.map_pin_path(name, pins.map(name));
+            }
+        }
+        let mut ebpf = loader.load(OBJECT)?;
         let peers = Peers::open(&ebpf)?;
-        let (ipv4, ipv6, counters) = (Table::take(&mut ebpf)?, Table::take(&mut ebpf)?, Counters::take(&mut ebpf)?);
-        let failed = |name| {
-            let cgroup = cgroup.clone();
-            move |source| EbpfDatapathError::Program { name, cgroup, source: Box::new(source) }
+        let mut programs = Self {
+            ipv4: Table::take(&mut ebpf)?,
+            ipv6: Table::take(&mut ebpf)?,
+            sweeper: Some(Sweeper::new(peers, cgroup.clone())),
+            adopted: Plan::new(),
+            cgroup,
+            pins,
+            ebpf,
         };
-        // The kernel puts a link beside the programs that others attached there or below: `Single` adds no flag of its own.
-        let program = ebpf.program_mut(RELEASE_PROGRAM).ok_or(EbpfDatapathError::Missing(RELEASE_PROGRAM))?;
+        let counters = Counters::take(&mut programs.ebpf)?;
+        programs.ipv4.adopt(&mut programs.adopted);
+        programs.ipv6.adopt(&mut programs.adopted);
+        programs.attach(&folder)?;
+        Ok((programs, counters))
+    }
+
+    /// The kernel puts a link beside the programs that others attached there or below: `Single` adds no flag of its own. A
+    /// pinned link gets the new program in one step.
+    fn attach(&mut self, cgroup: &File) -> Result<(), EbpfDatapathError> {
+        let path = self.cgroup.clone();
+        let failed = |name| {
+            let cgroup = path.clone();
+            move |source: ProgramError| EbpfDatapathError::Program { name, cgroup, source: Box::new(source) }
+        };
+        let in_place = |name, pins: &Option<Pins>, program: &ProgramFd| match pins {
+            Some(pins) => replace_program(&pins.link(name), program.as_fd())
+                .map_err(|source| EbpfDatapathError::Pins { path: pins.link(name), source }),
+            None => Ok(false),
+        };
+        let pin = |name, pins: &Option<Pins>, link: Result<FdLink, LinkError>| -> Result<(), EbpfDatapathError> {
+            let Some(path) = pins.as_ref().map(|pins| pins.link(name)) else { return Ok(()) };
+            let pinned = link.map_err(io::Error::other).and_then(|link| link.pin(&path).map_err(io::Error::other));
+            pinned.map(drop).map_err(|source| EbpfDatapathError::Pins { path, source })
+        };
+        let missing = EbpfDatapathError::Missing;
+        let program = self.ebpf.program_mut(RELEASE_PROGRAM).ok_or(missing(RELEASE_PROGRAM))?;
         let release: &mut CgroupSock = program.try_into().map_err(failed(RELEASE_PROGRAM))?;
         release.load().map_err(failed(RELEASE_PROGRAM))?;
-        release.attach(&folder, CgroupAttachMode::Single).map_err(failed(RELEASE_PROGRAM))?;
+        if !in_place(RELEASE_PROGRAM, &self.pins, release.fd().map_err(failed(RELEASE_PROGRAM))?)? {
+            let link = release.attach(cgroup, CgroupAttachMode::Single).map_err(failed(RELEASE_PROGRAM))?;
+            if self.pins.is_some() {
+                let link = release.take_link(link).map_err(failed(RELEASE_PROGRAM))?;
+                pin(RELEASE_PROGRAM, &self.pins, link.try_into())?;
+            }
+        }
         for name in ADDRESS_PROGRAMS {
-            let program = ebpf.program_mut(name).ok_or(EbpfDatapathError::Missing(name))?;
+            let program = self.ebpf.program_mut(name).ok_or(missing(name))?;
             let program: &mut CgroupSockAddr = program.try_into().map_err(failed(name))?;
             program.load().map_err(failed(name))?;
-            program.attach(&folder, CgroupAttachMode::Single).map_err(failed(name))?;
+            if in_place(name, &self.pins, program.fd().map_err(failed(name))?)? {
+                continue;
+            }
+            let link = program.attach(cgroup, CgroupAttachMode::Single).map_err(failed(name))?;
+            if self.pins.is_some() {
+                let link = program.take_link(link).map_err(failed(name))?;
+                pin(name, &self.pins, link.try_into())?;
+            }
         }
-        let sweeper = Some(Sweeper::new(peers, cgroup.clone()));
-        Ok((Self { ipv4, ipv6, sweeper, cgroup, _ebpf: ebpf }, counters))
+        Ok(())
+    }
+
+    /// What an earlier agent left in the maps and is in force; it can be taken once.
+    pub fn take_adopted(&mut self) -> Plan {
+        std::mem::take(&mut self.adopted)
+    }
+
+    /// Detaches programs that agents with another layout of the maps pinned for this cgroup: those served until these are
+    /// programmed.
+    pub fn remove_older(&self) {
+        if let Some(pins) = &self.pins {
+            pins.remove_older();
+        }
     }
 
     /// The cgroup to which they are attached.

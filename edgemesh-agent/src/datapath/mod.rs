@@ -4,6 +4,7 @@ mod counters;
 pub mod ebpf;
 mod host;
 mod namespaces;
+mod pins;
 pub mod plan;
 mod slots;
 mod sock_diag;
@@ -58,8 +59,8 @@ pub struct Datapath {
 }
 
 impl Datapath {
-    /// Attaches the programs and keeps them up to date. They stay until the shutdown is forced, because connections
-    /// need them while the agent drains. `dns` is where this node answers for the cluster DNS address. `readiness` is released when a complete catalog is programmed.
+    /// Attaches the programs and keeps them up to date until the shutdown is forced, because connections need them while the
+    /// agent drains. They are pinned and serve on after it. `dns` is where this node answers for the cluster DNS address. `readiness` is released when a complete catalog is programmed.
     ///
     /// # Errors
     /// When the kernel can't or may not run the programs.
@@ -72,7 +73,17 @@ impl Datapath {
         shutdown: &Shutdown,
         readiness: ReadinessTask,
     ) -> Result<Self, EbpfDatapathError> {
-        let (mut programs, counters) = Programs::start(&config.cgroup)?;
+        let (mut programs, counters) = match Programs::start_pinned(&config.cgroup, &config.bpffs) {
+            Err(error @ EbpfDatapathError::Pins { .. }) => {
+                tracing::warn!(%error, "nothing will be served while the agent is away");
+                Programs::start(&config.cgroup)?
+            }
+            started => started?,
+        };
+        let adopted = programs.take_adopted();
+        if !adopted.is_empty() {
+            tracing::info!(frontends = adopted.len(), "serving on with what an earlier run programmed");
+        }
         let cgroup = programs.cgroup().to_owned();
         tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
         let state = Arc::<ArcSwap<State>>::default();
@@ -91,7 +102,8 @@ impl Datapath {
             programs,
             reaper,
             swept: None,
-            plan: Arc::default(),
+            plan: Arc::new(adopted),
+            older_removed: false,
             metrics,
             state: Arc::clone(&state),
             config,
@@ -114,7 +126,7 @@ impl Datapath {
         Arc::clone(&self.counters)
     }
 
-    /// Waits until the programs are detached, after the shutdown was forced.
+    /// Waits until nothing is programmed any more, after the shutdown was forced.
     pub async fn ended(self) {
         if let Err(error) = self.task.await {
             tracing::error!(%error, "the datapath's task failed");
@@ -129,6 +141,8 @@ struct Worker {
     swept: Option<Arc<Catalog>>,
     /// What is in the maps.
     plan: Arc<Plan>,
+    /// Whether programs of other versions are gone.
+    older_removed: bool,
     metrics: DatapathMetrics,
     state: Arc<ArcSwap<State>>,
     config: Arc<Config>,
@@ -163,7 +177,7 @@ impl Worker {
                     retry = !done;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "programming failed; the programs are detached");
+                    tracing::error!(%error, "programming failed; what is programmed stays as it is");
                     return;
                 }
             }
@@ -198,7 +212,12 @@ impl Worker {
         let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
         let surroundings =
             Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, host_addresses: &host_addresses, dns };
-        let wanted = plan::plan(catalog, surroundings);
+        let mut wanted = plan::plan(catalog, surroundings);
+        if !catalog.is_synced() {
+            // What an earlier run programmed holds until it is known what there is now.
+            let new = std::mem::replace(&mut wanted, (*self.plan).clone());
+            wanted.extend(new);
+        }
         // Before sockets are sent there, so that an address means the same Service port after a crash.
         if let Err(error) = self.allocator.save() {
             tracing::warn!(%error, "node-local addresses can't be saved: after a restart they may be others");
@@ -227,6 +246,9 @@ impl Worker {
             viewpoint: Some(viewpoint),
             plan: Arc::clone(&self.plan),
         }));
+        if catalog.is_synced() && failed.is_empty() && !std::mem::replace(&mut self.older_removed, true) {
+            self.programs.remove_older();
+        }
         failed.is_empty()
     }
 

@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     hash::Hash,
     net::{SocketAddr, SocketAddrV4, SocketAddrV6},
+    time::Duration,
 };
 
 use aya::{
@@ -15,7 +16,7 @@ use edgemesh_mesh::model::Protocol;
 
 use super::{
     ebpf::{EbpfDatapathError, map_error, take_map},
-    plan::Target,
+    plan::{Frontend, Plan, Target},
     slots::{Run, Slots},
 };
 
@@ -38,6 +39,12 @@ pub(super) trait Family {
     fn slot(backend: SocketAddr, generation: u16) -> Option<Self::Slot>;
     /// The slot behind the backends of a frontend with affinity.
     fn timeout(seconds: u32, generation: u16) -> Self::Slot;
+    /// The frontend of a key; nothing if it has a protocol that we never write.
+    fn frontend(key: Self::Key) -> Option<Frontend>;
+    /// The backend in a slot of the generation.
+    fn backend(slot: Self::Slot, generation: u16) -> Option<SocketAddr>;
+    /// The timeout in the slot behind the backends.
+    fn seconds(slot: Self::Slot, generation: u16) -> Option<u32>;
 }
 
 /// IPv4.
@@ -69,6 +76,23 @@ impl Family for V4 {
     fn timeout(seconds: u32, generation: u16) -> u64 {
         abi::Backend::timeout(seconds, generation).to_bits()
     }
+
+    fn frontend(key: u64) -> Option<Frontend> {
+        let key = abi::FrontendKey::from_bits(key);
+        let address = SocketAddr::from((key.address().octets(), key.address().port()));
+        Some(Frontend { address, protocol: protocol(key.protocol())? })
+    }
+
+    fn backend(slot: u64, generation: u16) -> Option<SocketAddr> {
+        let backend = abi::Backend::from_bits(slot);
+        let address = SocketAddr::from((backend.address().octets(), backend.address().port()));
+        (backend.generation() == generation).then_some(address)
+    }
+
+    fn seconds(slot: u64, generation: u16) -> Option<u32> {
+        let slot = abi::Backend::from_bits(slot);
+        (slot.generation() == generation).then(|| slot.seconds())
+    }
 }
 
 impl Family for V6 {
@@ -92,12 +116,35 @@ impl Family for V6 {
     fn timeout(seconds: u32, generation: u16) -> [u64; 3] {
         abi::Backend6::timeout(seconds, generation).to_words()
     }
+
+    fn frontend(key: [u64; 3]) -> Option<Frontend> {
+        let key = abi::FrontendKey6::from_words(key);
+        let address = SocketAddr::from((key.address().octets(), key.address().port()));
+        Some(Frontend { address, protocol: protocol(key.protocol())? })
+    }
+
+    fn backend(slot: [u64; 3], generation: u16) -> Option<SocketAddr> {
+        let address = abi::Backend6::from_words(slot).address(generation)?;
+        Some(SocketAddr::from((address.octets(), address.port())))
+    }
+
+    fn seconds(slot: [u64; 3], generation: u16) -> Option<u32> {
+        abi::Backend6::from_words(slot).seconds(generation)
+    }
 }
 
 fn protocol_number(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => abi::TCP,
         Protocol::Udp => abi::UDP,
+    }
+}
+
+fn protocol(number: u8) -> Option<Protocol> {
+    match number {
+        abi::TCP => Some(Protocol::Tcp),
+        abi::UDP => Some(Protocol::Udp),
+        _ => None,
     }
 }
 
@@ -121,6 +168,34 @@ impl<F: Family> Table<F> {
             generation: 0,
             programmed: HashMap::new(),
         })
+    }
+
+    /// Takes over what an earlier agent left in the maps, and adds it to `plan`. What can't be read is there as refused, so
+    /// that it is written anew or removed.
+    pub(super) fn adopt(&mut self, plan: &mut Plan) {
+        for (key, word) in self.frontends.iter().take(abi::MAX_FRONTENDS as usize).flatten() {
+            let frontend = abi::Frontend::from_bits(word);
+            // Newer ones than any that is there: no slot is taken for another one's.
+            self.generation = self.generation.max(frontend.generation());
+            let slots = frontend.count().saturating_add(u16::from(frontend.has_affinity()));
+            let run = if slots > 0 { self.slots.take_at(frontend.first(), slots) } else { None };
+            self.programmed.insert(key, run);
+            if let Some(adopted) = F::frontend(key) {
+                let target = run.and_then(|_| self.read(frontend)).unwrap_or(Target::Refuse);
+                plan.insert(adopted, target);
+            }
+        }
+    }
+
+    fn read(&self, frontend: abi::Frontend) -> Option<Target> {
+        let slot = |offset: u16| self.backends.get(&(frontend.first() + u32::from(offset)), 0).ok();
+        let backend = |offset| F::backend(slot(offset)?, frontend.generation());
+        let backends = (0..frontend.count()).map(backend).collect::<Option<Vec<_>>>()?;
+        if !frontend.has_affinity() {
+            return Some(Target::Direct(backends));
+        }
+        let seconds = F::seconds(slot(frontend.count())?, frontend.generation())?;
+        Some(Target::Sticky(backends, Duration::from_secs(u64::from(seconds))))
     }
 
     /// How many frontends there are.

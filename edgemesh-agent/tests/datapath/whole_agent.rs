@@ -101,13 +101,14 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
         node_name: "edge-a1".to_owned(),
         api_server: Some("http://127.0.0.1:1".to_owned()),
         cgroup: sandbox.cgroup.clone(),
+        bpffs: sandbox.bpffs.clone(),
         ..Config::default()
     };
     config.admin.listen = "127.0.0.1:0".parse().unwrap();
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let agent = runtime.block_on(async {
-        let agent = app::build(config).await.unwrap();
+        let agent = app::build(config.clone()).await.unwrap();
         tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
         agent
     });
@@ -157,7 +158,28 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
         assert!(std::time::Instant::now() < until, "{}", admin(agent.admin, "/metrics"));
     }
 
+    let open = TcpStream::connect("10.96.0.20:80").unwrap();
+    runtime.block_on(agent.stop());
+    assert!(data.path().join("node-local.json").exists());
+    let serves = || {
+        let mut stream = TcpStream::connect("10.96.0.20:80").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, POD);
+    };
+    serves();
+
+    // The next agent takes over; this one is told to leave nothing.
+    let agent = runtime.block_on(async {
+        let agent = app::build(Config { detach_on_stop: true, ..config.clone() }).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    serves();
+    assert_eq!(open.peer_addr().unwrap(), "10.96.0.20:80".parse().unwrap());
+    let metrics = admin(agent.admin, "/metrics");
+    // The endpoint that the first agent saw deleted is in the copy on disk again: its address, and nothing else, is written.
+    assert!(metrics.contains("edgemesh_agent_datapath_changes_total 1\n"), "{metrics}");
     runtime.block_on(agent.stop());
     assert!(TcpStream::connect("10.96.0.20:80").is_err(), "the programs are gone");
-    assert!(data.path().join("node-local.json").exists());
 }
