@@ -6,6 +6,7 @@ mod host;
 mod namespaces;
 mod pins;
 pub mod plan;
+pub mod planner;
 mod slots;
 mod sock_diag;
 pub mod stale;
@@ -28,7 +29,9 @@ use tokio::task::JoinHandle;
 
 use crate::{config::Config, metrics::DatapathMetrics, node_local::Allocator};
 use ebpf::{Counters, EbpfDatapathError, Programs};
-use plan::{Frontend, Plan, Surroundings, Target};
+use parking_lot::RwLock;
+use plan::{Change, Frontend, Plan, Surroundings, Target};
+use planner::{Planner, Wanted};
 use stale::Reaper;
 
 /// Changes that come close together are programmed together.
@@ -46,7 +49,7 @@ pub struct State {
     /// From where endpoints were chosen; none before the first plan.
     pub viewpoint: Option<Viewpoint>,
     /// Every frontend.
-    pub plan: Arc<Plan>,
+    pub plan: Arc<RwLock<Plan>>,
 }
 
 /// The running datapath.
@@ -102,7 +105,8 @@ impl Datapath {
             programs,
             reaper,
             swept: None,
-            plan: Arc::new(adopted),
+            plan: Arc::new(RwLock::new(adopted)),
+            planner: Planner::default(),
             older_removed: false,
             metrics,
             state: Arc::clone(&state),
@@ -139,8 +143,9 @@ struct Worker {
     reaper: Option<Reaper>,
     /// The complete catalog by which sockets were last looked at.
     swept: Option<Arc<Catalog>>,
-    /// What is in the maps.
-    plan: Arc<Plan>,
+    /// What is in the maps. Written by this task alone, read by the debug page.
+    plan: Arc<RwLock<Plan>>,
+    planner: Planner,
     /// Whether programs of other versions are gone.
     older_removed: bool,
     metrics: DatapathMetrics,
@@ -202,7 +207,7 @@ impl Worker {
     }
 
     /// Plans and writes the differences. Returns whether all of them could be written.
-    fn program(&mut self, catalog: &Catalog) -> bool {
+    fn program(&mut self, catalog: &Arc<Catalog>) -> bool {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
         let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
@@ -212,44 +217,84 @@ impl Worker {
         let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
         let surroundings =
             Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, host_addresses: &host_addresses, dns };
-        let mut wanted = plan::plan(catalog, surroundings);
-        if !catalog.is_synced() {
-            // What an earlier run programmed holds until it is known what there is now.
-            let new = std::mem::replace(&mut wanted, (*self.plan).clone());
-            wanted.extend(new);
-        }
+        let wanted = self.planner.plan(catalog, surroundings);
         // Before sockets are sent there, so that an address means the same Service port after a crash.
         if let Err(error) = self.allocator.save() {
             tracing::warn!(%error, "node-local addresses can't be saved: after a restart they may be others");
         }
         let planned = started.elapsed();
-        let mut failed = Vec::new();
-        let changes = plan::changes(&self.plan, &wanted);
-        let count = changes.len();
-        for change in changes {
-            if let Err(error) = self.programs.apply(&change) {
-                if failed.is_empty() {
-                    tracing::warn!(frontend = %change.frontend, %error, "can't be programmed; trying again");
-                }
-                failed.push(change.frontend);
-            }
+        let (written, failed) = match wanted {
+            Wanted::All(all) => self.write_all(all, catalog.is_synced()),
+            Wanted::Some(some) => self.write_some(some),
+        };
+        let took = started.elapsed() - planned;
+        if written + failed > 0 {
+            tracing::debug!(generation = catalog.generation(), written, failed, ?planned, ?took, "programmed");
         }
-        let written = started.elapsed() - planned;
-        if count > 0 {
-            tracing::debug!(generation = catalog.generation(), changes = count, ?planned, ?written, "programmed");
-        }
-        self.metrics.record(planned, written, count - failed.len(), failed.len());
-        self.plan = Arc::new(self.in_maps(wanted, &failed));
-        self.metrics.frontends(self.plan.values());
+        self.metrics.record(planned, took, written, failed);
+        self.metrics.frontends(self.plan.read().values());
         self.state.store(Arc::new(State {
             generation: catalog.generation(),
             viewpoint: Some(viewpoint),
             plan: Arc::clone(&self.plan),
         }));
-        if catalog.is_synced() && failed.is_empty() && !std::mem::replace(&mut self.older_removed, true) {
+        if failed > 0 || !catalog.is_synced() {
+            self.planner.forget();
+        } else if !std::mem::replace(&mut self.older_removed, true) {
             self.programs.remove_older();
         }
-        failed.is_empty()
+        failed == 0
+    }
+
+    /// Brings the maps to a plan. Returns how many frontends were written, and how many could not be.
+    fn write_all(&mut self, mut wanted: Plan, synced: bool) -> (usize, usize) {
+        if !synced {
+            // What an earlier run programmed holds until it is known what there is now.
+            let new = std::mem::replace(&mut wanted, self.plan.read().clone());
+            wanted.extend(new);
+        }
+        let mut failed = Vec::new();
+        // Only this task writes: the plan stays as it is between the locks.
+        let before = self.plan.read().clone();
+        let changes = plan::changes(&before, &wanted);
+        let count = changes.len();
+        for change in changes {
+            if !apply(&mut self.programs, &change, failed.is_empty()) {
+                failed.push(change.frontend);
+            }
+        }
+        for frontend in &failed {
+            match before.get(frontend) {
+                Some(old) => drop(wanted.insert(*frontend, old.clone())),
+                None => drop(wanted.remove(frontend)),
+            }
+        }
+        *self.plan.write() = wanted;
+        (count - failed.len(), failed.len())
+    }
+
+    /// Brings some frontends to where they lead now. Returns as [`Worker::write_all`].
+    fn write_some(&mut self, wanted: Vec<(Frontend, Option<Target>)>) -> (usize, usize) {
+        let (mut written, mut failed) = (0, 0);
+        for (frontend, target) in wanted {
+            let same = match (self.plan.read().get(&frontend), &target) {
+                (Some(old), Some(new)) => old.is_same_in_maps(new),
+                (None, None) => true,
+                _ => false,
+            };
+            if !same {
+                if !apply(&mut self.programs, &Change { frontend, target: target.as_ref() }, failed == 0) {
+                    failed += 1;
+                    continue;
+                }
+                written += 1;
+            }
+            match target {
+                Some(target) => drop(self.plan.write().insert(frontend, target)),
+                None => drop(self.plan.write().remove(&frontend)),
+            }
+        }
+        (written, failed)
     }
 
     /// After the maps are written, so that no socket is sent to what is gone any more.
@@ -260,16 +305,18 @@ impl Worker {
         }
         self.swept = Some(catalog);
     }
+}
 
-    /// What is in the maps when some frontends stayed as they were.
-    fn in_maps(&self, mut wanted: Plan, failed: &[Frontend]) -> Plan {
-        for frontend in failed {
-            match self.plan.get(frontend) {
-                Some(old) => drop(wanted.insert(*frontend, old.clone())),
-                None => drop(wanted.remove(frontend)),
+/// Writes one change. Returns whether it could be.
+fn apply(programs: &mut Programs, change: &Change<'_>, warn: bool) -> bool {
+    match programs.apply(change) {
+        Ok(()) => true,
+        Err(error) => {
+            if warn {
+                tracing::warn!(frontend = %change.frontend, %error, "can't be programmed; trying again");
             }
+            false
         }
-        wanted
     }
 }
 
@@ -286,6 +333,7 @@ impl fmt::Display for Frontend {
 fn view(state: &State, counters: &Counters, cgroup: &std::path::Path) -> Value {
     let frontends: Vec<Value> = state
         .plan
+        .read()
         .iter()
         .map(|(frontend, target)| {
             let kind = match target {

@@ -51,7 +51,7 @@ impl Target {
     }
 
     /// Whether the maps hold the same for both: they don't tell the agent's listeners from endpoints.
-    fn is_same_in_maps(&self, other: &Self) -> bool {
+    pub(super) fn is_same_in_maps(&self, other: &Self) -> bool {
         self.backends() == other.backends() && self.affinity() == other.affinity()
     }
 
@@ -108,7 +108,9 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
     for (&(ip, port, protocol), service_port) in catalog.vips() {
         let target = target(catalog, surroundings, service_port, ip, false);
         plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
-        close_other_ports(&mut plan, ip);
+        if is_ours(catalog, ip) {
+            close_other_ports(&mut plan, ip);
+        }
     }
     let node_addresses: Vec<IpAddr> = own_addresses(catalog, &viewpoint.node);
     for (&(port, protocol), service_port) in catalog.node_ports() {
@@ -128,6 +130,36 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
         catalog.services().flat_map(|service| service.ports.iter()).map(|port| (&**port).into()).collect();
     allocator.retire(&live);
     plan
+}
+
+/// Where one frontend leads, as [`plan`] says, at addresses that are not external; nothing if there is no such frontend.
+pub(super) fn target_at(
+    catalog: &Catalog,
+    surroundings: Surroundings<'_>,
+    own_addresses: &[IpAddr],
+    frontend: Frontend,
+) -> Option<Target> {
+    let Frontend { address, protocol } = frontend;
+    let (ip, port) = (address.ip(), address.port());
+    match surroundings.dns {
+        Some((dns, listener)) if dns == address => return Some(Target::Listener(listener)),
+        Some((dns, _)) if dns.ip() == ip && port == 0 => return Some(Target::Refuse),
+        _ => {}
+    }
+    if port == 0 {
+        return is_ours(catalog, ip).then_some(Target::Refuse);
+    }
+    if own_addresses.contains(&ip)
+        && let Some(service_port) = catalog.node_port(port, protocol)
+    {
+        return Some(target(catalog, surroundings, service_port, ip, true));
+    }
+    catalog.port_at(ip, port, protocol).map(|service_port| target(catalog, surroundings, service_port, ip, false))
+}
+
+/// Whether a cluster address is one of a Service that the mesh carries.
+fn is_ours(catalog: &Catalog, ip: IpAddr) -> bool {
+    catalog.service_at(ip).is_some_and(|service| !service.carried_ports().is_empty())
 }
 
 /// What is sent to a port that a Service doesn't have would leave the node and wait for an answer that never comes.
@@ -183,7 +215,7 @@ fn target(
 }
 
 /// The addresses of this node at which its NodePorts are called from the node itself. As with kube-proxy, `::1` is not.
-fn own_addresses(catalog: &Catalog, node: &str) -> Vec<IpAddr> {
+pub(super) fn own_addresses(catalog: &Catalog, node: &str) -> Vec<IpAddr> {
     let of_node = catalog.node(node).into_iter().flat_map(|node| node.addresses.iter().copied());
     [IpAddr::V4(Ipv4Addr::LOCALHOST)].into_iter().chain(of_node).collect()
 }

@@ -8,6 +8,7 @@ mod host_routes;
 mod ipv6;
 mod pinned;
 mod sandbox;
+mod scale;
 mod sockets;
 mod stale;
 mod whole_agent;
