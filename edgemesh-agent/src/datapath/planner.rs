@@ -39,8 +39,8 @@ struct Last {
 }
 
 impl Planner {
-    /// Plans for a catalog: in full the first time, when nodes or surroundings changed, and where external addresses are
-    /// concerned; else what the Services that changed have to do with.
+    /// Plans for a catalog: in full the first time, when nodes or surroundings changed, where external addresses are
+    /// concerned, and while node-local addresses are short, which a plan in full takes back; else what the Services that changed have to do with.
     pub fn plan(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>) -> Wanted {
         if let Some(some) = self.last.as_ref().and_then(|last| last.changed(catalog, surroundings)) {
             if let Some(last) = &mut self.last {
@@ -68,10 +68,11 @@ impl Planner {
 impl Last {
     /// The frontends of Services that changed since; nothing if the rest may be concerned too.
     fn changed(&self, catalog: &Catalog, surroundings: Surroundings<'_>) -> Option<Vec<(Frontend, Option<Target>)>> {
-        let Surroundings { viewpoint, host_addresses, dns, .. } = surroundings;
+        let Surroundings { viewpoint, host_addresses, dns, allocator } = surroundings;
         if self.viewpoint != *viewpoint
             || self.host_addresses != *host_addresses
             || self.dns != dns
+            || allocator.is_short()
             || catalog.nodes_changed(&self.catalog)
         {
             return None;
@@ -124,11 +125,11 @@ fn external(service: &Service) -> impl Iterator<Item = Frontend> {
 
 #[cfg(test)]
 mod tests {
-    use edgemesh_mesh::CatalogStore;
+    use edgemesh_mesh::{CatalogStore, model::ServiceName};
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::node_local::{Allocator, Ipv4Range};
+    use crate::node_local::{Allocator, Ipv4Range, ServicePortName};
 
     fn apply(store: &CatalogStore, kind: &str, object: Value) {
         match kind {
@@ -229,5 +230,17 @@ mod tests {
             Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns };
         assert!(matches!(planner.plan(&catalog, surroundings), Wanted::All(_)));
         assert!(matches!(planner.plan(&catalog, surroundings), Wanted::Some(nothing) if nothing.is_empty()));
+        let full = Allocator::in_memory("169.254.64.0/28".parse().unwrap());
+        for i in 0..12 {
+            full.listener(&ServicePortName {
+                service: ServiceName { namespace: "d".into(), name: format!("gone{i}").into() },
+                port: "".into(),
+                protocol: Protocol::Tcp,
+            })
+            .unwrap();
+        }
+        let surroundings = Surroundings { allocator: &full, ..surroundings };
+        assert!(matches!(planner.plan(&catalog, surroundings), Wanted::All(_)), "takes addresses back");
+        assert!(matches!(planner.plan(&catalog, surroundings), Wanted::Some(_)));
     }
 }
