@@ -46,8 +46,11 @@ fn catalog() -> Value {
                        "conditions": [{"type": "Ready", "status": "True"}]},
         })
     };
+    let mut here = service("here", "10.96.0.20", Some(30080));
+    here["spec"]["externalIPs"] = json!(["192.168.1.11", "203.0.113.9"]);
+    here["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}});
     json!({"apiVersion": "v1", "kind": "List", "items": [
-        service("here", "10.96.0.20", Some(30080)), slice("here", "10.244.1.5", "edge-a1"),
+        here, slice("here", "10.244.1.5", "edge-a1"),
         service("there", "10.96.0.21", None), slice("there", "10.244.7.5", "edge-b1"),
         service("nowhere", "10.96.0.22", None),
         json!({
@@ -113,12 +116,15 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
         agent
     });
     assert!(admin(agent.admin, "/readyz").starts_with("HTTP/1.1 200"));
-    for address in ["10.96.0.20:80", "192.168.1.11:30080", "127.0.0.1:30080"] {
+    let node_ports = ["192.168.1.11:30080", "127.0.0.1:30080"];
+    for address in node_ports.into_iter().chain(["10.96.0.20:80", "192.168.1.11:80", "203.0.113.7:80"]) {
         let mut stream = TcpStream::connect(address).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, POD, "{address}");
     }
+    let not_the_hosts = TcpStream::connect("203.0.113.9:80").unwrap_err();
+    assert_eq!(not_the_hosts.kind(), std::io::ErrorKind::NetworkUnreachable, "an external address of another host");
     assert_eq!(lookup("here.default.svc.cluster.local."), ["10.96.0.20"], "by the cluster DNS address");
     // The pod's node has published no peer: the agent takes the connection for it, and ends it.
     let mut far = TcpStream::connect("10.96.0.21:80").unwrap();
@@ -140,7 +146,7 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
     assert_eq!(target("10.96.0.10:53/udp")["backends"], json!(["169.254.64.1:53"]));
     let metrics = admin(agent.admin, "/metrics");
     for line in
-        ["edgemesh_agent_socket_tcp_connects_total 4", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
+        ["edgemesh_agent_socket_tcp_connects_total 6", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
     {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
