@@ -32,6 +32,10 @@ use crate::metrics::DatapathMetrics;
 
 /// When sockets are looked at again: one that connected while the endpoint went may have been missed.
 const SECOND_LOOK: Duration = Duration::from_millis(500);
+/// How long after the start sockets are looked at that an earlier run left, unless endpoints go before.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
+/// The least time between two looks, so that a storm of changes costs little more than one.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Finds and ends sockets. Entering their network namespaces changes the calling thread for good, so it gets one of its own.
 pub struct Sweeper {
@@ -189,10 +193,13 @@ fn run(
     is_ours: &dyn Fn(SocketAddr) -> bool,
     metrics: &DatapathMetrics,
 ) {
-    let mut next = woken.recv().is_ok();
+    // The first catalog is the copy on disk. It can lack an endpoint that the run before still learned of, so it gets time
+    // to be brought up to date.
+    let mut next =
+        woken.recv().is_ok() && !matches!(woken.recv_timeout(FIRST_LOOK), Err(RecvTimeoutError::Disconnected));
     while next {
         next = false;
-        let Some(catalog) = mailbox.load_full() else { continue };
+        let Some(catalog) = mailbox.load_full() else { return };
         let gone = |service, backend, protocol| !is_ours(backend) && is_gone(&catalog, service, backend, protocol);
         let first = sweeper.sweep(&gone);
         metrics.swept(first);
@@ -204,6 +211,7 @@ fn run(
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
+        thread::sleep(PAUSE);
         next = next || woken.recv().is_ok();
     }
 }
