@@ -12,7 +12,10 @@ use tokio::task::JoinHandle;
 
 use crate::{
     config::Config,
-    datapath::Datapath,
+    datapath::{
+        Datapath,
+        ebpf::{EbpfDatapathError, Programs},
+    },
     dns,
     metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
@@ -33,6 +36,7 @@ pub struct Bound {
     drain: Duration,
     datapath: Datapath,
     admin_task: JoinHandle<()>,
+    config: Arc<Config>,
 }
 
 /// Starts the agent: everything is bound and attached when this returns, though not yet ready.
@@ -107,14 +111,29 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         drain: Duration::from_secs(config.drain_seconds),
         datapath,
         admin_task,
+        config,
     })
 }
 
+/// Removes what the agent of this configuration leaves in the kernel when it ends: the programs and their maps.
+///
+/// # Errors
+/// When something can't be removed.
+pub fn uninstall(config: &Config) -> Result<(), EbpfDatapathError> {
+    Programs::uninstall(&config.cgroup, &config.bpffs)
+}
+
 impl Bound {
-    /// Stops: nothing new is accepted, what is in flight may end within `drainSeconds`, and then the programs are detached.
+    /// Stops: nothing new is accepted, and what is in flight may end within `drainSeconds`. The programs serve on, unless
+    /// `detachOnStop` is set.
     pub async fn stop(self) {
         self.shutdown.drain(self.drain).await;
         self.datapath.ended().await;
+        if self.config.detach_on_stop
+            && let Err(error) = uninstall(&self.config)
+        {
+            tracing::error!(%error, "the programs are still attached");
+        }
         if let Err(error) = self.admin_task.await {
             tracing::error!(%error, "the admin endpoint failed");
         }

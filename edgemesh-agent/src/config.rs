@@ -36,6 +36,10 @@ pub struct Config {
     pub datapath: DatapathMode,
     /// Cgroup below which sockets are served, relative to the cgroup2 mount. `/` serves the whole host.
     pub cgroup: PathBuf,
+    /// Folder of the BPF filesystem in which the programs and their maps outlive the agent; it is mounted there if none is.
+    pub bpffs: PathBuf,
+    /// Whether the programs are removed when the agent stops. They serve on if not: see `edgemesh-agent uninstall`.
+    pub detach_on_stop: bool,
     /// Addresses that exist on this node for itself: the first is the DNS listener's, the others belong to Service ports that the agent proxies.
     pub node_local_cidr: Ipv4Range,
     /// Whether the agent keeps routes to the pod ranges of the other nodes of its network.
@@ -133,6 +137,8 @@ impl Default for Config {
             network: None,
             datapath: DatapathMode::Auto,
             cgroup: PathBuf::from("/"),
+            bpffs: PathBuf::from("/sys/fs/bpf"),
+            detach_on_stop: false,
             node_local_cidr: Ipv4Range::default(),
             routes: true,
             admin: AdminConfig::on(names::AGENT_ADMIN_PORT),
@@ -209,6 +215,9 @@ impl Validate for Config {
     fn validate(&self, problems: &mut Problems) {
         if !self.data_dir.is_absolute() {
             problems.add("dataDir", "must be an absolute path");
+        }
+        if !self.bpffs.is_absolute() {
+            problems.add("bpffs", "must be an absolute path, for example /sys/fs/bpf");
         }
         if self.node_name.is_empty() {
             problems.add("nodeName", "must be set: the host has no name");

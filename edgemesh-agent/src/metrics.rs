@@ -16,12 +16,18 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::datapath::{ebpf::Counters, plan::Target};
+use crate::datapath::{ebpf::Counters, plan::Target, stale::Swept};
 
 /// What a frontend leads to, as a label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TargetLabel {
     target: &'static str,
+}
+
+/// The protocol of a socket, as a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ProtocolLabel {
+    protocol: &'static str,
 }
 
 /// The user side of the datapath.
@@ -32,6 +38,8 @@ pub struct DatapathMetrics {
     failures: Counter,
     plan_seconds: Histogram,
     write_seconds: Histogram,
+    sockets_destroyed: Family<ProtocolLabel, Counter>,
+    sweep_failures: Counter,
 }
 
 impl DatapathMetrics {
@@ -44,6 +52,8 @@ impl DatapathMetrics {
             failures: Counter::default(),
             plan_seconds: seconds(),
             write_seconds: seconds(),
+            sockets_destroyed: Family::default(),
+            sweep_failures: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_datapath");
         registry.register("frontends", "Service addresses that are programmed", metrics.frontends.clone());
@@ -51,6 +61,14 @@ impl DatapathMetrics {
         registry.register("failures", "Frontends that could not be written", metrics.failures.clone());
         registry.register("plan_seconds", "Time to plan after a change of the catalog", metrics.plan_seconds.clone());
         registry.register("write_seconds", "Time to write a plan's changes", metrics.write_seconds.clone());
+        let destroyed = metrics.sockets_destroyed.clone();
+        registry.register("sockets_destroyed", "Sockets that were ended because their endpoint is gone", destroyed);
+        let failures = metrics.sweep_failures.clone();
+        registry.register(
+            "sweep_failures",
+            "Such sockets, and network namespaces, that could not be dealt with",
+            failures,
+        );
         metrics
     }
 
@@ -64,12 +82,20 @@ impl DatapathMetrics {
         self.failures.inc_by(failures as u64);
     }
 
+    /// One look for sockets whose endpoint is gone.
+    pub(crate) fn swept(&self, swept: Swept) {
+        for (protocol, count) in [("tcp", swept.tcp), ("udp", swept.udp)] {
+            self.sockets_destroyed.get_or_create(&ProtocolLabel { protocol }).inc_by(count as u64);
+        }
+        self.sweep_failures.inc_by(swept.failed as u64);
+    }
+
     /// What is programmed now.
     pub(crate) fn frontends<'a>(&self, targets: impl Iterator<Item = &'a Target>) {
         let mut counts = [("direct", 0_i64), ("listener", 0), ("refuse", 0)];
         for target in targets {
             let at = match target {
-                Target::Direct(_) => 0,
+                Target::Direct(_) | Target::Sticky(..) => 0,
                 Target::Listener(_) => 1,
                 Target::Refuse => 2,
             };

@@ -235,13 +235,18 @@ impl Allocator {
         Ok(SocketAddrV4::new(Ipv4Addr::from_bits(self.range.base.to_bits() + offset), PROXIED_PORT))
     }
 
+    /// Whether less than a quarter of the range is free.
+    pub fn is_short(&self) -> bool {
+        self.writer.lock().offsets.len() * 4 >= self.slots.len() * 3
+    }
+
     /// Takes the addresses of all Service ports but `live` back, when less than a quarter of the range is free.
     pub fn retire(&self, live: &HashSet<ServicePortName>) {
-        let mut writer = self.writer.lock();
-        let used = writer.offsets.len();
-        if used * 4 < self.slots.len() * 3 {
+        if !self.is_short() {
             return;
         }
+        let mut writer = self.writer.lock();
+        let used = writer.offsets.len();
         writer.offsets.retain(|name, &mut offset| {
             let keep = live.contains(&**name);
             if !keep && let Some(slot) = self.slots.get(offset as usize) {
@@ -388,6 +393,7 @@ mod tests {
         let old = name("old");
         let address = allocator.listener(&old).unwrap();
         allocator.retire(&HashSet::new());
+        assert!(!allocator.is_short());
         assert!(allocator.service_of(*address.ip()).is_some(), "plenty is free");
         let live: HashSet<_> = (0..12).map(|i| name(&format!("s{i}"))).collect();
         for name in &live {

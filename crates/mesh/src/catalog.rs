@@ -74,7 +74,7 @@ impl Catalog {
         self.vips.get(&(ip, port, protocol))
     }
 
-    /// All cluster addresses with the ports behind them, in no order.
+    /// All cluster addresses with the ports behind them, in no order; without Services that are proxied elsewhere.
     pub fn vips(&self) -> impl Iterator<Item = (&Vip, &Arc<ServicePort>)> {
         self.vips.iter()
     }
@@ -172,11 +172,11 @@ impl Catalog {
     fn link(&mut self, service: &Arc<Service>, old: Option<&Service>) {
         for ip in &service.cluster_ips {
             self.cluster_ips.insert(*ip, Arc::clone(service));
-            for port in &service.ports {
+            for port in service.carried_ports() {
                 self.vips.insert((*ip, port.port, port.protocol), Arc::clone(port));
             }
         }
-        for port in &service.ports {
+        for port in service.carried_ports() {
             if let Some(node_port) = port.node_port {
                 self.node_ports.insert((node_port, port.protocol), Arc::clone(port));
             }
@@ -214,7 +214,7 @@ impl Catalog {
             let Some(node_port) = port.node_port else { continue };
             let key = (node_port, port.protocol);
             let keeps = new.is_some_and(|new| {
-                new.ports.iter().any(|p| p.node_port == port.node_port && p.protocol == port.protocol)
+                new.carried_ports().iter().any(|p| p.node_port == port.node_port && p.protocol == port.protocol)
             });
             if !keeps && self.node_ports.get(&key).is_some_and(|owner| owner.service == old.name) {
                 self.node_ports.remove(&key);
@@ -279,8 +279,13 @@ impl Service {
         self.kind == ServiceKind::Headless
     }
 
+    /// The ports that the mesh carries: all, or none of a Service that is proxied elsewhere.
+    pub fn carried_ports(&self) -> &[Arc<ServicePort>] {
+        if self.proxied_elsewhere { &[] } else { &self.ports }
+    }
+
     fn has_port(&self, port: u16, protocol: Protocol) -> bool {
-        self.ports.iter().any(|p| p.port == port && p.protocol == protocol)
+        self.carried_ports().iter().any(|p| p.port == port && p.protocol == protocol)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Endpoint choice: which endpoints of a Service port a caller on a node uses, and how it reaches them.
 //!
-//! Readiness, the terminating fallback, `publishNotReadyAddresses` and `internalTrafficPolicy` follow Kubernetes ("Virtual
-//! IPs and Service Proxies"). The mesh adds the order: the same node, then the same network, then the rest.
+//! Readiness, the terminating fallback, `publishNotReadyAddresses`, `internalTrafficPolicy`, `trafficDistribution` and
+//! topology hints follow Kubernetes ("Virtual IPs and Service Proxies"). Where they leave the choice open, the mesh adds
+//! the order: the same node, then the same network, then the same zone, then the rest.
 
 use std::{
     hash::{Hash, Hasher},
@@ -13,7 +14,7 @@ use edgemesh_api::names::DEFAULT_NETWORK;
 
 use crate::{
     catalog::Catalog,
-    model::{Endpoint, ServicePort},
+    model::{Endpoint, ServicePort, TrafficDistribution},
 };
 
 /// From where a choice is made.
@@ -41,6 +42,32 @@ pub enum Reach {
     },
 }
 
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum IpFamily {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl From<IpAddr> for IpFamily {
+    fn from(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// How a Service port is called.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Call {
+    /// Family that the endpoints must have: that of the Service address (Kubernetes, "IPv4/IPv6 dual-stack"). Any if left out.
+    pub family: Option<IpFamily>,
+    /// It is called at a node port, an external address or a load balancer's: `internalTrafficPolicy` is about cluster
+    /// addresses only. `externalTrafficPolicy: Local` does not hold for callers on the nodes: it is there to keep the
+    /// address of clients outside.
+    pub external: bool,
+}
+
 /// How near the chosen endpoints are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 pub enum Tier {
@@ -48,14 +75,16 @@ pub enum Tier {
     Node,
     /// Reached directly in this network.
     Network,
+    /// Reached through the tunnel, in this zone.
+    Zone,
     /// Reached through the tunnel.
     Remote,
 }
 
-/// The endpoints that may be used, all of one tier.
+/// The endpoints that may be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidates {
-    /// How near they are.
+    /// How near the farthest of them is.
     pub tier: Tier,
     /// The endpoints, in the catalog's order; empty when the Service has none that may be used.
     pub endpoints: Vec<Arc<Endpoint>>,
@@ -84,38 +113,94 @@ impl Viewpoint {
         }
     }
 
-    /// The endpoints to use for a Service port: the nearest tier that has any.
-    ///
-    /// Inside a tier, endpoints on nodes that are `Ready` come first: the rest is used when there are no others.
+    /// The endpoints to use for a Service port, of any family: the nearest tier that has any.
     pub fn candidates(&self, catalog: &Catalog, port: &ServicePort) -> Candidates {
+        self.candidates_for(catalog, port, Call::default())
+    }
+
+    /// The endpoints to use for a Service port that is called in a certain way.
+    ///
+    /// By default that is the nearest tier that has any. `trafficDistribution` and topology hints choose the zone or the
+    /// node first, and strict spreading takes every endpoint that they leave. Among those chosen, endpoints on nodes that
+    /// are `Ready` come first: the rest is used when there are no others.
+    pub fn candidates_for(&self, catalog: &Catalog, port: &ServicePort, call: Call) -> Candidates {
+        let of_family = |endpoint: &Endpoint| call.family.is_none_or(|family| family == endpoint.address.into());
         let service = catalog.service_named(&port.service);
         let publish_not_ready = service.is_some_and(|service| service.publish_not_ready);
-        let local_only = service.is_some_and(|service| service.internal_traffic_local);
+        let local_only = !call.external && service.is_some_and(|service| service.internal_traffic_local);
+        let distribution = service.map(|service| service.traffic_distribution).unwrap_or_default();
+        let strict = service.is_some_and(|service| service.strict_spreading);
         let usable: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving && e.terminating];
         for may_use in usable {
-            let mut tiers: [Vec<(&Arc<Endpoint>, bool)>; 3] = Default::default();
-            for endpoint in port.endpoints.iter().filter(|e| publish_not_ready || may_use(e)) {
-                let tier = match self.reach(catalog, endpoint) {
-                    Reach::Local => Tier::Node,
-                    _ if local_only => continue,
-                    Reach::Direct => Tier::Network,
-                    Reach::Tunnel { .. } => Tier::Remote,
-                };
-                let alive = tier == Tier::Node
-                    || endpoint.node.as_ref().and_then(|name| catalog.node(name)).is_none_or(|node| node.ready);
-                tiers[tier as usize].push((endpoint, alive));
+            let may_use = |e: &&Arc<Endpoint>| of_family(e) && (publish_not_ready || may_use(e));
+            let seen = port.endpoints.iter().filter(may_use).map(|endpoint| self.see(catalog, endpoint));
+            let mut found: Vec<Seen<'_>> = seen.filter(|seen| !local_only || seen.tier == Tier::Node).collect();
+            if found.is_empty() {
+                continue;
             }
-            for (tier, found) in [Tier::Node, Tier::Network, Tier::Remote].into_iter().zip(tiers) {
-                if found.is_empty() {
-                    continue;
+            self.follow_hints(&mut found);
+            let in_preferred_place = match distribution {
+                TrafficDistribution::Unset => false,
+                TrafficDistribution::PreferSameZone => keep_if_any(&mut found, |seen| seen.same_zone),
+                TrafficDistribution::PreferSameNode => {
+                    keep_if_any(&mut found, |seen| seen.tier == Tier::Node)
+                        || keep_if_any(&mut found, |seen| seen.same_zone)
                 }
-                let any_alive = found.iter().any(|(_, alive)| *alive);
-                let chosen = found.into_iter().filter(|(_, alive)| *alive || !any_alive);
-                return Candidates { tier, endpoints: chosen.map(|(endpoint, _)| Arc::clone(endpoint)).collect() };
+            };
+            if !in_preferred_place
+                && !strict
+                && let Some(nearest) = found.iter().map(|seen| seen.tier).min()
+            {
+                found.retain(|seen| seen.tier == nearest);
             }
+            keep_if_any(&mut found, |seen| seen.alive);
+            let tier = found.iter().map(|seen| seen.tier).max().unwrap_or(Tier::Remote);
+            return Candidates { tier, endpoints: found.into_iter().map(|seen| Arc::clone(seen.endpoint)).collect() };
         }
         Candidates { tier: if local_only { Tier::Node } else { Tier::Remote }, endpoints: Vec::new() }
     }
+
+    fn see<'a>(&self, catalog: &Catalog, endpoint: &'a Arc<Endpoint>) -> Seen<'a> {
+        let node = endpoint.node.as_ref().and_then(|name| catalog.node(name));
+        let zone = endpoint.zone.as_ref().or_else(|| node.and_then(|node| node.zone.as_ref()));
+        let same_zone = self.zone.is_some() && zone == self.zone.as_ref();
+        let tier = match self.reach(catalog, endpoint) {
+            Reach::Local => Tier::Node,
+            Reach::Direct => Tier::Network,
+            Reach::Tunnel { .. } if same_zone => Tier::Zone,
+            Reach::Tunnel { .. } => Tier::Remote,
+        };
+        let alive = tier == Tier::Node || node.is_none_or(|node| node.ready);
+        Seen { endpoint, tier, same_zone, alive }
+    }
+
+    /// Hints hold when every endpoint has some, and at least one is for this zone (Kubernetes, "Topology Aware Routing":
+    /// safeguards).
+    fn follow_hints(&self, found: &mut Vec<Seen<'_>>) {
+        let Some(zone) = &self.zone else { return };
+        if found.iter().all(|seen| seen.endpoint.zone_hints.as_ref().is_some_and(|hints| !hints.is_empty())) {
+            let for_this_zone = |seen: &Seen<'_>| seen.endpoint.zone_hints.as_ref().is_some_and(|h| h.contains(zone));
+            keep_if_any(found, for_this_zone);
+        }
+    }
+}
+
+/// An endpoint as seen from a viewpoint.
+struct Seen<'a> {
+    endpoint: &'a Arc<Endpoint>,
+    tier: Tier,
+    same_zone: bool,
+    /// Its node is `Ready`, or it is this one.
+    alive: bool,
+}
+
+/// Keeps what is preferred, if there is any. Returns whether there was.
+fn keep_if_any(found: &mut Vec<Seen<'_>>, preferred: impl Fn(&Seen<'_>) -> bool) -> bool {
+    let any = found.iter().any(&preferred);
+    if any {
+        found.retain(preferred);
+    }
+    any
 }
 
 impl Candidates {

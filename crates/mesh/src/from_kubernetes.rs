@@ -16,7 +16,9 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use crate::model::{Endpoint, Node, Peer, Protocol, Service, ServiceKind, ServiceName, ServicePort};
+use crate::model::{
+    Endpoint, Node, Peer, Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+};
 
 /// Label of an EndpointSlice that names its Service (Kubernetes, "Well-Known Labels").
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -25,11 +27,24 @@ pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Annotation of a Service whose servers want the client's address in a header before the bytes of a connection that the agent
 /// carries; its value is `v2`, the version of the PROXY protocol.
 pub const PROXY_PROTOCOL_ANNOTATION: &str = "edgemesh.dev/proxy-protocol";
+/// Annotation of a Service that asks for Kubernetes' own choice of endpoints, with the value `kubernetes`.
+pub const ENDPOINT_CHOICE_ANNOTATION: &str = "edgemesh.dev/endpoint-choice";
+/// Labels of Services that kube-proxy, or EdgeMesh, leaves to others, whatever their value (Kubernetes, "Well-Known
+/// Labels"; EdgeMesh, "Hybrid proxy").
+const ELSEWHERE_LABELS: [&str; 3] = [
+    "service.kubernetes.io/service-proxy-name",
+    "service.kubernetes.io/headless",
+    "service.edgemesh.kubeedge.io/service-proxy-name",
+];
+/// The label with which earlier versions of EdgeMesh left a Service out, and its value.
+const NO_PROXY_LABEL: (&str, &str) = ("noproxy", "edgemesh");
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const DEFAULT_AFFINITY: Duration = Duration::from_secs(10_800);
 /// The API allows 1000 endpoints in a slice and 100 ports; these bounds only stop objects that bypassed it.
 const MAX_SLICE_ENDPOINTS: usize = 10_000;
 const MAX_PORTS: usize = 1_000;
+/// A Service has a handful of external addresses, an endpoint a handful of hints.
+const MAX_ADDRESSES: usize = 64;
 
 /// Why an object was skipped.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -147,16 +162,44 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
         let seconds = config.and_then(|config| config.timeout_seconds).and_then(|s| u64::try_from(s).ok());
         seconds.map_or(DEFAULT_AFFINITY, Duration::from_secs)
     });
+    let has_cluster_address = kind == ServiceKind::ClusterIp;
+    let addresses = |listed: &mut dyn Iterator<Item = &String>| -> Vec<IpAddr> {
+        if has_cluster_address {
+            listed.filter_map(|ip| ip.parse().ok()).take(MAX_ADDRESSES).collect()
+        } else {
+            Vec::new()
+        }
+    };
+    let balancer = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
+    // Where the load balancer itself must see the traffic, it does.
+    let passes_balancer = spec.load_balancer_source_ranges.as_ref().is_some_and(|ranges| !ranges.is_empty());
+    let on_nodes = ingress.iter().filter(|entry| !passes_balancer && entry.ip_mode.as_deref() != Some("Proxy"));
+    let labels = object.metadata.labels.as_ref();
+    let has_label = |name: &str| labels.is_some_and(|labels| labels.contains_key(name));
+    let no_proxy = labels.and_then(|labels| labels.get(NO_PROXY_LABEL.0)).is_some_and(|v| v == NO_PROXY_LABEL.1);
+    let annotations = object.metadata.annotations.as_ref();
+    let choice = annotations.and_then(|annotations| annotations.get(ENDPOINT_CHOICE_ANNOTATION));
     Ok(Service {
         name: name.clone(),
         kind,
         cluster_ips,
+        external_ips: addresses(&mut spec.external_ips.iter().flatten()),
+        load_balancer_ips: addresses(&mut on_nodes.filter_map(|entry| entry.ip.as_ref())),
         ports,
         hosts: Vec::new(),
         client_ip_affinity: affinity,
         internal_traffic_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         proxy_protocol: wants_proxy_protocol(&object.metadata),
+        traffic_distribution: match spec.traffic_distribution.as_deref() {
+            Some("PreferClose" | "PreferSameZone") => TrafficDistribution::PreferSameZone,
+            Some("PreferSameNode") => TrafficDistribution::PreferSameNode,
+            // Other values ask for what this version doesn't know; Kubernetes takes them for a hint, too.
+            _ => TrafficDistribution::Unset,
+        },
+        strict_spreading: choice.is_some_and(|choice| choice == "kubernetes"),
+        proxied_elsewhere: no_proxy || ELSEWHERE_LABELS.iter().any(|label| has_label(label)),
     })
 }
 
@@ -233,6 +276,11 @@ fn endpoint(listed: &discovery::Endpoint, namespace: &Arc<str>, interner: &mut I
         port: 0,
         node: listed.node_name.as_deref().filter(|n| !n.is_empty()).map(|n| interner.get(n)),
         zone: listed.zone.as_deref().filter(|z| !z.is_empty()).map(|z| interner.get(z)),
+        zone_hints: listed
+            .hints
+            .as_ref()
+            .and_then(|hints| hints.for_zones.as_ref())
+            .map(|zones| zones.iter().take(MAX_ADDRESSES).map(|zone| interner.get(&zone.name)).collect()),
         hostname: listed.hostname.as_deref().filter(|h| is_label(h)).map(Into::into),
         pod: listed.target_ref.as_ref().filter(|r| r.kind.as_deref() == Some("Pod")).and_then(|r| {
             let namespace = r.namespace.as_deref().map_or_else(|| Arc::clone(namespace), |n| interner.get(n));

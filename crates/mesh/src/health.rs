@@ -239,6 +239,7 @@ mod tests {
             port: 80,
             node: None,
             zone: None,
+            zone_hints: None,
             hostname: None,
             pod: None,
             ready: true,

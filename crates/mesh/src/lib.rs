@@ -13,5 +13,5 @@ mod shards;
 pub mod store;
 
 pub use catalog::Catalog;
-pub use choice::{Candidates, Reach, Tier, Viewpoint};
+pub use choice::{Call, Candidates, IpFamily, Reach, Tier, Viewpoint};
 pub use store::CatalogStore;

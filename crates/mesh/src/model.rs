@@ -41,6 +41,11 @@ pub struct Service {
     pub kind: ServiceKind,
     /// Cluster addresses, the primary family first; empty unless [`ServiceKind::ClusterIp`].
     pub cluster_ips: Vec<IpAddr>,
+    /// `externalIPs`: addresses of nodes at which it is called too.
+    pub external_ips: Vec<IpAddr>,
+    /// Addresses of its load balancer (`status.loadBalancer.ingress`) that are served on the nodes: not those with
+    /// `ipMode: Proxy`, nor any where `loadBalancerSourceRanges` make the load balancer decide who may come.
+    pub load_balancer_ips: Vec<IpAddr>,
     /// Ports, in the object's order.
     pub ports: Vec<Arc<ServicePort>>,
     /// Of a headless Service: every endpoint address once, whatever its port (0 where the slice lists none).
@@ -54,6 +59,25 @@ pub struct Service {
     /// Its servers want the client's address in a header of the PROXY protocol, version 2
     /// ([`crate::from_kubernetes::PROXY_PROTOCOL_ANNOTATION`]).
     pub proxy_protocol: bool,
+    /// `trafficDistribution`.
+    pub traffic_distribution: TrafficDistribution,
+    /// Annotation `edgemesh.dev/endpoint-choice: kubernetes`: no endpoint is preferred for being near.
+    pub strict_spreading: bool,
+    /// Something else carries its addresses: a label names another service proxy, or takes it out of the mesh. Its names
+    /// are still answered.
+    pub proxied_elsewhere: bool,
+}
+
+/// `spec.trafficDistribution` of a Service (Kubernetes, "Virtual IPs and Service Proxies": traffic distribution control).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub enum TrafficDistribution {
+    /// Not set.
+    #[default]
+    Unset,
+    /// `PreferSameZone`, and `PreferClose`, its older name.
+    PreferSameZone,
+    /// `PreferSameNode`.
+    PreferSameNode,
 }
 
 /// One port of a Service.
@@ -86,6 +110,8 @@ pub struct Endpoint {
     pub node: Option<Arc<str>>,
     /// Zone, if known.
     pub zone: Option<Arc<str>>,
+    /// Zones whose clients should use it (topology hints), if the slice says so.
+    pub zone_hints: Option<Arc<[Arc<str>]>>,
     /// Hostname, for the records of headless Services.
     pub hostname: Option<Arc<str>>,
     /// Namespace and name of the pod behind it, if any.

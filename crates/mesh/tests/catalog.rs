@@ -318,3 +318,54 @@ fn the_proxy_protocol_is_spoken_only_where_the_annotation_says_v2() {
         assert_eq!(store.snapshot().service("default", "web").unwrap().proxy_protocol, wanted, "{value}");
     }
 }
+
+#[test]
+fn services_that_others_proxy_keep_their_names_and_lose_their_addresses() {
+    for (labels, ours) in [
+        (json!({"app": "web", "noproxy": "other"}), true),
+        (json!({"service.kubernetes.io/service-proxy-name": "other"}), false),
+        (json!({"service.kubernetes.io/headless": ""}), false),
+        (json!({"service.edgemesh.kubeedge.io/service-proxy-name": ""}), false),
+        (json!({"noproxy": "edgemesh"}), false),
+    ] {
+        let store = CatalogStore::new();
+        let mut web = service("web", "10.96.0.1", json!([{"port": 80, "nodePort": 30080}]));
+        apply(&store, web.clone());
+        assert!(published(&store).port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_some());
+        web["metadata"]["labels"] = labels.clone();
+        apply(&store, web.clone());
+        let catalog = published(&store);
+        assert_eq!(catalog.port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_some(), ours, "{labels}");
+        assert_eq!(catalog.node_port(30080, Protocol::Tcp).is_some(), ours, "{labels}");
+        assert!(catalog.service_at(ip("10.96.0.1")).is_some() && catalog.service("default", "web").is_some());
+        web["metadata"]["labels"] = json!({});
+        apply(&store, web);
+        assert!(published(&store).port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_some(), "and back");
+    }
+}
+
+#[test]
+fn addresses_of_load_balancers_count_where_the_nodes_serve_them() {
+    let table = [
+        (json!({}), json!([{"ip": "203.0.113.7"}, {"hostname": "lb.example"}]), vec!["203.0.113.7"]),
+        (
+            json!({}),
+            json!([{"ip": "203.0.113.7", "ipMode": "Proxy"}, {"ip": "2001:db8::7", "ipMode": "VIP"}]),
+            vec!["2001:db8::7"],
+        ),
+        (json!({"loadBalancerSourceRanges": ["198.51.100.0/24"]}), json!([{"ip": "203.0.113.7"}]), vec![]),
+    ];
+    for (spec, ingress, expected) in table {
+        let store = CatalogStore::new();
+        let mut web = service("web", "10.96.0.1", json!([{"port": 80}]));
+        web["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        web["spec"]["externalIPs"] = json!(["192.168.1.11", "not an address"]);
+        web["status"] = json!({"loadBalancer": {"ingress": ingress}});
+        apply(&store, web);
+        let catalog = published(&store);
+        let found = catalog.service("default", "web").unwrap();
+        let balancer: Vec<String> = found.load_balancer_ips.iter().map(ToString::to_string).collect();
+        assert_eq!(balancer, expected);
+        assert_eq!(found.external_ips, [ip("192.168.1.11")]);
+    }
+}

@@ -3,19 +3,22 @@
 
 use std::{collections::HashSet, net::IpAddr};
 
-use edgemesh_mesh::{Candidates, CatalogStore, Reach, Tier, Viewpoint, model::Protocol};
+use edgemesh_mesh::{Call, Candidates, CatalogStore, Reach, Tier, Viewpoint, model::Protocol};
 use serde_json::{Value, json};
 
 /// The nodes of the lab: two in one network, one in another, one without a network; `edge-a3` isn't ready.
 fn nodes(store: &CatalogStore) {
-    for (name, network, ready, range) in [
-        ("edge-a1", Some("site-a"), true, "10.244.1.0/24"),
-        ("edge-a2", Some("site-a"), true, "10.244.2.0/24"),
-        ("edge-a3", Some("site-a"), false, "10.244.3.0/24"),
-        ("edge-b1", Some("site-b"), true, "10.244.4.0/24"),
-        ("cloud-1", None, true, "10.244.5.0/24"),
+    for (name, network, zone, ready, range) in [
+        ("edge-a1", Some("site-a"), Some("z1"), true, "10.244.1.0/24"),
+        ("edge-a2", Some("site-a"), Some("z2"), true, "10.244.2.0/24"),
+        ("edge-a3", Some("site-a"), Some("z1"), false, "10.244.3.0/24"),
+        ("edge-b1", Some("site-b"), Some("z1"), true, "10.244.4.0/24"),
+        ("cloud-1", None, None, true, "10.244.5.0/24"),
     ] {
-        let labels = network.map_or(json!({}), |network| json!({"edgemesh.dev/network": network}));
+        let mut labels = network.map_or(json!({}), |network| json!({"edgemesh.dev/network": network}));
+        if let Some(zone) = zone {
+            labels["topology.kubernetes.io/zone"] = json!(zone);
+        }
         let status = if ready { "True" } else { "Unknown" };
         store.apply_node(
             &serde_json::from_value(json!({
@@ -28,7 +31,7 @@ fn nodes(store: &CatalogStore) {
 }
 
 /// An endpoint in short: `node:last byte of its address:state`. `-` is no node; the state is `r`eady, `n`ot ready,
-/// `t`erminating but serving, or `d`ead (terminating, not serving).
+/// `t`erminating but serving, or `d`ead (terminating, not serving). A fourth part is the zone that it is hinted for.
 fn endpoint(short: &str) -> Value {
     let parts: Vec<&str> = short.split(':').collect();
     let third = match parts[0] {
@@ -50,16 +53,26 @@ fn endpoint(short: &str) -> Value {
     if parts[0] != "-" {
         endpoint["nodeName"] = json!(parts[0]);
     }
+    if let Some(zone) = parts.get(3) {
+        endpoint["hints"] = json!({"forZones": [{"name": zone}]});
+    }
     endpoint
 }
 
 fn choose(viewpoint: &str, policy: Value, endpoints: &str) -> Candidates {
+    choose_for(viewpoint, policy, json!({}), endpoints, Call::default())
+}
+
+fn choose_for(viewpoint: &str, policy: Value, annotations: Value, endpoints: &str, call: Call) -> Candidates {
     let store = CatalogStore::new();
     nodes(&store);
     let mut spec = json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]});
     spec.as_object_mut().unwrap().extend(policy.as_object().unwrap().clone());
     store.apply_service(
-        &serde_json::from_value(json!({"metadata": {"namespace": "d", "name": "s"}, "spec": spec})).unwrap(),
+        &serde_json::from_value(json!({
+            "metadata": {"namespace": "d", "name": "s", "annotations": annotations}, "spec": spec,
+        }))
+        .unwrap(),
     );
     let endpoints: Vec<Value> = endpoints.split_whitespace().map(endpoint).collect();
     store.apply_endpoint_slice(
@@ -72,7 +85,15 @@ fn choose(viewpoint: &str, policy: Value, endpoints: &str) -> Candidates {
     store.publish();
     let catalog = store.snapshot();
     let port = catalog.port_at("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp).unwrap();
-    Viewpoint::of(&catalog, viewpoint).candidates(&catalog, port)
+    Viewpoint::of(&catalog, viewpoint).candidates_for(&catalog, port, call)
+}
+
+/// Third and last bytes of the endpoints' addresses.
+fn short(candidates: &Candidates) -> String {
+    let one = |e: &std::sync::Arc<edgemesh_mesh::model::Endpoint>| {
+        e.address.to_string().trim_start_matches("10.244.").to_owned()
+    };
+    candidates.endpoints.iter().map(one).collect::<Vec<_>>().join(" ")
 }
 
 #[test]
@@ -84,17 +105,18 @@ fn the_nearest_tier_that_has_usable_endpoints_is_chosen() {
         // viewpoint, policy, endpoints, expected tier, expected addresses (third and last byte)
         ("edge-a1", &any, "edge-a1:1:r edge-a2:1:r edge-b1:1:r", Tier::Node, "1.1"),
         ("edge-a1", &any, "edge-a2:1:r edge-a2:2:r edge-b1:1:r", Tier::Network, "2.1 2.2"),
-        ("edge-a1", &any, "edge-b1:1:r cloud-1:1:r", Tier::Remote, "4.1 5.1"),
-        ("edge-b1", &any, "edge-a1:1:r edge-a2:1:r", Tier::Remote, "1.1 2.1"),
+        ("edge-a1", &any, "edge-b1:1:r cloud-1:1:r", Tier::Zone, "4.1"),
+        ("edge-a2", &any, "edge-b1:1:r cloud-1:1:r", Tier::Remote, "4.1 5.1"),
+        ("edge-b1", &any, "edge-a1:1:r edge-a2:1:r", Tier::Zone, "1.1"),
         // not ready ones don't hold a tier
         ("edge-a1", &any, "edge-a1:1:n edge-a2:1:r", Tier::Network, "2.1"),
-        ("edge-a1", &any, "edge-a1:1:n edge-a2:1:n edge-b1:1:r", Tier::Remote, "4.1"),
+        ("edge-a1", &any, "edge-a1:1:n edge-a2:1:n edge-b1:1:r", Tier::Zone, "4.1"),
         ("edge-a1", &any, "edge-a1:1:n", Tier::Remote, ""),
         ("edge-a1", &any, "", Tier::Remote, ""),
         // terminating ones serve only when nothing is ready anywhere
-        ("edge-a1", &any, "edge-a1:1:t edge-b1:1:r", Tier::Remote, "4.1"),
+        ("edge-a1", &any, "edge-a1:1:t edge-b1:1:r", Tier::Zone, "4.1"),
         ("edge-a1", &any, "edge-a1:1:t edge-b1:1:t", Tier::Node, "1.1"),
-        ("edge-a1", &any, "edge-a1:1:d edge-b1:1:t", Tier::Remote, "4.1"),
+        ("edge-a1", &any, "edge-a1:1:d edge-b1:1:t", Tier::Zone, "4.1"),
         ("edge-a1", &any, "edge-a1:1:d", Tier::Remote, ""),
         // publishNotReadyAddresses
         ("edge-a1", &publish, "edge-a1:1:n edge-a2:1:r", Tier::Node, "1.1"),
@@ -116,10 +138,51 @@ fn the_nearest_tier_that_has_usable_endpoints_is_chosen() {
     ];
     for (viewpoint, policy, endpoints, tier, expected) in table {
         let got = choose(viewpoint, (*policy).clone(), endpoints);
-        let list: Vec<String> =
-            got.endpoints.iter().map(|e| e.address.to_string().trim_start_matches("10.244.").to_owned()).collect();
-        assert_eq!((got.tier, &*list.join(" ")), (*tier, *expected), "from {viewpoint}: {endpoints} {policy}");
+        assert_eq!((got.tier, &*short(&got)), (*tier, *expected), "from {viewpoint}: {endpoints} {policy}");
     }
+}
+
+#[test]
+fn traffic_distribution_and_hints_choose_the_place_and_the_mesh_the_rest() {
+    let close = json!({"trafficDistribution": "PreferClose"});
+    let zone = json!({"trafficDistribution": "PreferSameZone"});
+    let node = json!({"trafficDistribution": "PreferSameNode"});
+    let (any, strict, none) = (json!({}), json!({"edgemesh.dev/endpoint-choice": "kubernetes"}), json!({}));
+    let table: &[(&str, &Value, &Value, &str, Tier, &str)] = &[
+        // viewpoint, policy, annotations, endpoints, farthest tier, expected addresses
+        ("edge-a1", &zone, &none, "edge-a1:1:r edge-a2:1:r edge-b1:1:r", Tier::Zone, "1.1 4.1"),
+        ("edge-a1", &close, &none, "edge-a1:1:r edge-a2:1:r edge-b1:1:r", Tier::Zone, "1.1 4.1"),
+        ("edge-a1", &node, &none, "edge-a1:1:r edge-a2:1:r edge-b1:1:r", Tier::Node, "1.1"),
+        ("edge-a1", &node, &none, "edge-a2:1:r edge-b1:1:r", Tier::Zone, "4.1"),
+        // nothing in the zone: the mesh's order, or everything
+        ("edge-a1", &zone, &none, "edge-a2:1:r cloud-1:1:r", Tier::Network, "2.1"),
+        ("edge-a1", &zone, &strict, "edge-a2:1:r cloud-1:1:r", Tier::Remote, "2.1 5.1"),
+        // a caller without a zone
+        ("cloud-1", &zone, &none, "cloud-1:1:r edge-a1:1:r", Tier::Node, "5.1"),
+        // Kubernetes' own spreading
+        ("edge-a1", &any, &strict, "edge-a1:1:r edge-a2:1:r edge-b1:1:r", Tier::Zone, "1.1 2.1 4.1"),
+        ("edge-a1", &any, &strict, "edge-a1:1:r edge-a2:1:r", Tier::Network, "1.1 2.1"),
+        ("edge-a1", &any, &strict, "edge-a1:1:n edge-a2:1:r edge-a3:1:r", Tier::Network, "2.1"),
+        // hints: all endpoints must have them, and one must be for this zone
+        ("edge-a1", &any, &strict, "edge-a1:1:r:z2 edge-a2:1:r:z1 edge-b1:1:r:z1", Tier::Zone, "2.1 4.1"),
+        ("edge-a1", &any, &none, "edge-a1:1:r:z2 edge-a2:1:r:z1 edge-b1:1:r:z1", Tier::Network, "2.1"),
+        ("edge-a1", &any, &strict, "edge-a1:1:r:z2 edge-a2:1:r edge-b1:1:r:z1", Tier::Zone, "1.1 2.1 4.1"),
+        ("edge-a1", &any, &none, "edge-a1:1:r:z2 edge-a2:1:r:z2", Tier::Node, "1.1"),
+        ("cloud-1", &any, &none, "cloud-1:1:r:z2 edge-a2:1:r:z1", Tier::Node, "5.1"),
+    ];
+    for (viewpoint, policy, annotations, endpoints, tier, expected) in table {
+        let got = choose_for(viewpoint, (*policy).clone(), (*annotations).clone(), endpoints, Call::default());
+        assert_eq!((got.tier, &*short(&got)), (*tier, *expected), "{viewpoint}: {endpoints} {policy} {annotations}");
+    }
+}
+
+#[test]
+fn policies_for_cluster_addresses_do_not_hold_for_external_ones() {
+    let external = Call { external: true, ..Call::default() };
+    let policy = json!({"internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local"});
+    let got = choose_for("edge-a1", policy.clone(), json!({}), "edge-a2:1:r", external);
+    assert_eq!(short(&got), "2.1", "from a node, every endpoint may be used");
+    assert_eq!(short(&choose("edge-a1", policy, "edge-a2:1:r")), "");
 }
 
 #[test]
@@ -143,14 +206,14 @@ fn an_endpoint_without_a_node_name_is_placed_by_its_address() {
 
 #[test]
 fn random_keys_spread_and_a_client_keeps_its_endpoint() {
-    let all = choose("edge-b1", json!({}), "edge-a1:1:r edge-a1:2:r edge-a2:1:r edge-a2:2:r");
+    let all = choose("cloud-1", json!({}), "edge-a1:1:r edge-a1:2:r edge-a2:1:r edge-a2:2:r");
     let mut counts = [0; 4];
     for key in 0..4000_u64 {
         let picked = all.pick(key).unwrap();
         counts[all.endpoints.iter().position(|e| e == picked).unwrap()] += 1;
     }
     assert_eq!(counts, [1000; 4]);
-    let less = choose("edge-b1", json!({}), "edge-a1:1:r edge-a1:2:r edge-a2:1:r");
+    let less = choose("cloud-1", json!({}), "edge-a1:1:r edge-a1:2:r edge-a2:1:r");
     let mut used = HashSet::new();
     for last in 0..200 {
         let client = IpAddr::from([10, 244, 4, last]);
@@ -162,6 +225,6 @@ fn random_keys_spread_and_a_client_keeps_its_endpoint() {
         }
     }
     assert_eq!(used.len(), 4);
-    let none = choose("edge-b1", json!({}), "");
+    let none = choose("cloud-1", json!({}), "");
     assert!(none.pick(7).is_none() && none.pick_for_client(IpAddr::from([10, 0, 0, 1])).is_none());
 }

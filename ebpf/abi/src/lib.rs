@@ -3,12 +3,30 @@
 //! padding, so that a value is read and written as a whole, and addresses and ports stay in network byte order, as
 //! sockets have them.
 
+mod affinity;
+mod v6;
+
+pub use affinity::{Affinity, AffinityKey};
+pub use v6::{Backend6, FrontendKey6, PeerKey6, SocketAddress6};
+
+/// Version of what is in the maps: it is raised with every change of a key, a value, a name or a size, so that an agent never
+/// takes over maps that it would misread.
+pub const LAYOUT: u32 = 1;
+
 /// Name of the map `FrontendKey -> Frontend` (hash).
 pub const FRONTENDS: &str = "FRONTENDS";
 /// Name of the map `slot -> Backend` (array).
 pub const BACKENDS: &str = "BACKENDS";
 /// Name of the map `PeerKey -> SocketAddress` (LRU hash).
 pub const PEERS: &str = "PEERS";
+/// Name of the map `FrontendKey6 -> Frontend` (hash).
+pub const FRONTENDS6: &str = "FRONTENDS6";
+/// Name of the map `slot -> Backend6` (array).
+pub const BACKENDS6: &str = "BACKENDS6";
+/// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash).
+pub const PEERS6: &str = "PEERS6";
+/// Name of the map `AffinityKey -> Affinity` (LRU hash).
+pub const AFFINITIES: &str = "AFFINITIES";
 /// Name of the map `Counter -> u64` (per-CPU array).
 pub const COUNTERS: &str = "COUNTERS";
 
@@ -18,6 +36,14 @@ pub const MAX_FRONTENDS: u32 = 65_536;
 pub const MAX_BACKENDS: u32 = 262_144;
 /// How many translated peers are remembered, unless the loader sets another size; the least used is forgotten first.
 pub const MAX_PEERS: u32 = 65_536;
+/// As [`MAX_BACKENDS`], for IPv6: these maps are allocated in full, and few clusters have IPv6 Services.
+pub const MAX_BACKENDS6: u32 = 65_536;
+/// As [`MAX_PEERS`], for IPv6.
+pub const MAX_PEERS6: u32 = 16_384;
+/// How many clients are remembered with the backends that they keep; the least used is forgotten first.
+pub const MAX_AFFINITIES: u32 = 8_192;
+/// How many backends a frontend with affinity can have: programs look through all of them.
+pub const MAX_AFFINITY_BACKENDS: u16 = 64;
 
 /// IANA protocol number of TCP.
 pub const TCP: u8 = 6;
@@ -117,7 +143,10 @@ impl FrontendKey {
     }
 }
 
-/// Where a frontend leads: bits 0–23 first slot, 24–31 flags (none yet, zero), 32–47 number of slots, 48–63 generation.
+/// Where a frontend leads: bits 0–23 first slot, 24–31 flags, 32–47 number of backends, 48–63 generation.
+///
+/// One flag, bit 24: clients keep their backend. One more slot follows those of the backends, with the timeout in seconds
+/// in place of an address.
 ///
 /// The generation is also in each of the slots. A program that finds another one there has an old frontend in hand, whose
 /// slots were given to another one meanwhile, and looks the frontend up again.
@@ -128,11 +157,24 @@ pub struct Frontend(u64);
 impl Frontend {
     /// The highest slot that can be named.
     pub const MAX_SLOT: u32 = (1 << 24) - 1;
+    const AFFINITY: u64 = 1 << 24;
 
     /// A frontend with `count` backends from slot `first` on. With none, connections are refused.
     #[inline(always)]
     pub const fn new(first: u32, count: u16, generation: u16) -> Self {
         Self((first & Self::MAX_SLOT) as u64 | (count as u64) << 32 | (generation as u64) << 48)
+    }
+
+    /// The same, with clients that keep their backend.
+    #[inline(always)]
+    pub const fn with_affinity(self) -> Self {
+        Self(self.0 | Self::AFFINITY)
+    }
+
+    /// Whether clients keep their backend.
+    #[inline(always)]
+    pub const fn has_affinity(self) -> bool {
+        self.0 & Self::AFFINITY != 0
     }
 
     /// The first slot.
@@ -141,7 +183,7 @@ impl Frontend {
         self.0 as u32 & Self::MAX_SLOT
     }
 
-    /// How many slots follow one another; zero refuses.
+    /// How many backends follow one another; zero refuses.
     #[inline(always)]
     pub const fn count(self) -> u16 {
         (self.0 >> 32) as u16
@@ -176,6 +218,18 @@ impl Backend {
     #[inline(always)]
     pub const fn new(address: SocketAddress, generation: u16) -> Self {
         Self(address.0 | (generation as u64) << 48)
+    }
+
+    /// The slot behind the backends of a frontend with affinity: the timeout in seconds.
+    #[inline(always)]
+    pub const fn timeout(seconds: u32, generation: u16) -> Self {
+        Self(seconds as u64 | (generation as u64) << 48)
+    }
+
+    /// The timeout in seconds in such a slot.
+    #[inline(always)]
+    pub const fn seconds(self) -> u32 {
+        self.0 as u32
     }
 
     /// Where it is.
@@ -223,7 +277,7 @@ pub enum Counter {
     UdpConnects = 1,
     /// Datagrams of unconnected UDP sockets that were sent to a backend.
     UdpDatagrams = 2,
-    /// Connections and datagrams refused because the Service port has no backend.
+    /// Connections and datagrams refused because the Service port has no backend, or the Service no such port.
     Refused = 3,
     /// Connections and datagrams to addresses that are not a Service's.
     Misses = 4,
@@ -250,7 +304,13 @@ mod tests {
         assert_eq!(key.any_port(), FrontendKey::new(SocketAddress::new([10, 96, 0, 10], 0), UDP));
         let frontend = Frontend::new(Frontend::MAX_SLOT, u16::MAX, 0xabcd);
         assert_eq!((frontend.first(), frontend.count(), frontend.generation()), (Frontend::MAX_SLOT, u16::MAX, 0xabcd));
+        assert!(!frontend.has_affinity());
+        let sticky = frontend.with_affinity();
+        assert!(sticky.has_affinity());
+        assert_eq!((sticky.first(), sticky.count(), sticky.generation()), (Frontend::MAX_SLOT, u16::MAX, 0xabcd));
         let backend = Backend::new(address, u16::MAX);
         assert_eq!((backend.address(), backend.generation()), (address, u16::MAX));
+        let timeout = Backend::timeout(86_400, 7);
+        assert_eq!((timeout.seconds(), timeout.generation()), (86_400, 7));
     }
 }

@@ -2,9 +2,9 @@
 #![no_main]
 //! Socket load balancing: Service addresses become backend addresses when a socket connects or sends, and turn back
 //! into Service addresses where a program asks who its peer is. Packets are never touched.
-//!
-//! IPv6 sockets are served when they talk to IPv4 addresses (`::ffff:a.b.c.d`).
 
+mod affinity;
+mod families;
 mod maps;
 mod sockets;
 mod translate;
@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sock_addr},
     programs::{SockAddrContext, SockContext},
 };
-use sockets::{Ipv4, MappedIpv6};
+use sockets::{Ipv4, OfIpv6Socket};
 
 /// The kernel goes on with the call.
 const PROCEED: i32 = 1;
@@ -24,16 +24,28 @@ fn connect4(ctx: SockAddrContext) -> i32 {
     translate::to_backend(&Ipv4(ctx), true)
 }
 
-/// As `connect4`, for IPv4 addresses on IPv6 sockets.
+/// As `connect4`, on IPv6 sockets.
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
-    translate::to_backend(&MappedIpv6(ctx), true)
+    match OfIpv6Socket::new(ctx) {
+        OfIpv6Socket::Mapped(call) => translate::to_backend(&call, true),
+        OfIpv6Socket::Ipv6(call) => translate::to_backend(&call, true),
+    }
 }
 
 /// Datagrams that carry their destination. The kernel comes here for mapped addresses on IPv6 sockets too.
 #[cgroup_sock_addr(sendmsg4)]
 fn sendmsg4(ctx: SockAddrContext) -> i32 {
     translate::to_backend(&Ipv4(ctx), false)
+}
+
+/// As `sendmsg4`, for IPv6 addresses.
+#[cgroup_sock_addr(sendmsg6)]
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    match OfIpv6Socket::new(ctx) {
+        OfIpv6Socket::Mapped(_) => PROCEED,
+        OfIpv6Socket::Ipv6(call) => translate::to_backend(&call, false),
+    }
 }
 
 /// The source of a received datagram.
@@ -43,11 +55,10 @@ fn recvmsg4(ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// As `recvmsg4`, for IPv4 addresses on IPv6 sockets.
+/// As `recvmsg4`, on IPv6 sockets.
 #[cgroup_sock_addr(recvmsg6)]
 fn recvmsg6(ctx: SockAddrContext) -> i32 {
-    translate::to_service(&MappedIpv6(ctx));
-    PROCEED
+    name_service_on_ipv6_socket(ctx)
 }
 
 /// The peer of a connected socket.
@@ -57,10 +68,18 @@ fn getpeername4(ctx: SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// As `getpeername4`, for IPv4 addresses on IPv6 sockets.
+/// As `getpeername4`, on IPv6 sockets.
 #[cgroup_sock_addr(getpeername6)]
 fn getpeername6(ctx: SockAddrContext) -> i32 {
-    translate::to_service(&MappedIpv6(ctx));
+    name_service_on_ipv6_socket(ctx)
+}
+
+#[inline(always)]
+fn name_service_on_ipv6_socket(ctx: SockAddrContext) -> i32 {
+    match OfIpv6Socket::new(ctx) {
+        OfIpv6Socket::Mapped(call) => translate::to_service(&call),
+        OfIpv6Socket::Ipv6(call) => translate::to_service(&call),
+    }
     PROCEED
 }
 

@@ -5,7 +5,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use edgemesh_ebpf_abi::{
-    Counter, Frontend, FrontendKey, MAX_BACKENDS, MAX_FRONTENDS, MAX_PEERS, PeerKey, SocketAddress,
+    Affinity, AffinityKey, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_BACKENDS, MAX_BACKENDS6,
+    MAX_FRONTENDS, MAX_PEERS, MAX_PEERS6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
 };
 
 /// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
@@ -22,6 +23,22 @@ pub static BACKENDS: Array<u64> = Array::with_max_entries(MAX_BACKENDS, 0);
 /// The Service address that a socket named when it was sent to a backend.
 #[map]
 pub static PEERS: LruHashMap<PeerKey, SocketAddress> = LruHashMap::with_max_entries(MAX_PEERS, 0);
+
+/// As [`FRONTENDS`], for IPv6.
+#[map]
+pub static FRONTENDS6: HashMap<FrontendKey6, Frontend> = HashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+
+/// As [`BACKENDS`], in [`edgemesh_ebpf_abi::Backend6`]'s form.
+#[map]
+pub static BACKENDS6: Array<[u64; 3]> = Array::with_max_entries(MAX_BACKENDS6, 0);
+
+/// As [`PEERS`], for IPv6.
+#[map]
+pub static PEERS6: LruHashMap<PeerKey6, SocketAddress6> = LruHashMap::with_max_entries(MAX_PEERS6, 0);
+
+/// The backends that clients keep.
+#[map]
+pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(MAX_AFFINITIES, 0);
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);

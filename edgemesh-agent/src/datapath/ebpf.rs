@@ -1,32 +1,49 @@
 //! The eBPF programs: loaded, attached to a cgroup, and their maps kept equal to what was planned.
 
 use std::{
-    collections::HashMap,
-    fmt,
     fs::File,
-    net::{Ipv4Addr, SocketAddrV4},
+    io,
+    net::SocketAddr,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap as BpfHashMap, MapData, MapError, PerCpuArray},
-    programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError},
+    maps::MapError,
+    programs::{
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, ProgramFd,
+        links::{FdLink, LinkError},
+    },
 };
 use edgemesh_ebpf_abi as abi;
-use edgemesh_mesh::model::Protocol;
 
+pub use super::counters::Counters;
 use super::{
-    plan::{Change, Frontend},
-    slots::{Run, Slots},
+    counters::Peers,
+    pins::{Pins, replace_program},
+    plan::{Change, Plan},
+    stale::Sweeper,
+    tables::{Family as _, Table, V4, V6},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/edgemesh-ebpf.o"));
 
 /// The programs that see socket addresses, by the names in the object. What shows Service addresses comes before what
 /// hides them, so that no socket sees a backend's address while they are attached one after the other.
-const ADDRESS_PROGRAMS: [&str; 7] =
-    ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sendmsg4", "connect6", "connect4"];
+const ADDRESS_PROGRAMS: [&str; 8] =
+    ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "connect6", "connect4"];
+/// All maps of the object.
+const MAPS: [&str; 8] = [
+    abi::FRONTENDS,
+    abi::BACKENDS,
+    abi::PEERS,
+    abi::FRONTENDS6,
+    abi::BACKENDS6,
+    abi::PEERS6,
+    abi::AFFINITIES,
+    abi::COUNTERS,
+];
 /// The program that sees sockets close.
 const RELEASE_PROGRAM: &str = "sock_release";
 /// The largest `/proc/self/mounts` that is read, in bytes.
@@ -45,6 +62,14 @@ pub enum EbpfDatapathError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// Programs and maps can't be pinned, or their pins not removed.
+    #[error("BPF filesystem: {path}: {source}")]
+    Pins {
+        /// Which folder or pin.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The kernel refuses the object.
     #[error("loading the eBPF programs (needs Linux 5.18, CAP_BPF and CAP_NET_ADMIN): {0}")]
@@ -80,72 +105,133 @@ pub enum EbpfDatapathError {
     },
 }
 
-/// Attached programs and their maps. They are detached when this is dropped.
+/// Attached programs and their maps.
 pub struct Programs {
-    frontends: BpfHashMap<MapData, u64, u64>,
-    backends: Array<MapData, u64>,
-    slots: Slots,
-    generation: u16,
-    programmed: HashMap<u64, Option<Run>>,
+    ipv4: Table<V4>,
+    ipv6: Table<V6>,
+    sweeper: Option<Sweeper>,
+    adopted: Plan,
     cgroup: PathBuf,
-    /// Holds the programs and their links.
-    _ebpf: Ebpf,
-}
-
-/// What the programs counted since they were loaded, and what they remember.
-pub struct Counters {
-    counters: PerCpuArray<MapData, u64>,
-    peers: BpfHashMap<MapData, [u64; 2], u64>,
-}
-
-impl fmt::Debug for Counters {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(abi::Counter::ALL.map(|counter| (counter, self.get(counter).ok()))).finish()
-    }
+    pins: Option<Pins>,
+    /// Holds the programs, and their links unless they are pinned.
+    ebpf: Ebpf,
 }
 
 impl Programs {
-    /// Loads the programs and attaches them to a cgroup, given relative to the cgroup2 mount.
+    /// Loads the programs and attaches them to a cgroup, given relative to the cgroup2 mount. They are detached when this is
+    /// dropped.
     ///
     /// # Errors
     /// When the cgroup is missing, or the kernel lacks something or denies it.
     pub fn start(cgroup: &Path) -> Result<(Self, Counters), EbpfDatapathError> {
+        Self::load(cgroup_path(cgroup)?, None)
+    }
+
+    /// As [`Programs::start`], but programs and maps are pinned in a BPF filesystem: they stay when this is dropped. What an
+    /// earlier agent pinned is taken over, see [`Programs::take_adopted`].
+    ///
+    /// # Errors
+    /// As for [`Programs::start`]; also when the BPF filesystem can't be mounted or written.
+    pub fn start_pinned(cgroup: &Path, bpffs: &Path) -> Result<(Self, Counters), EbpfDatapathError> {
         let cgroup = cgroup_path(cgroup)?;
+        // Named first, so that a missing cgroup is not reported as a trouble of the BPF filesystem.
+        File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
+        let pins =
+            Pins::open(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })?;
+        Self::load(cgroup, Some(pins))
+    }
+
+    /// Detaches the pinned programs of a cgroup and frees their maps.
+    ///
+    /// # Errors
+    /// When a pin can't be removed.
+    pub fn uninstall(cgroup: &Path, bpffs: &Path) -> Result<(), EbpfDatapathError> {
+        let cgroup = cgroup_path(cgroup)?;
+        Pins::remove(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })
+    }
+
+    fn load(cgroup: PathBuf, pins: Option<Pins>) -> Result<(Self, Counters), EbpfDatapathError> {
         let folder = File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
-        let mut ebpf = EbpfLoader::new().load(OBJECT)?;
-        let (frontends, backends) = (take_map(&mut ebpf, abi::FRONTENDS)?, take_map(&mut ebpf, abi::BACKENDS)?);
-        let (counters, peers) = (take_map(&mut ebpf, abi::COUNTERS)?, take_map(&mut ebpf, abi::PEERS)?);
-        let failed = |name| {
-            let cgroup = cgroup.clone();
-            move |source| EbpfDatapathError::Program { name, cgroup, source: Box::new(source) }
+        let mut loader = EbpfLoader::new();
+        for name in pins.iter().flat_map(|_| MAPS) {
+            if let Some(pins) = &pins {
+                loader.map_pin_path(name, pins.map(name));
+            }
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        let peers = Peers::open(&ebpf)?;
+        let mut programs = Self {
+            ipv4: Table::take(&mut ebpf)?,
+            ipv6: Table::take(&mut ebpf)?,
+            sweeper: Some(Sweeper::new(peers, cgroup.clone())),
+            adopted: Plan::new(),
+            cgroup,
+            pins,
+            ebpf,
         };
-        // The kernel puts a link beside the programs that others attached there or below: `Single` adds no flag of its own.
-        let program = ebpf.program_mut(RELEASE_PROGRAM).ok_or(EbpfDatapathError::Missing(RELEASE_PROGRAM))?;
+        let counters = Counters::take(&mut programs.ebpf)?;
+        programs.ipv4.adopt(&mut programs.adopted);
+        programs.ipv6.adopt(&mut programs.adopted);
+        programs.attach(&folder)?;
+        Ok((programs, counters))
+    }
+
+    /// The kernel puts a link beside the programs that others attached there or below: `Single` adds no flag of its own. A
+    /// pinned link gets the new program in one step.
+    fn attach(&mut self, cgroup: &File) -> Result<(), EbpfDatapathError> {
+        let path = self.cgroup.clone();
+        let failed = |name| {
+            let cgroup = path.clone();
+            move |source: ProgramError| EbpfDatapathError::Program { name, cgroup, source: Box::new(source) }
+        };
+        let in_place = |name, pins: &Option<Pins>, program: &ProgramFd| match pins {
+            Some(pins) => replace_program(&pins.link(name), program.as_fd())
+                .map_err(|source| EbpfDatapathError::Pins { path: pins.link(name), source }),
+            None => Ok(false),
+        };
+        let pin = |name, pins: &Option<Pins>, link: Result<FdLink, LinkError>| -> Result<(), EbpfDatapathError> {
+            let Some(path) = pins.as_ref().map(|pins| pins.link(name)) else { return Ok(()) };
+            let pinned = link.map_err(io::Error::other).and_then(|link| link.pin(&path).map_err(io::Error::other));
+            pinned.map(drop).map_err(|source| EbpfDatapathError::Pins { path, source })
+        };
+        let missing = EbpfDatapathError::Missing;
+        let program = self.ebpf.program_mut(RELEASE_PROGRAM).ok_or(missing(RELEASE_PROGRAM))?;
         let release: &mut CgroupSock = program.try_into().map_err(failed(RELEASE_PROGRAM))?;
         release.load().map_err(failed(RELEASE_PROGRAM))?;
-        release.attach(&folder, CgroupAttachMode::Single).map_err(failed(RELEASE_PROGRAM))?;
+        if !in_place(RELEASE_PROGRAM, &self.pins, release.fd().map_err(failed(RELEASE_PROGRAM))?)? {
+            let link = release.attach(cgroup, CgroupAttachMode::Single).map_err(failed(RELEASE_PROGRAM))?;
+            if self.pins.is_some() {
+                let link = release.take_link(link).map_err(failed(RELEASE_PROGRAM))?;
+                pin(RELEASE_PROGRAM, &self.pins, link.try_into())?;
+            }
+        }
         for name in ADDRESS_PROGRAMS {
-            let program = ebpf.program_mut(name).ok_or(EbpfDatapathError::Missing(name))?;
+            let program = self.ebpf.program_mut(name).ok_or(missing(name))?;
             let program: &mut CgroupSockAddr = program.try_into().map_err(failed(name))?;
             program.load().map_err(failed(name))?;
-            program.attach(&folder, CgroupAttachMode::Single).map_err(failed(name))?;
+            if in_place(name, &self.pins, program.fd().map_err(failed(name))?)? {
+                continue;
+            }
+            let link = program.attach(cgroup, CgroupAttachMode::Single).map_err(failed(name))?;
+            if self.pins.is_some() {
+                let link = program.take_link(link).map_err(failed(name))?;
+                pin(name, &self.pins, link.try_into())?;
+            }
         }
-        let backends = Array::try_from(backends).map_err(map_error(abi::BACKENDS))?;
-        let slots = Slots::new(backends.len());
-        let programs = Self {
-            frontends: BpfHashMap::try_from(frontends).map_err(map_error(abi::FRONTENDS))?,
-            backends,
-            slots,
-            generation: 0,
-            programmed: HashMap::new(),
-            cgroup,
-            _ebpf: ebpf,
-        };
-        let counters = Counters {
-            counters: PerCpuArray::try_from(counters).map_err(map_error(abi::COUNTERS))?,
-            peers: BpfHashMap::try_from(peers).map_err(map_error(abi::PEERS))?,
-        };
-        Ok((programs, counters))
+        Ok(())
+    }
+
+    /// What an earlier agent left in the maps and is in force; it can be taken once.
+    pub fn take_adopted(&mut self) -> Plan {
+        std::mem::take(&mut self.adopted)
+    }
+
+    /// Detaches programs that agents with another layout of the maps pinned for this cgroup: those served until these are
+    /// programmed.
+    pub fn remove_older(&self) {
+        if let Some(pins) = &self.pins {
+            pins.remove_older();
+        }
     }
 
     /// The cgroup to which they are attached.
@@ -153,102 +239,42 @@ impl Programs {
         &self.cgroup
     }
 
+    /// What ends sockets of these programs whose endpoint is gone; it can be taken once.
+    pub fn take_sweeper(&mut self) -> Option<Sweeper> {
+        self.sweeper.take()
+    }
+
     /// How many frontends are in the maps.
     pub fn len(&self) -> usize {
-        self.programmed.len()
+        self.ipv4.len() + self.ipv6.len()
     }
 
     /// Whether no frontend is in the maps.
     pub fn is_empty(&self) -> bool {
-        self.programmed.is_empty()
+        self.len() == 0
     }
 
-    /// Writes one change. Sockets that connect meanwhile see the state before or after it, never a mixture: the
-    /// backends go to slots of their own, then the frontend leads there, then the old slots are free.
+    /// Writes one change. Sockets that connect meanwhile see the state before or after it, never a mixture.
     ///
     /// # Errors
     /// When a map is full or can't be written; the frontend is then as before.
     pub fn apply(&mut self, change: &Change<'_>) -> Result<(), EbpfDatapathError> {
-        let key = key_of(change.frontend);
-        let Some(target) = change.target else {
-            if self.programmed.contains_key(&key) {
-                self.frontends.remove(&key).map_err(map_error(abi::FRONTENDS))?;
-                self.release(key);
-            }
-            return Ok(());
-        };
-        let backends = target.backends();
-        // A Service port with more endpoints than fit in the count uses the first ones: still far more than it needs.
-        let count = u16::try_from(backends.len()).unwrap_or(u16::MAX);
-        let mut run = None;
-        if count > 0 {
-            let full = || EbpfDatapathError::Full { backends: backends.len(), slots: self.backends.len() };
-            run = Some(self.slots.take(count).ok_or_else(full)?);
-        }
-        self.generation = self.generation.wrapping_add(1);
-        if let Err(error) = self.write(key, run, &backends[..usize::from(count)]) {
-            if let Some(run) = run {
-                self.slots.release(run);
-            }
-            return Err(error);
-        }
-        self.release(key);
-        self.programmed.insert(key, run);
-        Ok(())
-    }
-
-    fn write(&mut self, key: u64, run: Option<Run>, backends: &[SocketAddrV4]) -> Result<(), EbpfDatapathError> {
-        let first = run.map_or(0, |run| run.first);
-        for (slot, backend) in (first..).zip(backends) {
-            let word = abi::Backend::new(socket_address(*backend), self.generation).to_bits();
-            self.backends.set(slot, word, 0).map_err(map_error(abi::BACKENDS))?;
-        }
-        let count = u16::try_from(backends.len()).unwrap_or(u16::MAX);
-        let word = abi::Frontend::new(first, count, self.generation).to_bits();
-        self.frontends.insert(key, word, 0).map_err(map_error(abi::FRONTENDS))
-    }
-
-    fn release(&mut self, key: u64) {
-        if let Some(Some(run)) = self.programmed.remove(&key) {
-            self.slots.release(run);
+        let protocol = change.frontend.protocol;
+        match (change.frontend.address, change.target) {
+            (SocketAddr::V4(address), Some(target)) => self.ipv4.set(V4::key(address, protocol), target),
+            (SocketAddr::V4(address), None) => self.ipv4.remove(V4::key(address, protocol)),
+            (SocketAddr::V6(address), Some(target)) => self.ipv6.set(V6::key(address, protocol), target),
+            (SocketAddr::V6(address), None) => self.ipv6.remove(V6::key(address, protocol)),
         }
     }
 }
 
-impl Counters {
-    /// The value of one counter, over all CPUs.
-    ///
-    /// # Errors
-    /// When the map can't be read.
-    pub fn get(&self, counter: abi::Counter) -> Result<u64, EbpfDatapathError> {
-        let values = self.counters.get(&(counter as u32), 0).map_err(map_error(abi::COUNTERS))?;
-        Ok(values.iter().sum())
-    }
-
-    /// How many backends of sockets are remembered with their Service addresses. Walks the whole map.
-    pub fn remembered_peers(&self) -> usize {
-        self.peers.keys().take(abi::MAX_PEERS as usize).filter(Result::is_ok).count()
-    }
-}
-
-fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, EbpfDatapathError> {
+pub(super) fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, EbpfDatapathError> {
     ebpf.take_map(name).ok_or(EbpfDatapathError::Missing(name))
 }
 
-fn map_error(name: &'static str) -> impl Fn(MapError) -> EbpfDatapathError {
+pub(super) fn map_error(name: &'static str) -> impl Fn(MapError) -> EbpfDatapathError {
     move |source| EbpfDatapathError::Map { name, source: Box::new(source) }
-}
-
-fn key_of(frontend: Frontend) -> u64 {
-    let protocol = match frontend.protocol {
-        Protocol::Tcp => abi::TCP,
-        Protocol::Udp => abi::UDP,
-    };
-    abi::FrontendKey::new(socket_address(frontend.address), protocol).to_bits()
-}
-
-fn socket_address(address: SocketAddrV4) -> abi::SocketAddress {
-    abi::SocketAddress::new(Ipv4Addr::octets(address.ip()), address.port())
 }
 
 /// The folder of a cgroup that is given relative to the cgroup2 mount, wherever that is.

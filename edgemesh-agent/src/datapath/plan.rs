@@ -2,13 +2,15 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
 };
 
 use edgemesh_mesh::{
     catalog::Catalog,
-    choice::{Tier, Viewpoint},
-    model::{Protocol, ServicePort},
+    choice::{Call, Tier, Viewpoint},
+    model::{Endpoint, Protocol, ServicePort},
 };
 
 use crate::node_local::{Allocator, ServicePortName};
@@ -20,7 +22,7 @@ pub const DNS_PORT: u16 = 53;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Frontend {
     /// Address and port. Port 0 stands for all ports without a frontend of their own.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     /// Protocol.
     pub protocol: Protocol,
 }
@@ -29,20 +31,35 @@ pub struct Frontend {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// To endpoints that are reached by their own addresses.
-    Direct(Vec<SocketAddrV4>),
+    Direct(Vec<SocketAddr>),
+    /// As `Direct`, and a client keeps its endpoint until it has not called for the timeout.
+    Sticky(Vec<SocketAddr>, Duration),
     /// To a listener of the agent.
-    Listener(SocketAddrV4),
+    Listener(SocketAddr),
     /// Nowhere: there is no endpoint, and connections are refused.
     Refuse,
 }
 
 impl Target {
     /// The addresses to which sockets are sent; none to refuse them.
-    pub fn backends(&self) -> &[SocketAddrV4] {
+    pub fn backends(&self) -> &[SocketAddr] {
         match self {
-            Self::Direct(backends) => backends,
+            Self::Direct(backends) | Self::Sticky(backends, _) => backends,
             Self::Listener(listener) => std::slice::from_ref(listener),
             Self::Refuse => &[],
+        }
+    }
+
+    /// Whether the maps hold the same for both: they don't tell the agent's listeners from endpoints.
+    pub(super) fn is_same_in_maps(&self, other: &Self) -> bool {
+        self.backends() == other.backends() && self.affinity() == other.affinity()
+    }
+
+    /// How long a client that does not call keeps its endpoint, if it does at all.
+    pub fn affinity(&self) -> Option<Duration> {
+        match self {
+            Self::Sticky(_, timeout) => Some(*timeout),
+            _ => None,
         }
     }
 }
@@ -57,8 +74,10 @@ pub struct Surroundings<'a> {
     pub viewpoint: &'a Viewpoint,
     /// Addresses of Service ports that go through the agent.
     pub allocator: &'a Allocator,
+    /// Addresses of this host's interfaces.
+    pub host_addresses: &'a HashSet<IpAddr>,
     /// The cluster DNS address, and the listener that answers for it.
-    pub dns: Option<(SocketAddrV4, SocketAddrV4)>,
+    pub dns: Option<(SocketAddr, SocketAddr)>,
 }
 
 /// One difference between two plans.
@@ -72,20 +91,32 @@ pub struct Change<'a> {
 
 /// The plan for a catalog. The only thing that it changes is the allocator, which gives addresses to new Service ports.
 pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
-    let Surroundings { viewpoint, allocator, dns } = surroundings;
+    let Surroundings { viewpoint, allocator, host_addresses, dns } = surroundings;
     let mut plan = Plan::new();
+    // First, so that nothing that a Service claims takes a cluster address or a node port from another one.
+    for service in catalog.services() {
+        // An address that the host doesn't have would let whoever may write Services take traffic to it (CVE-2020-8554).
+        // Those of load balancers are written by whom the cluster trusts with it.
+        let owned = service.external_ips.iter().filter(|ip| host_addresses.contains(ip));
+        for &ip in owned.chain(&service.load_balancer_ips) {
+            for port in service.carried_ports() {
+                let target = target(catalog, surroundings, port, ip, true);
+                plan.insert(Frontend { address: SocketAddr::new(ip, port.port), protocol: port.protocol }, target);
+            }
+        }
+    }
     for (&(ip, port, protocol), service_port) in catalog.vips() {
-        if let IpAddr::V4(ip) = ip {
-            let target = target(catalog, surroundings, service_port);
-            plan.insert(Frontend { address: SocketAddrV4::new(ip, port), protocol }, target);
+        let target = target(catalog, surroundings, service_port, ip, false);
+        plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
+        if is_ours(catalog, ip) {
             close_other_ports(&mut plan, ip);
         }
     }
-    let node_addresses: Vec<Ipv4Addr> = own_addresses(catalog, &viewpoint.node);
+    let node_addresses: Vec<IpAddr> = own_addresses(catalog, &viewpoint.node);
     for (&(port, protocol), service_port) in catalog.node_ports() {
-        let target = target(catalog, surroundings, service_port);
         for &ip in &node_addresses {
-            plan.insert(Frontend { address: SocketAddrV4::new(ip, port), protocol }, target.clone());
+            let target = target(catalog, surroundings, service_port, ip, true);
+            plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
         }
     }
     if let Some((address, listener)) = dns {
@@ -93,7 +124,7 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             plan.insert(Frontend { address, protocol }, Target::Listener(listener));
         }
-        close_other_ports(&mut plan, *address.ip());
+        close_other_ports(&mut plan, address.ip());
     }
     let live: HashSet<ServicePortName> =
         catalog.services().flat_map(|service| service.ports.iter()).map(|port| (&**port).into()).collect();
@@ -101,62 +132,96 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
     plan
 }
 
+/// Where one frontend leads, as [`plan`] says, at addresses that are not external; nothing if there is no such frontend.
+pub(super) fn target_at(
+    catalog: &Catalog,
+    surroundings: Surroundings<'_>,
+    own_addresses: &[IpAddr],
+    frontend: Frontend,
+) -> Option<Target> {
+    let Frontend { address, protocol } = frontend;
+    let (ip, port) = (address.ip(), address.port());
+    match surroundings.dns {
+        Some((dns, listener)) if dns == address => return Some(Target::Listener(listener)),
+        Some((dns, _)) if dns.ip() == ip && port == 0 => return Some(Target::Refuse),
+        _ => {}
+    }
+    if port == 0 {
+        return is_ours(catalog, ip).then_some(Target::Refuse);
+    }
+    if own_addresses.contains(&ip)
+        && let Some(service_port) = catalog.node_port(port, protocol)
+    {
+        return Some(target(catalog, surroundings, service_port, ip, true));
+    }
+    catalog.port_at(ip, port, protocol).map(|service_port| target(catalog, surroundings, service_port, ip, false))
+}
+
+/// Whether a cluster address is one of a Service that the mesh carries.
+fn is_ours(catalog: &Catalog, ip: IpAddr) -> bool {
+    catalog.service_at(ip).is_some_and(|service| !service.carried_ports().is_empty())
+}
+
 /// What is sent to a port that a Service doesn't have would leave the node and wait for an answer that never comes.
-fn close_other_ports(plan: &mut Plan, ip: Ipv4Addr) {
+fn close_other_ports(plan: &mut Plan, ip: IpAddr) {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        plan.insert(Frontend { address: SocketAddrV4::new(ip, 0), protocol }, Target::Refuse);
+        plan.insert(Frontend { address: SocketAddr::new(ip, 0), protocol }, Target::Refuse);
     }
 }
 
 /// What must be done to come from one plan to another.
 pub fn changes<'a>(from: &Plan, to: &'a Plan) -> Vec<Change<'a>> {
     // What is new comes first: for a moment a renamed Service has both addresses, and never none.
-    let set = to.iter().filter(|(frontend, target)| from.get(frontend) != Some(target));
+    let set = to.iter().filter(|(frontend, target)| !from.get(frontend).is_some_and(|old| old.is_same_in_maps(target)));
     let gone = from.keys().filter(|frontend| !to.contains_key(frontend));
     set.map(|(&frontend, target)| Change { frontend, target: Some(target) })
         .chain(gone.map(|&frontend| Change { frontend, target: None }))
         .collect()
 }
 
-fn target(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort) -> Target {
-    let candidates = surroundings.viewpoint.candidates(catalog, port);
+/// Where a Service port leads that is called at an address: to endpoints of that address' family.
+fn target(
+    catalog: &Catalog,
+    surroundings: Surroundings<'_>,
+    port: &ServicePort,
+    called: IpAddr,
+    external: bool,
+) -> Target {
+    let call = Call { family: Some(called.into()), external };
+    let candidates = surroundings.viewpoint.candidates_for(catalog, port, call);
     if candidates.endpoints.is_empty() {
         return Target::Refuse;
     }
-    if candidates.tier == Tier::Remote {
-        return match surroundings.allocator.listener(&port.into()) {
-            Ok(listener) => Target::Listener(listener),
-            Err(error) => {
-                tracing::warn!(service = %ServicePortName::from(port), %error, "the Service port can't be reached");
-                Target::Refuse
-            }
+    if candidates.tier <= Tier::Network {
+        let address = |endpoint: &Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
+        let backends = candidates.endpoints.iter().map(address).collect();
+        let affinity = catalog.service_named(&port.service).and_then(|service| service.client_ip_affinity);
+        return match affinity {
+            Some(timeout) => Target::Sticky(backends, timeout),
+            None => Target::Direct(backends),
         };
     }
-    let backends: Vec<SocketAddrV4> = candidates
-        .endpoints
-        .iter()
-        .filter_map(|endpoint| match SocketAddr::new(endpoint.address, endpoint.port) {
-            SocketAddr::V4(address) => Some(address),
-            SocketAddr::V6(_) => None,
-        })
-        .collect();
-    if backends.is_empty() { Target::Refuse } else { Target::Direct(backends) }
+    if called.is_ipv6() {
+        // The agent's listener has IPv4 addresses only.
+        return Target::Refuse;
+    }
+    match surroundings.allocator.listener(&port.into()) {
+        Ok(listener) => Target::Listener(SocketAddr::V4(listener)),
+        Err(error) => {
+            tracing::warn!(service = %ServicePortName::from(port), %error, "the Service port can't be reached");
+            Target::Refuse
+        }
+    }
 }
 
-/// The addresses of this node at which its NodePorts are called from the node itself.
-fn own_addresses(catalog: &Catalog, node: &str) -> Vec<Ipv4Addr> {
-    let of_node = catalog.node(node).into_iter().flat_map(|node| node.addresses.iter());
-    let v4 = of_node.filter_map(|address| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    [Ipv4Addr::LOCALHOST].into_iter().chain(v4).collect()
+/// The addresses of this node at which its NodePorts are called from the node itself. As with kube-proxy, `::1` is not.
+pub(super) fn own_addresses(catalog: &Catalog, node: &str) -> Vec<IpAddr> {
+    let of_node = catalog.node(node).into_iter().flat_map(|node| node.addresses.iter().copied());
+    [IpAddr::V4(Ipv4Addr::LOCALHOST)].into_iter().chain(of_node).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use edgemesh_mesh::CatalogStore;
     use k8s_openapi::api::{
         core::v1::{Node, Service},
@@ -211,7 +276,13 @@ mod tests {
     fn plan_at(store: &CatalogStore, node: &str, allocator: &Allocator) -> Plan {
         let catalog = store.snapshot();
         let viewpoint = Viewpoint::of(&catalog, node);
-        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, dns: None })
+        let host_addresses = HashSet::from(["192.168.1.11".parse().unwrap()]);
+        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, host_addresses: &host_addresses, dns: None })
+    }
+
+    fn service_of(allocator: &Allocator, listener: SocketAddr) -> Arc<ServicePortName> {
+        let IpAddr::V4(ip) = listener.ip() else { panic!("{listener}") };
+        allocator.service_of(ip).unwrap()
     }
 
     fn tcp(address: &str) -> Frontend {
@@ -234,9 +305,51 @@ mod tests {
         endpoints(&store, &all[2..]);
         let plan = plan_at(&store, "a1", &allocator);
         let Target::Listener(listener) = plan[&tcp(VIP)] else { panic!("{plan:?}") };
-        assert_eq!(&*allocator.service_of(*listener.ip()).unwrap().service.name, "web");
+        assert_eq!(&*service_of(&allocator, listener).service.name, "web");
         endpoints(&store, &[("10.244.1.5", "a1", false)]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
+    }
+
+    #[test]
+    fn external_addresses_are_served_where_the_host_has_them_and_those_of_load_balancers_everywhere() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "type": "LoadBalancer", "internalTrafficPolicy": "Local",
+                     "externalTrafficPolicy": "Local", "externalIPs": ["192.168.1.11", "203.0.113.99", "10.96.0.21"],
+                     "ports": [{"port": 80, "protocol": "TCP"}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}, {"ip": "10.96.0.21"}]}},
+        })));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "victim", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.21", "ports": [{"port": 80}]},
+        })));
+        endpoints(&store, &[("10.244.2.5", "a2", true)]);
+        let plan = plan_at(&store, "a1", &allocator);
+        let target = direct(&["10.244.2.5:8080"]);
+        assert_eq!((&plan[&tcp("192.168.1.11:80")], &plan[&tcp("203.0.113.7:80")]), (&target, &target));
+        assert!(!plan.contains_key(&tcp("203.0.113.99:80")), "not the host's");
+        assert_eq!(plan[&tcp("10.96.0.21:80")], Target::Refuse, "another Service's cluster address");
+        assert_eq!(plan[&tcp(VIP)], Target::Refuse, "internalTrafficPolicy holds for the cluster address");
+        assert!(!plan.contains_key(&tcp("192.168.1.11:0")), "the host's other ports stay open");
+    }
+
+    #[test]
+    fn session_affinity_is_part_of_where_a_frontend_leads() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        endpoints(&store, &[("10.244.1.5", "a1", true)]);
+        let before = plan_at(&store, "a1", &allocator);
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "type": "NodePort", "sessionAffinity": "ClientIP",
+                     "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 7}},
+                     "ports": [{"port": 80, "nodePort": 30080, "protocol": "TCP"}]},
+        })));
+        store.publish();
+        let after = plan_at(&store, "a1", &allocator);
+        let sticky = Target::Sticky(vec!["10.244.1.5:8080".parse().unwrap()], Duration::from_secs(7));
+        assert_eq!((&after[&tcp(VIP)], &after[&tcp("192.168.1.11:30080")]), (&sticky, &sticky));
+        assert_eq!(changes(&before, &after).len(), 3, "written anew");
     }
 
     #[test]
@@ -255,6 +368,38 @@ mod tests {
     }
 
     #[test]
+    fn an_address_leads_to_endpoints_of_its_own_family() {
+        let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20", "fd00:96::20"],
+                     "ipFamilies": ["IPv4", "IPv6"], "ports": [{"port": 80}]},
+        })));
+        endpoints(&store, &[("10.244.2.5", "a2", true), ("10.244.1.5", "a1", true)]);
+        let six = |endpoints: &[(&str, &str)]| {
+            let endpoints: Vec<Value> = endpoints
+                .iter()
+                .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}}))
+                .collect();
+            store.apply_endpoint_slice(&object::<EndpointSlice>(json!({
+                "metadata": {"name": "web-6", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+                "addressType": "IPv6", "ports": [{"port": 8080, "name": ""}], "endpoints": endpoints,
+            })));
+            store.publish();
+        };
+        let (four, sixth) = (tcp(VIP), tcp("[fd00:96::20]:80"));
+        six(&[("fd00:2::5", "a2")]);
+        let plan = plan_at(&store, "a1", &allocator);
+        assert_eq!(plan[&four], direct(&["10.244.1.5:8080"]));
+        assert_eq!(plan[&sixth], direct(&["[fd00:2::5]:8080"]), "the nearest IPv6 one, though an IPv4 one is nearer");
+        assert_eq!(plan[&tcp("[fd00:96::20]:0")], Target::Refuse);
+        six(&[("fd00:3::5", "b1")]);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse, "no tunnel for IPv6 yet");
+        six(&[]);
+        assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse);
+    }
+
+    #[test]
     fn the_cluster_dns_address_leads_to_this_node_whatever_service_has_it() {
         let (store, allocator) = (cluster(), Allocator::in_memory(Ipv4Range::default()));
         store.apply_service(&object::<Service>(json!({
@@ -268,7 +413,12 @@ mod tests {
         let viewpoint = Viewpoint::of(&catalog, "a1");
         let plan = plan(
             &catalog,
-            Surroundings { viewpoint: &viewpoint, allocator: &allocator, dns: Some((address, listener)) },
+            Surroundings {
+                viewpoint: &viewpoint,
+                allocator: &allocator,
+                host_addresses: &HashSet::new(),
+                dns: Some((address, listener)),
+            },
         );
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             assert_eq!(plan[&Frontend { address, protocol }], Target::Listener(listener));

@@ -39,6 +39,23 @@ impl Slots {
         Some(Run { first, order: u8::try_from(order).ok()? })
     }
 
+    /// Takes the run that begins at a slot and has room for `count`, as [`Slots::take`] once gave it out; none if part of it is
+    /// in use.
+    pub(crate) fn take_at(&mut self, first: u32, count: u16) -> Option<Run> {
+        let order = usize::from(count.max(1)).next_power_of_two().ilog2() as usize;
+        let start = |order: usize| first >> order << order;
+        if start(order) != first {
+            return None;
+        }
+        let found = (order..self.free.len()).find(|&order| self.free[order].contains(&start(order)))?;
+        self.free[found].remove(&start(found));
+        for smaller in (order..found).rev() {
+            // The half in which the run is not.
+            self.free[smaller].insert(start(smaller) ^ (1 << smaller));
+        }
+        Some(Run { first, order: u8::try_from(order).ok()? })
+    }
+
     /// Gives a run back.
     pub(crate) fn release(&mut self, run: Run) {
         let mut order = usize::from(run.order);
@@ -74,6 +91,14 @@ mod tests {
             }
         }
         assert!(slots.take(1024).is_none());
+        // The same runs, taken by their places from a map of which nothing is known.
+        let mut again = Slots::new(1024);
+        for (run, len) in taken.iter().rev() {
+            assert_eq!(again.take_at(run.first, *len as u16), Some(*run));
+            assert_eq!(again.take_at(run.first, *len as u16), None, "in use");
+        }
+        assert_eq!(again.free, slots.free);
+        assert_eq!((again.take_at(4096, 1), again.take_at(3, 4)), (None, None), "outside, and where no run begins");
         for (run, _) in taken {
             slots.release(run);
         }

@@ -3,7 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
+mod affinity;
 mod host_routes;
+mod ipv6;
+mod pinned;
 mod sandbox;
+mod scale;
 mod sockets;
+mod stale;
 mod whole_agent;

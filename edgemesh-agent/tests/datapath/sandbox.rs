@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
+    net::{SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError, mpsc},
@@ -15,7 +15,10 @@ use edgemesh_agent::datapath::{
     plan::{Change, Frontend, Target},
 };
 use edgemesh_mesh::model::Protocol;
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 
 static TURN: Mutex<()> = Mutex::new(());
 
@@ -23,6 +26,8 @@ static TURN: Mutex<()> = Mutex::new(());
 pub(crate) struct Sandbox {
     /// Relative to the cgroup2 mount.
     pub(crate) cgroup: PathBuf,
+    /// Where a BPF filesystem can be mounted: seen by this thread and those that it starts, and gone with them.
+    pub(crate) bpffs: PathBuf,
     mount: PathBuf,
     before: PathBuf,
     _turn: MutexGuard<'static, ()>,
@@ -32,20 +37,24 @@ impl Sandbox {
     /// With the addresses on the loopback interface, as a host's pods would have them.
     pub(crate) fn new(addresses: &[&str]) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         ip("link set lo up");
         for address in addresses {
-            ip(&format!("address add {address}/32 dev lo"));
+            let prefix = if address.contains(':') { 128 } else { 32 };
+            ip(&format!("address add {address}/{prefix} dev lo nodad"));
         }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("no cgroup2 mount");
-        let mount = PathBuf::from(mount.split(' ').nth(1).unwrap());
+        let cgroup2 = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("no cgroup2 mount");
+        let cgroup2 = PathBuf::from(cgroup2.split(' ').nth(1).unwrap());
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let before = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
         let sandbox = Self {
             cgroup: PathBuf::from(format!("/datapath-{}", std::process::id())),
-            before: mount.join(before),
-            mount,
+            bpffs: std::env::temp_dir().join(format!("datapath-bpffs-{}", std::process::id())),
+            before: cgroup2.join(before),
+            mount: cgroup2,
             _turn: turn,
         };
         fs::create_dir_all(sandbox.folder()).unwrap();
@@ -56,6 +65,11 @@ impl Sandbox {
     /// The eBPF programs, attached to this cgroup.
     pub(crate) fn programs(&self) -> (Programs, Counters) {
         Programs::start(&self.cgroup).unwrap()
+    }
+
+    /// The eBPF programs, pinned, as an agent starts them.
+    pub(crate) fn pinned_programs(&self) -> (Programs, Counters) {
+        Programs::start_pinned(&self.cgroup, &self.bpffs).unwrap()
     }
 
     /// A cgroup below this one, in which no process is.
@@ -72,6 +86,12 @@ impl Sandbox {
 impl Drop for Sandbox {
     fn drop(&mut self) {
         enter(&self.before);
+        if self.bpffs.exists() {
+            // Whatever a test left there ends here, though a thread may still hold the namespace.
+            let _ = Programs::uninstall(&self.cgroup, &self.bpffs);
+            let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
+            let _ = fs::remove_dir(&self.bpffs);
+        }
         let child = self.folder().join("child");
         if child.exists() {
             fs::remove_dir(child).unwrap();
@@ -116,7 +136,7 @@ pub(crate) fn ip(arguments: &str) {
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-pub(crate) fn v4(text: &str) -> SocketAddrV4 {
+pub(crate) fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
@@ -124,9 +144,9 @@ pub(crate) fn v4(text: &str) -> SocketAddrV4 {
 pub(crate) fn set(programs: &mut Programs, protocol: Protocol, frontend: &str, backends: Option<&[&str]>) {
     let target = backends.map(|backends| match backends {
         [] => Target::Refuse,
-        backends => Target::Direct(backends.iter().map(|backend| v4(backend)).collect()),
+        backends => Target::Direct(backends.iter().map(|backend| at(backend)).collect()),
     });
-    let frontend = Frontend { address: v4(frontend), protocol };
+    let frontend = Frontend { address: at(frontend), protocol };
     programs.apply(&Change { frontend, target: target.as_ref() }).unwrap();
 }
 

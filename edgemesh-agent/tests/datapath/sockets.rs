@@ -13,7 +13,7 @@ use edgemesh_agent::datapath::plan::{Change, Frontend, Target};
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol::{Tcp, Udp};
 
-use crate::sandbox::{Sandbox, set, tcp_server, udp_server, v4};
+use crate::sandbox::{Sandbox, at, set, tcp_server, udp_server};
 
 const VIP: &str = "10.96.0.20:80";
 const PODS: [&str; 3] = ["10.244.1.5:8080", "10.244.1.6:8080", "10.244.2.7:8081"];
@@ -141,15 +141,15 @@ fn udp_answers_come_from_the_service_address() {
 }
 
 #[test]
-fn a_service_without_endpoints_refuses_at_once() {
+fn a_service_without_endpoints_is_unreachable_at_once() {
     let sandbox = Sandbox::new(&[]);
     let (mut programs, counters) = sandbox.programs();
     set(&mut programs, Tcp, VIP, Some(&[]));
     set(&mut programs, Udp, VIP, Some(&[]));
     let started = Instant::now();
-    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-    assert_eq!(udp_client().connect(VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-    assert_eq!(udp_client().send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert_eq!(udp_client().connect(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert_eq!(udp_client().send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     assert_eq!(counters.get(Counter::Refused).unwrap(), 3);
 }
@@ -284,11 +284,11 @@ fn ten_thousand_services_are_programmed_within_two_seconds_and_all_work() {
     for pod in PODS {
         tcp_server(pod);
     }
-    let target = Target::Direct(PODS.map(v4).to_vec());
+    let target = Target::Direct(PODS.map(at).to_vec());
     let address = |i: u32| format!("10.96.{}.{}:80", i / 250, i % 250 + 1);
     let started = Instant::now();
     for i in 0..10_000 {
-        let frontend = Frontend { address: v4(&address(i)), protocol: Tcp };
+        let frontend = Frontend { address: at(&address(i)), protocol: Tcp };
         programs.apply(&Change { frontend, target: Some(&target) }).unwrap();
     }
     let took = started.elapsed();

@@ -46,10 +46,23 @@ fn catalog() -> Value {
                        "conditions": [{"type": "Ready", "status": "True"}]},
         })
     };
+    let mut here = service("here", "10.96.0.20", Some(30080));
+    here["spec"]["externalIPs"] = json!(["192.168.1.11", "203.0.113.9"]);
+    here["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}});
     json!({"apiVersion": "v1", "kind": "List", "items": [
-        service("here", "10.96.0.20", Some(30080)), slice("here", "10.244.1.5", "edge-a1"),
+        here, slice("here", "10.244.1.5", "edge-a1"),
         service("there", "10.96.0.21", None), slice("there", "10.244.7.5", "edge-b1"),
         service("nowhere", "10.96.0.22", None),
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "talk", "namespace": "default"},
+            "spec": {"clusterIP": "10.96.0.23", "ports": [{"port": 53, "protocol": "UDP"}]},
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "talk-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "talk"}},
+            "ports": [{"port": 5353, "protocol": "UDP", "name": ""}],
+            "endpoints": [{"addresses": ["10.244.1.5"], "nodeName": "edge-a1"}],
+        }),
         node("edge-a1", "site-a", "192.168.1.11", "10.244.1.0/24"),
         node("edge-b1", "site-b", "192.168.2.11", "10.244.7.0/24"),
     ]})
@@ -91,30 +104,34 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
         node_name: "edge-a1".to_owned(),
         api_server: Some("http://127.0.0.1:1".to_owned()),
         cgroup: sandbox.cgroup.clone(),
+        bpffs: sandbox.bpffs.clone(),
         ..Config::default()
     };
     config.admin.listen = "127.0.0.1:0".parse().unwrap();
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let agent = runtime.block_on(async {
-        let agent = app::build(config).await.unwrap();
+        let agent = app::build(config.clone()).await.unwrap();
         tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
         agent
     });
     assert!(admin(agent.admin, "/readyz").starts_with("HTTP/1.1 200"));
-    for address in ["10.96.0.20:80", "192.168.1.11:30080", "127.0.0.1:30080"] {
+    let node_ports = ["192.168.1.11:30080", "127.0.0.1:30080"];
+    for address in node_ports.into_iter().chain(["10.96.0.20:80", "192.168.1.11:80", "203.0.113.7:80"]) {
         let mut stream = TcpStream::connect(address).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, POD, "{address}");
     }
+    let not_the_hosts = TcpStream::connect("203.0.113.9:80").unwrap_err();
+    assert_eq!(not_the_hosts.kind(), std::io::ErrorKind::NetworkUnreachable, "an external address of another host");
     assert_eq!(lookup("here.default.svc.cluster.local."), ["10.96.0.20"], "by the cluster DNS address");
     // The pod's node has published no peer: the agent takes the connection for it, and ends it.
     let mut far = TcpStream::connect("10.96.0.21:80").unwrap();
     far.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
     assert!(matches!(far.read(&mut [0; 1]), Ok(0) | Err(_)));
     let refused = TcpStream::connect("10.96.0.22:80").unwrap_err();
-    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(refused.kind(), std::io::ErrorKind::HostUnreachable);
 
     let page = admin(agent.admin, "/debug/datapath");
     let page: Value = serde_json::from_str(page.split_once("\r\n\r\n").unwrap().1).unwrap();
@@ -129,11 +146,46 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers() {
     assert_eq!(target("10.96.0.10:53/udp")["backends"], json!(["169.254.64.1:53"]));
     let metrics = admin(agent.admin, "/metrics");
     for line in
-        ["edgemesh_agent_socket_tcp_connects_total 4", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
+        ["edgemesh_agent_socket_tcp_connects_total 6", "edgemesh_agent_datapath_frontends{target=\"listener\"} 3"]
     {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
+    // The endpoint of a connected UDP socket is deleted: the socket is told, and the next one has nowhere to go.
+    let talk = UdpSocket::bind("0.0.0.0:0").unwrap();
+    talk.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    talk.connect("10.96.0.23:53").unwrap();
+    agent.catalog.delete_endpoint_slice("default", "talk-1");
+    agent.catalog.publish();
+    assert_eq!(talk.recv(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::ConnectionAborted);
+    assert_eq!(talk.connect("10.96.0.23:53").unwrap_err().kind(), std::io::ErrorKind::HostUnreachable);
+    let ended = "edgemesh_agent_datapath_sockets_destroyed_total{protocol=\"udp\"} 1";
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    while !admin(agent.admin, "/metrics").contains(ended) {
+        assert!(std::time::Instant::now() < until, "{}", admin(agent.admin, "/metrics"));
+    }
+
+    let open = TcpStream::connect("10.96.0.20:80").unwrap();
+    runtime.block_on(agent.stop());
+    assert!(data.path().join("node-local.json").exists());
+    let serves = || {
+        let mut stream = TcpStream::connect("10.96.0.20:80").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, POD);
+    };
+    serves();
+
+    // The next agent takes over; this one is told to leave nothing.
+    let agent = runtime.block_on(async {
+        let agent = app::build(Config { detach_on_stop: true, ..config.clone() }).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    serves();
+    assert_eq!(open.peer_addr().unwrap(), "10.96.0.20:80".parse().unwrap());
+    let metrics = admin(agent.admin, "/metrics");
+    // The endpoint that the first agent saw deleted is in the copy on disk again: its address, and nothing else, is written.
+    assert!(metrics.contains("edgemesh_agent_datapath_changes_total 1\n"), "{metrics}");
     runtime.block_on(agent.stop());
     assert!(TcpStream::connect("10.96.0.20:80").is_err(), "the programs are gone");
-    assert!(data.path().join("node-local.json").exists());
 }

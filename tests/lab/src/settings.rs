@@ -63,6 +63,8 @@ pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
         "dataDir": folder.join("agent"),
         "nodeName": host.name,
         "cgroup": namespace.cgroup,
+        // Mounted in the host's mount namespace, so that the programs go with the host.
+        "bpffs": folder.join("bpf"),
         "dns": {"upstreams": [format!("{INTERNET_DNS}:53")]},
         "tunnel": {"relay": host.relay},
     });

@@ -1,0 +1,143 @@
+//! IPv4 and IPv6: each with its own maps, so that IPv4 keeps its one-word keys and values.
+
+use edgemesh_ebpf_abi::{
+    Backend, Backend6, Frontend, FrontendKey, FrontendKey6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+};
+
+use crate::maps::{BACKENDS, BACKENDS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6};
+
+/// An address family's addresses and maps.
+pub trait Family {
+    /// Address and port.
+    type Address: Copy + PartialEq + Into<SocketAddress6>;
+
+    /// The frontend at an address.
+    fn frontend(service: Self::Address, protocol: u8) -> Option<Frontend>;
+    /// Whether the address, on some port, is a Service's.
+    fn is_service(service: Self::Address, protocol: u8) -> bool;
+    /// The backend in a slot; nothing if the slot is of another generation.
+    fn backend(slot: u32, generation: u16) -> Option<Self::Address>;
+    /// The timeout in seconds in the slot behind the backends; nothing if the slot is of another generation.
+    fn timeout(slot: u32, generation: u16) -> Option<u32>;
+    /// The Service address that a socket named when it was sent to a backend.
+    fn service(cookie: u64, backend: Self::Address) -> Option<Self::Address>;
+    /// Remembers it.
+    fn remember(cookie: u64, backend: Self::Address, service: Self::Address);
+    /// Forgets it.
+    fn forget(cookie: u64, backend: Self::Address);
+}
+
+/// IPv4, also in mapped form.
+pub struct V4;
+
+impl Family for V4 {
+    type Address = SocketAddress;
+
+    #[inline(always)]
+    fn frontend(service: SocketAddress, protocol: u8) -> Option<Frontend> {
+        // SAFETY: the value is one word, read at once; the generation tells if the element was reused meanwhile.
+        unsafe { FRONTENDS.get(&FrontendKey::new(service, protocol)) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_service(service: SocketAddress, protocol: u8) -> bool {
+        FRONTENDS.get_ptr(FrontendKey::new(service, protocol).any_port()).is_some()
+    }
+
+    #[inline(always)]
+    fn backend(slot: u32, generation: u16) -> Option<SocketAddress> {
+        slot4(slot, generation).map(Backend::address)
+    }
+
+    #[inline(always)]
+    fn timeout(slot: u32, generation: u16) -> Option<u32> {
+        slot4(slot, generation).map(Backend::seconds)
+    }
+
+    #[inline(always)]
+    fn service(cookie: u64, backend: SocketAddress) -> Option<SocketAddress> {
+        // SAFETY: the value is one word, read at once; an entry that is evicted at this moment can at worst show the peer
+        // of another socket to a program that asks for its name.
+        unsafe { PEERS.get(&PeerKey { cookie, backend }) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember(cookie: u64, backend: SocketAddress, service: SocketAddress) {
+        // Only a full map without anything to evict fails, and then the backend's own address is shown.
+        let _ = PEERS.insert(&PeerKey { cookie, backend }, &service, 0);
+    }
+
+    #[inline(always)]
+    fn forget(cookie: u64, backend: SocketAddress) {
+        let key = PeerKey { cookie, backend };
+        // A lookup takes no lock, and nearly always finds nothing.
+        if PEERS.get_ptr(&key).is_some() {
+            let _ = PEERS.remove(&key);
+        }
+    }
+}
+
+#[inline(always)]
+fn slot4(slot: u32, generation: u16) -> Option<Backend> {
+    // SAFETY: array elements live as long as the map; the word is read at once.
+    let backend = Backend::from_bits(BACKENDS.get_ptr(slot).map(|word| unsafe { word.read_volatile() })?);
+    (backend.generation() == generation).then_some(backend)
+}
+
+/// IPv6.
+pub struct V6;
+
+impl Family for V6 {
+    type Address = SocketAddress6;
+
+    #[inline(always)]
+    fn frontend(service: SocketAddress6, protocol: u8) -> Option<Frontend> {
+        // SAFETY: as for IPv4.
+        unsafe { FRONTENDS6.get(&FrontendKey6::new(service, protocol)) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_service(service: SocketAddress6, protocol: u8) -> bool {
+        FRONTENDS6.get_ptr(FrontendKey6::new(service, protocol).any_port()).is_some()
+    }
+
+    #[inline(always)]
+    fn backend(slot: u32, generation: u16) -> Option<SocketAddress6> {
+        slot6(slot)?.address(generation)
+    }
+
+    #[inline(always)]
+    fn timeout(slot: u32, generation: u16) -> Option<u32> {
+        slot6(slot)?.seconds(generation)
+    }
+
+    #[inline(always)]
+    fn service(cookie: u64, backend: SocketAddress6) -> Option<SocketAddress6> {
+        // SAFETY: as for IPv4; an entry that is evicted at this moment can show words of two peers.
+        unsafe { PEERS6.get(&PeerKey6 { cookie, backend }) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember(cookie: u64, backend: SocketAddress6, service: SocketAddress6) {
+        let _ = PEERS6.insert(&PeerKey6 { cookie, backend }, &service, 0);
+    }
+
+    #[inline(always)]
+    fn forget(cookie: u64, backend: SocketAddress6) {
+        let key = PeerKey6 { cookie, backend };
+        if PEERS6.get_ptr(&key).is_some() {
+            let _ = PEERS6.remove(&key);
+        }
+    }
+}
+
+#[inline(always)]
+fn slot6(slot: u32) -> Option<Backend6> {
+    let slot = BACKENDS6.get_ptr(slot)?;
+    let word = |at: usize| {
+        // SAFETY: array elements live as long as the map, and have three words; the check in the last one tells if they
+        // do not belong together.
+        unsafe { slot.cast::<u64>().add(at).read_volatile() }
+    };
+    Some(Backend6::from_words([word(0), word(1), word(2)]))
+}

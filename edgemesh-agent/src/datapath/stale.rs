@@ -1,0 +1,305 @@
+//! Ends sockets that came through a Service to an endpoint that is gone: they would wait for it for ever.
+//!
+//! The programs remember which socket was sent where by which Service. A socket is ended only if it is remembered for the
+//! backend and still has it as its peer, so none that called the pod by its own address is.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use edgemesh_mesh::{
+    Catalog,
+    model::{Protocol, ServicePort},
+};
+use nix::sched::{CloneFlags, setns};
+
+use super::{
+    counters::{Peer, Peers},
+    namespaces,
+    sock_diag::{Connected, Diagnostics},
+};
+use crate::metrics::DatapathMetrics;
+
+/// When sockets are looked at again: one that connected while the endpoint went may have been missed.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
+/// How long after the start sockets are looked at that an earlier run left, unless endpoints go before.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
+/// The least time between two looks, so that a storm of changes costs little more than one.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Finds and ends sockets. Entering their network namespaces changes the calling thread for good, so it gets one of its own.
+pub struct Sweeper {
+    peers: Peers,
+    cgroup: PathBuf,
+}
+
+/// What a sweep did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Remembered sockets whose endpoint is gone.
+    pub suspects: usize,
+    /// TCP sockets that were ended.
+    pub tcp: usize,
+    /// UDP sockets that were ended.
+    pub udp: usize,
+    /// Sockets and namespaces that could not be dealt with.
+    pub failed: usize,
+}
+
+impl Sweeper {
+    pub(super) fn new(peers: Peers, cgroup: PathBuf) -> Self {
+        Self { peers, cgroup }
+    }
+
+    /// Ends every socket that came through a Service to a backend for which `is_gone(service, backend, protocol)` holds.
+    /// Walks what the programs remember, and if there is anything gone, all connected sockets of the node.
+    pub fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept {
+        let mut suspects: HashMap<(u64, SocketAddr), (bool, bool)> = HashMap::new();
+        self.peers.each(|Peer { cookie, backend, service }| {
+            let gone = (is_gone(service, backend, Protocol::Tcp), is_gone(service, backend, Protocol::Udp));
+            if gone != (false, false) {
+                suspects.insert((cookie, backend), gone);
+            }
+        });
+        let mut swept = Swept { suspects: suspects.len(), ..Swept::default() };
+        if suspects.is_empty() {
+            return swept;
+        }
+        for namespace in namespaces::of_cgroup(&self.cgroup) {
+            let entered = setns(namespace, CloneFlags::CLONE_NEWNET).map_err(io::Error::from);
+            if let Err(error) = entered.and_then(|()| self.sweep_namespace(&suspects, &mut swept)) {
+                tracing::debug!(%error, "a network namespace could not be swept");
+                swept.failed += 1;
+            }
+        }
+        // Sockets without a peer of their own, which choose again with each datagram, and those that were closed.
+        for ((cookie, backend), _) in suspects.into_iter().filter(|(_, gone)| *gone == (true, true)) {
+            self.peers.forget(cookie, backend);
+        }
+        swept
+    }
+
+    fn sweep_namespace(
+        &mut self,
+        suspects: &HashMap<(u64, SocketAddr), (bool, bool)>,
+        swept: &mut Swept,
+    ) -> io::Result<()> {
+        let mut diagnostics = Diagnostics::open()?;
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let mut stale: Vec<Connected> = Vec::new();
+            diagnostics.connected(protocol, |socket| {
+                let gone = suspects.get(&(socket.cookie, socket.peer)).is_some_and(|&(tcp, udp)| match protocol {
+                    Protocol::Tcp => tcp,
+                    Protocol::Udp => udp,
+                });
+                if gone {
+                    stale.push(socket);
+                }
+            })?;
+            for socket in stale {
+                match (diagnostics.destroy(&socket), protocol) {
+                    (Ok(()), Protocol::Tcp) => swept.tcp += 1,
+                    (Ok(()), Protocol::Udp) => swept.udp += 1,
+                    // It was closed meanwhile.
+                    (Err(error), _) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                    (Err(error), _) => {
+                        tracing::debug!(%error, peer = %socket.peer, "a socket could not be ended");
+                        swept.failed += 1;
+                        continue;
+                    }
+                }
+                self.peers.forget(socket.cookie, socket.peer);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the endpoint behind a backend's address is gone for a socket that came through a Service.
+///
+/// A UDP socket has lost it when it no longer serves, as kube-proxy forgets UDP flows then; a TCP connection, which would end
+/// by itself with its pod, only when the Service port is there without it.
+pub fn is_gone(catalog: &Catalog, service: SocketAddr, backend: SocketAddr, protocol: Protocol) -> bool {
+    let port = port_at(catalog, service, protocol);
+    let endpoint = match port {
+        Some(port) => port.endpoint(backend),
+        // Of a Service that is gone, or called at an address that is in no index.
+        None => catalog.endpoint_at(backend, protocol),
+    };
+    match (protocol, endpoint) {
+        (Protocol::Tcp, endpoint) => port.is_some() && endpoint.is_none(),
+        (Protocol::Udp, None) => true,
+        (Protocol::Udp, Some(endpoint)) => {
+            let publish_not_ready = port
+                .and_then(|port| catalog.service_named(&port.service))
+                .is_some_and(|service| service.publish_not_ready);
+            !(endpoint.ready || endpoint.serving || publish_not_ready)
+        }
+    }
+}
+
+fn port_at(catalog: &Catalog, service: SocketAddr, protocol: Protocol) -> Option<&Arc<ServicePort>> {
+    catalog
+        .port_at(service.ip(), service.port(), protocol)
+        .or_else(|| catalog.node_port(service.port(), protocol).filter(|_| catalog.service_at(service.ip()).is_none()))
+}
+
+/// Sweeps in a thread of its own, when it is told that endpoints went. The thread ends with this.
+#[derive(Debug)]
+pub(super) struct Reaper {
+    /// The catalog to sweep by: the newest only.
+    newest: Arc<ArcSwapOption<Catalog>>,
+    wake: SyncSender<()>,
+}
+
+impl Reaper {
+    /// Starts the thread. Backends for which `is_ours` holds are the agent's own listeners, and never gone.
+    pub(super) fn start(
+        sweeper: Sweeper,
+        is_ours: impl Fn(SocketAddr) -> bool + Send + 'static,
+        metrics: DatapathMetrics,
+    ) -> io::Result<Self> {
+        let newest = Arc::<ArcSwapOption<Catalog>>::default();
+        let (wake, woken) = sync_channel(1);
+        let mailbox = Arc::clone(&newest);
+        thread::Builder::new()
+            .name("stale-sockets".to_owned())
+            .spawn(move || run(sweeper, &mailbox, &woken, &is_ours, &metrics))?;
+        Ok(Self { newest, wake })
+    }
+
+    /// Has sockets looked at by a catalog from which endpoints are gone.
+    pub(super) fn look(&self, catalog: Arc<Catalog>) {
+        self.newest.store(Some(catalog));
+        // Full: it is about to look, and will see this catalog.
+        let _ = self.wake.try_send(());
+    }
+}
+
+fn run(
+    mut sweeper: Sweeper,
+    mailbox: &ArcSwapOption<Catalog>,
+    woken: &Receiver<()>,
+    is_ours: &dyn Fn(SocketAddr) -> bool,
+    metrics: &DatapathMetrics,
+) {
+    // The first catalog is the copy on disk. It can lack an endpoint that the run before still learned of, so it gets time
+    // to be brought up to date.
+    let mut next =
+        woken.recv().is_ok() && !matches!(woken.recv_timeout(FIRST_LOOK), Err(RecvTimeoutError::Disconnected));
+    while next {
+        next = false;
+        let Some(catalog) = mailbox.load_full() else { return };
+        let gone = |service, backend, protocol| !is_ours(backend) && is_gone(&catalog, service, backend, protocol);
+        let first = sweeper.sweep(&gone);
+        metrics.swept(first);
+        if first.suspects > 0 {
+            tracing::info!(?first, "sockets of endpoints that are gone");
+            match woken.recv_timeout(SECOND_LOOK) {
+                Ok(()) => next = true,
+                Err(RecvTimeoutError::Timeout) => metrics.swept(sweeper.sweep(&gone)),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+        thread::sleep(PAUSE);
+        next = next || woken.recv().is_ok();
+    }
+}
+
+/// Whether a newer catalog lacks endpoints that an older one had, or that may no longer be used.
+pub(super) fn any_gone(older: &Catalog, newer: &Catalog) -> bool {
+    newer.changed_services(older).iter().any(|name| {
+        let Some(old) = older.service_named(name) else { return false };
+        let new = newer.service_named(name);
+        old.ports.iter().any(|port| {
+            let same = |other: &&Arc<ServicePort>| other.name == port.name && other.protocol == port.protocol;
+            let new = new.and_then(|service| service.ports.iter().find(same));
+            port.endpoints.iter().any(|endpoint| {
+                let still = new.and_then(|port| port.endpoint(SocketAddr::new(endpoint.address, endpoint.port)));
+                still.is_none_or(|still| (endpoint.serving || endpoint.ready) && !(still.serving || still.ready))
+            })
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use edgemesh_mesh::CatalogStore;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn store(endpoints: &Value) -> Arc<CatalogStore> {
+        let store = CatalogStore::new();
+        for (name, ip) in [("web", "10.96.0.20"), ("other", "10.96.0.21")] {
+            let service = json!({"metadata": {"name": name, "namespace": "d"}, "spec": {"clusterIP": ip, "ports": [
+                {"name": "tcp", "port": 80, "nodePort": 30080}, {"name": "udp", "port": 80, "protocol": "UDP"}]}});
+            store.apply_service(&serde_json::from_value(service).unwrap());
+        }
+        set(&store, "web", endpoints);
+        set(&store, "other", &json!([{"addresses": ["10.244.1.9"]}]));
+        store
+    }
+
+    fn set(store: &CatalogStore, service: &str, endpoints: &Value) {
+        let slice = json!({"metadata": {"name": service, "namespace": "d", "labels": {"kubernetes.io/service-name": service}},
+            "addressType": "IPv4", "endpoints": endpoints,
+            "ports": [{"name": "tcp", "port": 8080}, {"name": "udp", "port": 8080, "protocol": "UDP"}]});
+        store.apply_endpoint_slice(&serde_json::from_value(slice).unwrap());
+        store.publish();
+    }
+
+    #[test]
+    fn an_endpoint_is_gone_for_udp_when_it_serves_no_more_and_for_tcp_when_it_is_deleted() {
+        let ready = json!([{"addresses": ["10.244.1.5"]}]);
+        let terminating = json!([{"addresses": ["10.244.1.5"], "conditions": {"ready": false, "serving": true, "terminating": true}}]);
+        let dead = json!([{"addresses": ["10.244.1.5"], "conditions": {"ready": false, "serving": false, "terminating": true}}]);
+        for (endpoints, tcp, udp) in
+            [(ready, false, false), (terminating, false, false), (dead, false, true), (json!([]), true, true)]
+        {
+            let catalog = store(&endpoints).snapshot();
+            let gone = |service: &str, backend: &str, protocol| {
+                is_gone(&catalog, service.parse().unwrap(), backend.parse().unwrap(), protocol)
+            };
+            for (protocol, expected) in [(Protocol::Tcp, tcp), (Protocol::Udp, udp)] {
+                assert_eq!(gone("10.96.0.20:80", "10.244.1.5:8080", protocol), expected, "{endpoints} {protocol:?}");
+                assert!(!gone("10.96.0.21:80", "10.244.1.9:8080", protocol), "another Service's");
+                assert!(gone("10.96.0.20:80", "10.244.1.9:8080", protocol), "it is not this Service's any more");
+            }
+            // A Service that was deleted ends no connection of a pod.
+            assert!(!gone("10.96.9.9:80", "10.244.1.5:8080", Protocol::Tcp));
+        }
+    }
+
+    #[test]
+    fn only_changes_that_take_endpoints_away_are_reason_to_look() {
+        let store = store(&json!([{"addresses": ["10.244.1.5"]}]));
+        let first = store.snapshot();
+        set(&store, "web", &json!([{"addresses": ["10.244.1.5"]}, {"addresses": ["10.244.1.6"]}]));
+        let more = store.snapshot();
+        assert!(!any_gone(&first, &more) && any_gone(&more, &first));
+        let terminating = json!({"ready": false, "serving": true, "terminating": true});
+        set(
+            &store,
+            "web",
+            &json!([{"addresses": ["10.244.1.5"], "conditions": terminating}, {"addresses": ["10.244.1.6"]}]),
+        );
+        assert!(!any_gone(&more, &store.snapshot()), "it still serves");
+        let dead = json!({"ready": false, "serving": false});
+        set(&store, "web", &json!([{"addresses": ["10.244.1.5"], "conditions": dead}, {"addresses": ["10.244.1.6"]}]));
+        assert!(any_gone(&more, &store.snapshot()));
+        store.delete_service("d", "web");
+        store.publish();
+        assert!(any_gone(&more, &store.snapshot()));
+    }
+}

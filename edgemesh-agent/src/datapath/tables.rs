@@ -1,0 +1,263 @@
+//! The frontends and backends of one address family in the kernel's maps.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    net::{SocketAddr, SocketAddrV4, SocketAddrV6},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap as BpfHashMap, MapData},
+};
+use edgemesh_ebpf_abi as abi;
+use edgemesh_mesh::model::Protocol;
+
+use super::{
+    ebpf::{EbpfDatapathError, map_error, take_map},
+    plan::{Frontend, Plan, Target},
+    slots::{Run, Slots},
+};
+
+/// An address family's maps and the form of what is in them.
+pub(super) trait Family {
+    /// Key of a frontend.
+    type Key: Pod + Eq + Hash;
+    /// A backend's slot.
+    type Slot: Pod;
+    /// Address and port.
+    type Address: Copy;
+    /// Name of the frontends' map.
+    const FRONTENDS: &'static str;
+    /// Name of the backends' map.
+    const BACKENDS: &'static str;
+
+    /// The key of a frontend.
+    fn key(address: Self::Address, protocol: Protocol) -> Self::Key;
+    /// A backend in a slot; nothing for one of the other family.
+    fn slot(backend: SocketAddr, generation: u16) -> Option<Self::Slot>;
+    /// The slot behind the backends of a frontend with affinity.
+    fn timeout(seconds: u32, generation: u16) -> Self::Slot;
+    /// The frontend of a key; nothing if it has a protocol that we never write.
+    fn frontend(key: Self::Key) -> Option<Frontend>;
+    /// The backend in a slot of the generation.
+    fn backend(slot: Self::Slot, generation: u16) -> Option<SocketAddr>;
+    /// The timeout in the slot behind the backends.
+    fn seconds(slot: Self::Slot, generation: u16) -> Option<u32>;
+}
+
+/// IPv4.
+#[derive(Debug)]
+pub(super) struct V4;
+
+/// IPv6.
+#[derive(Debug)]
+pub(super) struct V6;
+
+impl Family for V4 {
+    type Key = u64;
+    type Slot = u64;
+    type Address = SocketAddrV4;
+    const FRONTENDS: &'static str = abi::FRONTENDS;
+    const BACKENDS: &'static str = abi::BACKENDS;
+
+    fn key(address: SocketAddrV4, protocol: Protocol) -> u64 {
+        let address = abi::SocketAddress::new(address.ip().octets(), address.port());
+        abi::FrontendKey::new(address, protocol_number(protocol)).to_bits()
+    }
+
+    fn slot(backend: SocketAddr, generation: u16) -> Option<u64> {
+        let SocketAddr::V4(backend) = backend else { return None };
+        let address = abi::SocketAddress::new(backend.ip().octets(), backend.port());
+        Some(abi::Backend::new(address, generation).to_bits())
+    }
+
+    fn timeout(seconds: u32, generation: u16) -> u64 {
+        abi::Backend::timeout(seconds, generation).to_bits()
+    }
+
+    fn frontend(key: u64) -> Option<Frontend> {
+        let key = abi::FrontendKey::from_bits(key);
+        let address = SocketAddr::from((key.address().octets(), key.address().port()));
+        Some(Frontend { address, protocol: protocol(key.protocol())? })
+    }
+
+    fn backend(slot: u64, generation: u16) -> Option<SocketAddr> {
+        let backend = abi::Backend::from_bits(slot);
+        let address = SocketAddr::from((backend.address().octets(), backend.address().port()));
+        (backend.generation() == generation).then_some(address)
+    }
+
+    fn seconds(slot: u64, generation: u16) -> Option<u32> {
+        let slot = abi::Backend::from_bits(slot);
+        (slot.generation() == generation).then(|| slot.seconds())
+    }
+}
+
+impl Family for V6 {
+    type Key = [u64; 3];
+    type Slot = [u64; 3];
+    type Address = SocketAddrV6;
+    const FRONTENDS: &'static str = abi::FRONTENDS6;
+    const BACKENDS: &'static str = abi::BACKENDS6;
+
+    fn key(address: SocketAddrV6, protocol: Protocol) -> [u64; 3] {
+        let address = abi::SocketAddress6::new(address.ip().octets(), address.port());
+        abi::FrontendKey6::new(address, protocol_number(protocol)).to_words()
+    }
+
+    fn slot(backend: SocketAddr, generation: u16) -> Option<[u64; 3]> {
+        let SocketAddr::V6(backend) = backend else { return None };
+        let address = abi::SocketAddress6::new(backend.ip().octets(), backend.port());
+        Some(abi::Backend6::new(address, generation).to_words())
+    }
+
+    fn timeout(seconds: u32, generation: u16) -> [u64; 3] {
+        abi::Backend6::timeout(seconds, generation).to_words()
+    }
+
+    fn frontend(key: [u64; 3]) -> Option<Frontend> {
+        let key = abi::FrontendKey6::from_words(key);
+        let address = SocketAddr::from((key.address().octets(), key.address().port()));
+        Some(Frontend { address, protocol: protocol(key.protocol())? })
+    }
+
+    fn backend(slot: [u64; 3], generation: u16) -> Option<SocketAddr> {
+        let address = abi::Backend6::from_words(slot).address(generation)?;
+        Some(SocketAddr::from((address.octets(), address.port())))
+    }
+
+    fn seconds(slot: [u64; 3], generation: u16) -> Option<u32> {
+        abi::Backend6::from_words(slot).seconds(generation)
+    }
+}
+
+fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => abi::TCP,
+        Protocol::Udp => abi::UDP,
+    }
+}
+
+fn protocol(number: u8) -> Option<Protocol> {
+    match number {
+        abi::TCP => Some(Protocol::Tcp),
+        abi::UDP => Some(Protocol::Udp),
+        _ => None,
+    }
+}
+
+/// What is in the maps of one family.
+pub(super) struct Table<F: Family> {
+    frontends: BpfHashMap<MapData, F::Key, u64>,
+    backends: Array<MapData, F::Slot>,
+    slots: Slots,
+    generation: u16,
+    programmed: HashMap<F::Key, Option<Run>>,
+}
+
+impl<F: Family> Table<F> {
+    /// The maps of an object that was just loaded.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, EbpfDatapathError> {
+        let backends = Array::try_from(take_map(ebpf, F::BACKENDS)?).map_err(map_error(F::BACKENDS))?;
+        Ok(Self {
+            frontends: BpfHashMap::try_from(take_map(ebpf, F::FRONTENDS)?).map_err(map_error(F::FRONTENDS))?,
+            slots: Slots::new(backends.len()),
+            backends,
+            generation: 0,
+            programmed: HashMap::new(),
+        })
+    }
+
+    /// Takes over what an earlier agent left in the maps, and adds it to `plan`. What can't be read is there as refused, so
+    /// that it is written anew or removed.
+    pub(super) fn adopt(&mut self, plan: &mut Plan) {
+        for (key, word) in self.frontends.iter().take(abi::MAX_FRONTENDS as usize).flatten() {
+            let frontend = abi::Frontend::from_bits(word);
+            // Newer ones than any that is there: no slot is taken for another one's.
+            self.generation = self.generation.max(frontend.generation());
+            let slots = frontend.count().saturating_add(u16::from(frontend.has_affinity()));
+            let run = if slots > 0 { self.slots.take_at(frontend.first(), slots) } else { None };
+            self.programmed.insert(key, run);
+            if let Some(adopted) = F::frontend(key) {
+                let target = run.and_then(|_| self.read(frontend)).unwrap_or(Target::Refuse);
+                plan.insert(adopted, target);
+            }
+        }
+    }
+
+    fn read(&self, frontend: abi::Frontend) -> Option<Target> {
+        let slot = |offset: u16| self.backends.get(&(frontend.first() + u32::from(offset)), 0).ok();
+        let backend = |offset| F::backend(slot(offset)?, frontend.generation());
+        let backends = (0..frontend.count()).map(backend).collect::<Option<Vec<_>>>()?;
+        if !frontend.has_affinity() {
+            return Some(Target::Direct(backends));
+        }
+        let seconds = F::seconds(slot(frontend.count())?, frontend.generation())?;
+        Some(Target::Sticky(backends, Duration::from_secs(u64::from(seconds))))
+    }
+
+    /// How many frontends there are.
+    pub(super) fn len(&self) -> usize {
+        self.programmed.len()
+    }
+
+    /// Takes a frontend out.
+    pub(super) fn remove(&mut self, key: F::Key) -> Result<(), EbpfDatapathError> {
+        if self.programmed.contains_key(&key) {
+            self.frontends.remove(&key).map_err(map_error(F::FRONTENDS))?;
+            self.release(key);
+        }
+        Ok(())
+    }
+
+    /// Writes one frontend. The backends go to slots of their own, then the frontend leads there, then the old slots are
+    /// free. Backends of the other family are left out.
+    pub(super) fn set(&mut self, key: F::Key, target: &Target) -> Result<(), EbpfDatapathError> {
+        self.generation = self.generation.wrapping_add(1);
+        let generation = self.generation;
+        let affinity = target.affinity().filter(|timeout| !timeout.is_zero());
+        // A Service port with more endpoints than fit in the count uses the first ones: still far more than it needs.
+        let most = if affinity.is_some() { abi::MAX_AFFINITY_BACKENDS } else { u16::MAX - 1 };
+        let backends = target.backends().iter().filter_map(|&backend| F::slot(backend, generation));
+        let mut slots: Vec<F::Slot> = backends.take(usize::from(most)).collect();
+        let count = u16::try_from(slots.len()).unwrap_or(u16::MAX);
+        let mut run = None;
+        let mut frontend = abi::Frontend::new(0, 0, generation);
+        if count > 0 {
+            if let Some(timeout) = affinity {
+                slots.push(F::timeout(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX), generation));
+            }
+            let full = || EbpfDatapathError::Full { backends: slots.len(), slots: self.backends.len() };
+            let taken = self.slots.take(u16::try_from(slots.len()).unwrap_or(u16::MAX)).ok_or_else(full)?;
+            frontend = abi::Frontend::new(taken.first, count, generation);
+            if affinity.is_some() {
+                frontend = frontend.with_affinity();
+            }
+            run = Some(taken);
+        }
+        if let Err(error) = self.write(key, frontend, &slots) {
+            if let Some(run) = run {
+                self.slots.release(run);
+            }
+            return Err(error);
+        }
+        self.release(key);
+        self.programmed.insert(key, run);
+        Ok(())
+    }
+
+    fn write(&mut self, key: F::Key, frontend: abi::Frontend, slots: &[F::Slot]) -> Result<(), EbpfDatapathError> {
+        for (at, slot) in (frontend.first()..).zip(slots) {
+            self.backends.set(at, slot, 0).map_err(map_error(F::BACKENDS))?;
+        }
+        self.frontends.insert(key, frontend.to_bits(), 0).map_err(map_error(F::FRONTENDS))
+    }
+
+    fn release(&mut self, key: F::Key) {
+        if let Some(Some(run)) = self.programmed.remove(&key) {
+            self.slots.release(run);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What many Services cost: all of them at once, and one change among them.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use edgemesh_agent::{
+    datapath::{
+        plan::{Change, Surroundings},
+        planner::{Planner, Wanted},
+    },
+    node_local::{Allocator, Ipv4Range},
+};
+use edgemesh_mesh::{CatalogStore, Viewpoint};
+use serde_json::{Value, json};
+
+use crate::sandbox::{Sandbox, tcp_server};
+
+const SERVICES: usize = 10_000;
+const ENDPOINTS: usize = 10;
+
+fn address(service: usize) -> String {
+    format!("10.96.{}.{}", service / 250, service % 250 + 1)
+}
+
+/// A Service's slice: endpoints on this node, of which the first may be gone. Those of the first Service are real.
+fn slice(service: usize, from: usize) -> Value {
+    let endpoint = |i: usize| match service {
+        0 => json!({"addresses": [format!("10.244.1.{}", i + 1)], "nodeName": "here"}),
+        _ => {
+            let address = format!("10.{}.{}.{}", 100 + i, service / 250, service % 250);
+            json!({"addresses": [address], "nodeName": "here", "zone": "z1"})
+        }
+    };
+    json!({
+        "metadata": {"name": format!("s{service}"), "namespace": "default",
+                     "labels": {"kubernetes.io/service-name": format!("s{service}")}},
+        "addressType": "IPv4", "ports": [{"name": "http", "port": 8080}],
+        "endpoints": (from..ENDPOINTS).map(endpoint).collect::<Vec<_>>(),
+    })
+}
+
+fn cluster() -> Arc<CatalogStore> {
+    let store = CatalogStore::new();
+    store.apply_node(&serde_json::from_value(json!({"metadata": {"name": "here"}})).unwrap());
+    for service in 0..SERVICES {
+        let object = json!({
+            "metadata": {"name": format!("s{service}"), "namespace": "default"},
+            "spec": {"clusterIP": address(service), "ports": [{"name": "http", "port": 80}]},
+        });
+        store.apply_service(&serde_json::from_value(object).unwrap());
+        store.apply_endpoint_slice(&serde_json::from_value(slice(service, 0)).unwrap());
+    }
+    store.mark_synced();
+    store.publish();
+    store
+}
+
+#[test]
+fn ten_thousand_services_with_ten_endpoints_are_programmed_within_two_seconds_and_a_change_within_ten_milliseconds() {
+    let sandbox = Sandbox::new(&["10.244.1.1", "10.244.1.10"]);
+    let (mut programs, _) = sandbox.programs();
+    tcp_server("10.244.1.10:8080");
+    let store = cluster();
+    let allocator = Allocator::in_memory(Ipv4Range::default());
+    let host_addresses = Default::default();
+    let mut planner = Planner::default();
+    let mut round = || {
+        let catalog = store.snapshot();
+        let viewpoint = Viewpoint::of(&catalog, "here");
+        let surroundings =
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: None };
+        let started = Instant::now();
+        let changes = match planner.plan(&catalog, surroundings) {
+            Wanted::All(all) => all.into_iter().map(|(frontend, target)| (frontend, Some(target))).collect(),
+            Wanted::Some(some) => some,
+        };
+        let planned = started.elapsed();
+        for (frontend, target) in &changes {
+            programs.apply(&Change { frontend: *frontend, target: target.as_ref() }).unwrap();
+        }
+        (changes.len(), planned, started.elapsed())
+    };
+    let (changes, planned, all) = round();
+    println!("{changes} frontends: planned in {planned:?}, programmed in {all:?}");
+    assert!(all < Duration::from_secs(2), "{all:?}");
+
+    let mut times: Vec<Duration> = (0..50)
+        .map(|i| {
+            store.apply_endpoint_slice(&serde_json::from_value(slice(i * 37, 9)).unwrap());
+            store.publish();
+            let (changes, _, took) = round();
+            assert_eq!(changes, 3, "its port, and what closes the others");
+            took
+        })
+        .collect();
+    times.sort();
+    println!("one change: median {:?}, worst {:?}", times[25], times[49]);
+    assert!(times[25] < Duration::from_millis(10), "{times:?}");
+    let answer = std::io::read_to_string(std::net::TcpStream::connect((address(0).as_str(), 80)).unwrap()).unwrap();
+    assert_eq!(answer, "10.244.1.10:8080", "the first change took the other endpoints of the first Service away");
+}
