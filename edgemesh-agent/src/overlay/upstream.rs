@@ -8,7 +8,7 @@ use std::{
 };
 
 use edgemesh_mesh::{
-    Candidates, CatalogStore, Reach,
+    Call, Candidates, CatalogStore, IpFamily, Reach,
     health::{EndpointKey, Health, Sorted},
     l4::{
         proxy_protocol,
@@ -304,7 +304,10 @@ impl Dialer {
             .find(|port| port.name == name.port && port.protocol == name.protocol)
             .ok_or(UpstreamError::NoService)?;
         let viewpoint = self.standpoint.viewpoint(&catalog);
-        let candidates = viewpoint.candidates(&catalog, port);
+        // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. Node-local
+        // addresses stand for Service addresses of IPv4.
+        let call = Call { family: Some(IpFamily::V4), external: true };
+        let candidates = viewpoint.candidates_for(&catalog, port, call);
         let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
         let candidates = Candidates { endpoints: usable, ..candidates };
         let first = match service.client_ip_affinity {

@@ -88,6 +88,21 @@ async fn the_port_is_closed_outside_of_the_node_local_range() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_the_datapath_let_through_may_use_far_endpoints_of_a_local_service() {
+    let (a, b) = two_sites().await;
+    service(&[&a, &b], "web", "TCP", &[(server("b").await, "b")]);
+    // Only calls to its node port come here: the datapath refuses those to its cluster address.
+    let local = serde_json::json!({
+        "metadata": {"namespace": "default", "name": "web"},
+        "spec": {"clusterIP": "10.96.0.9", "type": "NodePort", "internalTrafficPolicy": "Local",
+            "ports": [{"name": "main", "port": 80, "nodePort": 30080, "protocol": "TCP"}]},
+    });
+    a.catalog.apply_service(&serde_json::from_value(local).unwrap());
+    a.catalog.publish();
+    assert_eq!(call(&a, "web", b"x").await.unwrap(), "b 1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_wants_it_is_told_whose_connection_it_gets() {
     let (a, b) = two_sites().await;
     for (name, node) in [("far", "b"), ("near", "a")] {
