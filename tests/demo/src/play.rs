@@ -6,8 +6,9 @@ use anyhow::Result;
 
 use crate::{Stage, scenes::Scene};
 
-/// Lines of each daemon's log that are shown after a failure.
-const LOG_LINES: usize = 8;
+/// Lines of each daemon's log that are shown after a failure. The runtime says much, and little of it matters.
+const LOG_LINES: usize = 40;
+const RUNTIME_LOG_LINES: usize = 4;
 
 /// What came of the scenes.
 #[derive(Debug, Default)]
@@ -50,7 +51,8 @@ fn show_logs(stage: &Stage) -> Result<()> {
         for daemon in host["daemons"].as_object().into_iter().flat_map(|daemons| daemons.keys()) {
             let log = unseen.lab(&["logs", name, daemon])?.text;
             let lines: Vec<_> = log.lines().collect();
-            for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+            let shown = if daemon == "containerd" { RUNTIME_LOG_LINES } else { LOG_LINES };
+            for line in &lines[lines.len().saturating_sub(shown)..] {
                 stage.say(&format!("     {name} {daemon}: {line}"));
             }
         }

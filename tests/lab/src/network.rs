@@ -56,7 +56,7 @@ pub fn connect(
     ip(&format!("-n {netns} link set lo up"))?;
     match host.role {
         Role::Internet => {
-            ip(&format!("-n {netns} link add {INTERNET_BRIDGE} type bridge"))?;
+            add_bridge(netns, INTERNET_BRIDGE, INTERNET_GATEWAY)?;
             ip(&format!("-n {netns} addr add {INTERNET_GATEWAY}/24 dev {INTERNET_BRIDGE}"))?;
             ip(&format!("-n {netns} addr add {INTERNET_DNS}/24 dev {INTERNET_BRIDGE}"))?;
             ip(&format!("-n {netns} link set {INTERNET_BRIDGE} up"))?;
@@ -66,7 +66,7 @@ pub fn connect(
             attach(host, netns, WAN, &netns_of("internet"), INTERNET_BRIDGE, INTERNET_GATEWAY)?;
             let site =
                 topology.sites().into_iter().find(|site| site.router == host.name).context("router of no site")?;
-            ip(&format!("-n {netns} link add {LAN_BRIDGE} type bridge"))?;
+            add_bridge(netns, LAN_BRIDGE, site.gateway())?;
             ip(&format!("-n {netns} addr add {}/24 dev {LAN_BRIDGE}", site.gateway()))?;
             ip(&format!("-n {netns} link set {LAN_BRIDGE} up"))?;
             sysctl(netns, "net/ipv4/ip_forward", "1")?;
@@ -81,6 +81,12 @@ pub fn connect(
         }
     }
     Ok(())
+}
+
+/// A bridge with a hardware address of its own. Without one it takes the lowest of its ports': it changed when a host was
+/// rebooted, and the others sent to the old one until their neighbour entries were given up, half a minute later.
+fn add_bridge(netns: &str, bridge: &str, address: Ipv4Addr) -> Result<()> {
+    ip(&format!("-n {netns} link add {bridge} address {} type bridge", hardware_address(address)))
 }
 
 /// A cable from `interface` of the host to a port of the switch's bridge.

@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::applications::{self, PROPAGATION_DEADLINE};
+use super::applications::{self, PROPAGATION_DEADLINE, RUNNING_DEADLINE};
 use crate::Stage;
 
-const LINK_BACK_DEADLINE: Duration = Duration::from_secs(45);
 const EXTRA: &str = r#"
 apiVersion: v1
 kind: Service
@@ -28,8 +27,7 @@ spec:
 pub(super) fn run(stage: &Stage) -> Result<()> {
     applications::ensure_all(stage)?;
     stage.kubectl_with("apply -f -", DOOMED)?.ok()?;
-    // The scene before cut this site off: its link may still have to notice that it is back.
-    stage.until("pod doomed runs at edge-a1", LINK_BACK_DEADLINE, |stage| {
+    stage.until("pod doomed runs at edge-a1", RUNNING_DEADLINE, |stage| {
         let pod = stage.json("pod doomed")?;
         ensure!(pod["status"]["phase"] == "Running", "{}", pod["status"]);
         Ok(())
@@ -81,7 +79,7 @@ fn converged(stage: &Stage) -> Result<()> {
         ensure!(colour.trim() == "green", "{colour}");
         Ok(())
     })?;
-    stage.until("the deleted pod is gone everywhere", applications::RUNNING_DEADLINE, |stage| {
+    stage.until("the deleted pod is gone everywhere", RUNNING_DEADLINE, |stage| {
         ensure!(stage.kubectl("get pod doomed")?.code != 0, "the API still has it");
         ensure!(stage.in_pod("doomed", "true")?.code != 0, "its container still runs");
         Ok(())
