@@ -130,8 +130,9 @@ impl Lab {
         command
     }
 
-    /// A command inside the first running container of a pod (`NAMESPACE/NAME`, or `NAME` in `default`). It asks the nodes' runtimes,
-    /// so it works with no hub.
+    /// A command inside the first running container of a pod (`NAMESPACE/NAME`, or `NAME` in `default`), as root and with the
+    /// container's environment. It asks the nodes' runtimes, so it works with no hub. The command is not the runtime's own: `ctr
+    /// tasks exec` now and then ends before it has passed on what a short command said.
     ///
     /// # Errors
     /// When no node runs that pod.
@@ -158,12 +159,31 @@ impl Lab {
                 continue;
             }
             let tasks = command::finish(&mut host.command("shell", &ctr(&["tasks", "list"]))?)?;
-            let running = |id: &&str| tasks.lines().any(|line| line.starts_with(id) && line.contains("RUNNING"));
-            if let Some(container) = found.split_whitespace().find(running) {
-                let session = format!("lab-{}-{:?}", std::process::id(), std::time::Instant::now());
-                let session: String =
-                    session.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(60).collect();
-                let mut words = ctr(&["tasks", "exec", "--exec-id", &session, container]);
+            // A line is: container, process, state.
+            let process_of = |id: &str| {
+                let fields = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+                let running = fields.into_iter().find(|f| f.first() == Some(&id) && f.get(2) == Some(&"RUNNING"));
+                running.map(|fields| fields[1].to_owned())
+            };
+            if let Some(process) = found.split_whitespace().find_map(process_of) {
+                let variables = ["cat".to_owned(), format!("/proc/{process}/environ")];
+                let variables = command::finish(&mut host.command("shell", &variables)?)?;
+                let mut words = vec!["env".to_owned(), "-i".to_owned()];
+                words.extend(variables.split_terminator('\0').map(str::to_owned));
+                let enter = [
+                    "/usr/bin/nsenter",
+                    "--target",
+                    &process,
+                    "--mount",
+                    "--uts",
+                    "--ipc",
+                    "--net",
+                    "--pid",
+                    "--root",
+                    "--wd",
+                    "--",
+                ];
+                words.extend(enter.map(str::to_owned));
                 words.extend(program.iter().cloned());
                 return host.command("shell", &words);
             }
