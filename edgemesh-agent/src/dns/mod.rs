@@ -3,6 +3,7 @@
 mod address;
 mod cache;
 mod completion;
+mod datagrams;
 mod dot;
 mod forward;
 mod limits;

@@ -13,7 +13,7 @@ use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{Semaphore, mpsc},
     time::timeout,
@@ -23,6 +23,7 @@ use super::{
     address::{NoUpstream, UpstreamAddress},
     cache::Lifetimes,
     completion::Completion,
+    datagrams::{Answers, BATCH, Received},
     dot,
     forward::{self, Forwarder},
     limits::Limits,
@@ -37,8 +38,6 @@ use crate::config::DnsConfig;
 
 /// Queries are short; a longer datagram isn't one.
 const MAX_QUERY: usize = 4096;
-/// Datagrams that one socket takes before others get their turn.
-const BATCH: usize = 64;
 /// TCP connections at one time, and of one client.
 const MAX_CONNECTIONS: usize = 256;
 const MAX_CONNECTIONS_EACH: usize = 64;
@@ -208,8 +207,8 @@ fn tcp_socket(address: SocketAddr) -> io::Result<StdTcpListener> {
 }
 
 async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc<Limits>, shutdown: Shutdown) {
-    let mut buffer = vec![0; MAX_QUERY + 1];
-    let mut out = Vec::with_capacity(2048);
+    let mut received = Received::new(MAX_QUERY + 1);
+    let mut answers = Answers::default();
     loop {
         let readable = shutdown.stopping().run_until_cancelled(socket.readable()).await;
         match readable {
@@ -221,19 +220,19 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
                 continue;
             }
         }
-        for _ in 0..BATCH {
-            // Errors here belong to single datagrams: sockets that aren't connected get no others.
-            let Ok((length, client)) = socket.try_recv_from(&mut buffer) else { break };
-            if length > MAX_QUERY {
-                continue;
-            }
-            let message = &buffer[..length];
+        // When the queue was emptied, the socket counts as not readable from before that, and what comes now wakes this task: asking
+        // the kernel again would cost more, most times for nothing. Errors belong to single datagrams.
+        let filled = socket.try_io(Interest::READABLE, || match received.receive(&*socket)? {
+            BATCH => Ok(()),
+            _ => Err(io::ErrorKind::WouldBlock.into()),
+        });
+        for (message, client) in received.datagrams().filter(|(message, _)| message.len() <= MAX_QUERY) {
             let asking = Client { address: client.ip(), transport: Transport::Udp };
-            let answered = match resolver.at_once(message, asking, &mut out) {
+            answers.add(client, |out| match resolver.at_once(message, asking, out) {
                 Step::Done => true,
                 Step::Ignore => false,
                 Step::Later => match queries.enter(asking.address) {
-                    Err(limit) => resolver.overloaded(message, Transport::Udp, limit, &mut out),
+                    Err(limit) => resolver.overloaded(message, Transport::Udp, limit, out),
                     Ok(place) => {
                         let (socket, resolver, message) =
                             (Arc::clone(&socket), Arc::clone(&resolver), message.to_vec());
@@ -248,15 +247,18 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
                         false
                     }
                 },
-            };
-            if answered
-                && socket.try_send_to(&out, client).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
-            {
-                drop(socket.send_to(&out, client).await);
+            });
+        }
+        while !answers.is_empty() {
+            let sent = socket.try_io(Interest::WRITABLE, || answers.send(&*socket));
+            if sent.is_err() && socket.writable().await.is_err() {
+                break;
             }
         }
-        // A flood on this socket must not starve the runtime's other tasks.
-        tokio::task::yield_now().await;
+        if filled.is_ok() {
+            // A flood on this socket must not starve the runtime's other tasks.
+            tokio::task::yield_now().await;
+        }
     }
 }
 

@@ -191,3 +191,26 @@ async fn a_client_with_too_many_connections_is_turned_away_and_others_are_not() 
     write_framed(&mut other, &question(VERSION, RecordType::TXT)).await;
     assert_eq!(read_framed(&mut other).await.answers.len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_query_is_forgotten_when_clients_ask_one_thing_after_the_other() {
+    let dns = Dns::start(&[], &[]);
+    let (server, query) = (dns.address, question(VERSION, RecordType::TXT).to_vec().unwrap());
+    // Threads of their own, so that the server's are idle again and again between two queries.
+    let clients: Vec<_> = (0..3)
+        .map(|_| {
+            let query = query.clone();
+            std::thread::spawn(move || {
+                let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+                socket.connect(server).unwrap();
+                socket.set_read_timeout(Some(DEADLINE)).unwrap();
+                for number in 0..20_000 {
+                    socket.send(&query).unwrap();
+                    let answered = socket.recv(&mut [0; 512]);
+                    assert!(answered.is_ok(), "query {number}: {answered:?}");
+                }
+            })
+        })
+        .collect();
+    tokio::task::spawn_blocking(|| clients.into_iter().for_each(|client| client.join().unwrap())).await.unwrap();
+}
