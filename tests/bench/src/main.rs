@@ -1,7 +1,10 @@
 //! `make bench`: measures the mesh against direct paths and against peers, in a lab of its own.
 
 mod cluster;
+mod fill;
+mod latency;
 mod load;
+mod nftables;
 mod process;
 mod row;
 mod rows;
@@ -9,6 +12,7 @@ mod serve;
 mod workloads;
 
 use std::{
+    cell::OnceCell,
     net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
@@ -63,6 +67,8 @@ enum Part {
         connect: Option<u16>,
         #[arg(long)]
         http: Option<u16>,
+        #[arg(long)]
+        datagrams: Option<u16>,
     },
     #[command(hide = true)]
     Forward {
@@ -79,6 +85,45 @@ enum Part {
         baseline: SocketAddr,
         #[arg(long)]
         rounds: u32,
+        #[arg(long)]
+        milliseconds: u64,
+    },
+    #[command(hide = true)]
+    Load {
+        kind: Kind,
+        address: SocketAddr,
+        #[arg(long)]
+        milliseconds: u64,
+    },
+    #[command(hide = true)]
+    Latency {
+        server: SocketAddr,
+        #[arg(long)]
+        names: PathBuf,
+        #[arg(long)]
+        per_second: u32,
+        #[arg(long)]
+        milliseconds: u64,
+    },
+    #[command(hide = true)]
+    Fill {
+        #[arg(long)]
+        kubeconfig: PathBuf,
+        #[arg(long)]
+        from: u32,
+        #[arg(long)]
+        to: u32,
+        #[arg(long)]
+        endpoints: u32,
+    },
+    #[command(hide = true)]
+    Change {
+        #[arg(long)]
+        kubeconfig: PathBuf,
+        #[arg(long)]
+        endpoints: u32,
+        #[arg(long)]
+        times: u32,
         #[arg(long)]
         milliseconds: u64,
     },
@@ -105,11 +150,22 @@ fn act() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     match arguments.part {
         None => return run(&arguments),
-        Some(Part::Serve { stream, connect, http }) => serve::run(stream, connect, http)?,
+        Some(Part::Serve { stream, connect, http, datagrams }) => serve::run(stream, connect, http, datagrams)?,
         Some(Part::Forward { port, target }) => serve::forward(port, target)?,
         Some(Part::Measure { kind, subject, baseline, rounds, milliseconds }) => {
             let pairs = load::measure(kind, subject, baseline, rounds, Duration::from_millis(milliseconds))?;
             say(&serde_json::to_string(&pairs)?);
+        }
+        Some(Part::Load { kind, address, milliseconds }) => {
+            say(&load::apply(kind, address, Duration::from_millis(milliseconds))?.to_string());
+        }
+        Some(Part::Latency { server, names, per_second, milliseconds }) => {
+            say(&latency::p99_microseconds(server, &names, per_second, Duration::from_millis(milliseconds))?
+                .to_string());
+        }
+        Some(Part::Fill { kubeconfig, from, to, endpoints }) => fill::create(&kubeconfig, from, to, endpoints)?,
+        Some(Part::Change { kubeconfig, endpoints, times, milliseconds }) => {
+            fill::change(&kubeconfig, endpoints, times, milliseconds)?;
         }
         Some(Part::Ask { server }) => load::ask(server)?,
         Some(Part::Await { target }) => {
@@ -124,7 +180,7 @@ fn act() -> Result<ExitCode> {
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let chosen =
         |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|part| name.contains(part.as_str()));
-    let rows: Vec<_> = rows::ALL.iter().filter(|(name, _)| chosen(name)).collect();
+    let rows: Vec<_> = rows::ALL.iter().filter(|(name, _)| chosen(name) && rows::can_be_measured(name)).collect();
     let names: Vec<_> = rows::ALL.iter().map(|(name, _)| *name).collect();
     ensure!(!rows.is_empty(), "no such row; there are: {}", names.join(", "));
     for (name, _) in &rows {
@@ -139,7 +195,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
     }
     cluster.apply(&workloads::servers(cluster.programs()))?;
-    let bench = Bench { cluster, short: arguments.short };
+    let bench = Bench { cluster, short: arguments.short, root: arguments.root.clone(), many: OnceCell::new() };
     // All of them, whatever is chosen: rows are measured beside the same idle pods.
     for pod in workloads::pod_names() {
         bench.cluster.pod(&pod, workloads::STREAM_PORT)?;
@@ -159,6 +215,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 failed.push((name, error));
             }
         }
+    }
+    if !arguments.keep
+        && let Some(many) = bench.many.get()
+    {
+        many.cluster.run(&["down"])?;
     }
     if !arguments.here && !arguments.keep {
         bench.cluster.run(&["down"])?;

@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
-    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
 };
 
@@ -26,8 +26,12 @@ const HTTP_ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nCont
 ///
 /// # Errors
 /// When a port is taken, or none is given.
-pub(crate) fn run(stream: Option<u16>, connect: Option<u16>, http: Option<u16>) -> Result<()> {
+pub(crate) fn run(stream: Option<u16>, connect: Option<u16>, http: Option<u16>, datagrams: Option<u16>) -> Result<()> {
     let mut servers = Vec::new();
+    if let Some(port) = datagrams {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).with_context(|| format!("UDP port {port}"))?;
+        servers.push(thread::spawn(move || echo(&socket)));
+    }
     for (port, serve) in [(stream, streams as fn(&TcpListener)), (connect, connections), (http, web)] {
         if let Some(port) = port {
             let listener = listen(port)?;
@@ -41,8 +45,22 @@ pub(crate) fn run(stream: Option<u16>, connect: Option<u16>, http: Option<u16>) 
     Ok(())
 }
 
+/// On all addresses of both families, where there are two.
 fn listen(port: u16) -> Result<TcpListener> {
-    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).with_context(|| format!("port {port}"))
+    let both = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
+    both.or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).with_context(|| format!("port {port}"))
+}
+
+/// Sends every datagram back.
+fn echo(socket: &UdpSocket) {
+    if stay_on_first_cpu().is_err() {
+        return;
+    }
+    let mut message = [0; 2048];
+    while let Ok((length, from)) = socket.recv_from(&mut message) {
+        // A client that is gone needs no answer.
+        drop(socket.send_to(&message[..length], from));
+    }
 }
 
 /// Runs `answer` on a thread for each connection. A connection that breaks is the client's to report.

@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 pub(crate) const STREAM_PORT: u16 = 7000;
 /// Port of the server of short connections.
 pub(crate) const CONNECT_PORT: u16 = 7001;
+/// Port of the server that sends datagrams back.
+pub(crate) const DATAGRAM_PORT: u16 = 7002;
 /// Port of the HTTP server.
 pub(crate) const HTTP_PORT: u16 = 8080;
 /// Port of the stream server at site b. The site's router forwards it, so the same server is reached without the mesh.
@@ -17,6 +19,9 @@ pub(crate) const GATEWAY_PORT: u16 = 8088;
 /// Pods on edge-a1, of which two are the near server and the probe.
 pub(crate) const PODS_ON_A1: usize = 10;
 
+/// The servers of a pod with a network of its own.
+const PLAIN: [(&str, u16); 3] =
+    [("--stream", STREAM_PORT), ("--connect", CONNECT_PORT), ("--datagrams", DATAGRAM_PORT)];
 const IMAGE: &str = "edgemesh.dev/demo:1";
 
 /// A pod that runs the bench's own server: the machine's libraries are mounted, since the image has none.
@@ -43,7 +48,9 @@ fn server(name: &str, node: &str, bench: &Path, arguments: &[String], host_netwo
 }
 
 fn service(name: &str, ports: &[u16]) -> Value {
-    let ports: Vec<_> = ports.iter().map(|port| json!({"name": format!("p{port}"), "port": port})).collect();
+    let protocol = |port: u16| if port == DATAGRAM_PORT { "UDP" } else { "TCP" };
+    let port = |port: &u16| json!({"name": format!("p{port}"), "port": port, "protocol": protocol(*port)});
+    let ports: Vec<_> = ports.iter().map(port).collect();
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": {"selector": {"app": name}, "ports": ports}})
 }
 
@@ -60,12 +67,19 @@ pub(crate) fn pod_names() -> Vec<String> {
     ["probe", "near", "lan", "far", "web"].map(str::to_owned).into_iter().chain(idle_names()).collect()
 }
 
+fn flags(words: &[(&str, u16)]) -> Vec<String> {
+    words.iter().flat_map(|(flag, port)| [(*flag).to_owned(), port.to_string()]).collect()
+}
+
+/// The client and the server of the lab with many Services.
+pub(crate) fn pair_on(node: &str, programs: &Path) -> Value {
+    let server = |name: &str| server(name, node, programs, &flags(&PLAIN), false);
+    list(vec![server("probe"), server("near"), service("near", &[STREAM_PORT, CONNECT_PORT])])
+}
+
 /// The servers of all rows, and the pods beside them that make ten on edge-a1.
 pub(crate) fn servers(programs: &Path) -> Value {
-    let flags = |words: &[(&str, u16)]| -> Vec<String> {
-        words.iter().flat_map(|(flag, port)| [(*flag).to_owned(), port.to_string()]).collect()
-    };
-    let plain = flags(&[("--stream", STREAM_PORT), ("--connect", CONNECT_PORT)]);
+    let plain = flags(&PLAIN);
     let mut items = vec![
         server("probe", "edge-a1", programs, &plain, false),
         server("near", "edge-a1", programs, &plain, false),
@@ -73,7 +87,7 @@ pub(crate) fn servers(programs: &Path) -> Value {
         server("far", "edge-b1", programs, &flags(&[("--stream", FORWARDED_PORT)]), true),
         server("web", "edge-b1", programs, &flags(&[("--http", HTTP_PORT)]), false),
         service("near", &[STREAM_PORT, CONNECT_PORT]),
-        service("lan", &[STREAM_PORT, CONNECT_PORT]),
+        service("lan", &[STREAM_PORT, CONNECT_PORT, DATAGRAM_PORT]),
         service("far", &[FORWARDED_PORT]),
         service("web", &[HTTP_PORT]),
     ];
