@@ -67,6 +67,8 @@ pub enum DatapathMode {
     Auto,
     /// eBPF programs at the cgroup.
     Ebpf,
+    /// Rules of nftables.
+    Nftables,
 }
 
 /// Cluster DNS.
