@@ -1,6 +1,7 @@
 //! The per-node daemon: the catalog, DNS, socket load balancing in eBPF, and the way through the tunnel.
 
 pub mod app;
+pub mod capture;
 pub mod config;
 pub mod datapath;
 pub mod dns;

@@ -133,6 +133,26 @@ impl Collector for ProgramMetrics {
     }
 }
 
+/// The capture of calls of pods of other networks.
+#[derive(Debug, Clone)]
+pub struct CaptureMetrics {
+    /// Pod ranges that are captured.
+    pub(crate) ranges: Gauge,
+    /// Those that should be and can't.
+    pub(crate) failed: Gauge,
+}
+
+impl CaptureMetrics {
+    /// Registers them.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self { ranges: Gauge::default(), failed: Gauge::default() };
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_capture");
+        registry.register("ranges", "Pod ranges of other networks that are captured", metrics.ranges.clone());
+        registry.register("failed", "Such ranges that are refused, by the agent or the kernel", metrics.failed.clone());
+        metrics
+    }
+}
+
 /// The host's routes.
 #[derive(Debug, Clone)]
 pub struct RouteMetrics {
