@@ -152,6 +152,9 @@ fn choose(config: &Config, sockets: Vec<PodSockets>) -> Means {
             Err(error) => tracing::warn!(%error, "calls of pods of other networks are captured by nftables"),
         }
     }
+    if let Some(switch) = tproxy::in_the_way() {
+        tracing::warn!("{switch} is 1: pods behind a bridge don't reach pods of other networks by their own addresses");
+    }
     Means::Table(sockets.iter().map(|sockets| sockets.address).collect())
 }
 

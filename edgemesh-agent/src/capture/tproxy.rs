@@ -10,6 +10,16 @@ use tokio::{io::AsyncWriteExt as _, process::Command};
 pub(super) const TABLE: &str = "edgemesh_capture";
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// Switches of br_netfilter, in each network namespace.
+const BRIDGE_CALLS: [&str; 2] =
+    ["/proc/sys/net/bridge/bridge-nf-call-iptables", "/proc/sys/net/bridge/bridge-nf-call-ip6tables"];
+
+/// The switch by which packets of a bridge's ports pass the table while they are in the bridge, if one is on: the socket that
+/// `tproxy` gives them is lost when they leave it, and they don't pass the table again.
+pub(super) fn in_the_way() -> Option<&'static str> {
+    BRIDGE_CALLS.into_iter().find(|switch| std::fs::read_to_string(switch).is_ok_and(|value| value.trim() == "1"))
+}
+
 /// Why the table can't be written.
 #[derive(Debug, thiserror::Error)]
 pub enum TproxyError {

@@ -88,7 +88,6 @@ impl Sites {
     /// Starts both agents with a catalog on their disks, and has them know each other.
     pub(crate) fn start(more: &[Value], change: impl Fn(&mut Config)) -> Self {
         let sandbox = Sandbox::new(&[]);
-        if let Ok(level) = std::env::var("DBGLOG") { edgemesh_telemetry::logging::start(&level, Default::default()); }
         drop(rustls::crypto::ring::default_provider().install_default());
         let child = sandbox.child_cgroup();
         let mut items = vec![node("a", "site-a"), node("b", "site-b")];
@@ -163,14 +162,6 @@ impl Sites {
 
 impl Drop for Sites {
     fn drop(&mut self) {
-        if thread::panicking() {
-            eprintln!("DEBUG {}", self.a.admin("/debug/capture"));
-            eprintln!("DEBUG {}", self.a.shown("route show table local"));
-            eprintln!("DEBUG {}", self.a.shown("-6 route show table local"));
-            eprintln!("DEBUG {:?}", call(&self.a.host, to(POD_B[0], 8080), 1));
-            eprintln!("DEBUG {:?}", call(&self.a.pod, to(POD_B[0], 8080), 1));
-            eprintln!("DEBUG {:?}", call(&self.b.host, to(POD_B[0], 8080), 1));
-        }
         self.a.stop();
         self.b.stop();
     }
