@@ -18,7 +18,8 @@ use crate::{
         ebpf::{EbpfDatapathError, Programs},
     },
     dns,
-    metrics::{CaptureMetrics, DatapathMetrics, ProgramMetrics, RouteMetrics},
+    island::Island,
+    metrics::{CaptureMetrics, DatapathMetrics, IslandMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
     overlay::Overlay,
     routes::{HostRoutes, enable_forwarding},
@@ -92,6 +93,8 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
     }
 
+    let metrics = IslandMetrics::new(&mut registry.write());
+    let island = Island::start(Arc::clone(&config), Arc::clone(&catalog), client.clone(), metrics, shutdown);
     let overlay = Overlay::start(&config, Arc::clone(&catalog), client, Arc::clone(&allocator), &registry, shutdown)?;
     tracing::info!(peer = %overlay.tunnel().peer_id(), proxied = %overlay.proxied_address(), "overlay started");
 
@@ -116,7 +119,8 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         .page("/debug/catalog", move || edgemesh_mesh::debug::view(&debug_catalog.snapshot()))
         .page("/debug/datapath", datapath.debug_page())
         .page("/debug/proxied", overlay.debug_page())
-        .page("/debug/capture", capture.debug_page());
+        .page("/debug/capture", capture.debug_page())
+        .page("/debug/island", island.debug_page());
     let address = admin.address();
     let admin_task = tokio::spawn(admin.serve(registry, readiness.clone(), pages, shutdown.clone()));
     Ok(Bound {

@@ -59,6 +59,8 @@ pub struct Config {
     pub tunnel: TunnelConfig,
     /// Service ports that go through the agent.
     pub proxied: ProxiedConfig,
+    /// How often endpoints of this network are looked at while the cloud is away, in seconds. 0 leaves them as they were.
+    pub island_check_seconds: u64,
     /// Logging.
     pub log: LogConfig,
     /// How long work in flight may take when the agent stops, in seconds.
@@ -156,6 +158,7 @@ impl Default for Config {
             dns: DnsConfig::default(),
             tunnel: TunnelConfig::default(),
             proxied: ProxiedConfig::default(),
+            island_check_seconds: 2,
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -257,6 +260,9 @@ impl Validate for Config {
         }
         if self.proxied.max_ejection_seconds > 3600 {
             problems.add("proxied.maxEjectionSeconds", "must be at most 3600");
+        }
+        if self.island_check_seconds > 60 {
+            problems.add("islandCheckSeconds", "must be at most 60; 0 for no checks");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");

@@ -5,6 +5,7 @@ pub mod capture;
 pub mod config;
 pub mod datapath;
 pub mod dns;
+pub mod island;
 pub mod metrics;
 pub mod node_local;
 pub mod overlay;

@@ -6,6 +6,7 @@
 mod affinity;
 mod host_routes;
 mod ipv6;
+mod island;
 mod pinned;
 mod pods;
 mod sandbox;

@@ -17,7 +17,10 @@ mod write;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use edgemesh_api::names::MAX_OBJECT_BYTES;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -49,6 +52,8 @@ pub struct ServerOptions {
     pub max_watches: usize,
     /// How many connections there are at once; further ones wait.
     pub max_connections: usize,
+    /// On a node: whether its copy is in step with the cloud, for [`edgemesh_api::names::CLOUD_STATUS_PATH`].
+    pub cloud: Option<watch::Receiver<bool>>,
 }
 
 impl Default for ServerOptions {
@@ -60,6 +65,7 @@ impl Default for ServerOptions {
             max_requests: 256,
             max_watches: 4096,
             max_connections: 4096,
+            cloud: None,
         }
     }
 }
@@ -103,6 +109,7 @@ impl Server {
             authenticator: options.authenticator,
             authorizer: options.authorizer,
             body_limit: options.body_limit,
+            cloud: options.cloud,
             turns: Semaphore::new(options.max_requests),
             watches: Arc::new(Semaphore::new(options.max_watches)),
             stopping: CancellationToken::new(),
