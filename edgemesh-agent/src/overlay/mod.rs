@@ -116,8 +116,15 @@ impl Overlay {
         let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
         let max = Duration::from_secs(config.proxied.max_ejection_seconds);
         let health = Arc::new(Health::new(HealthSettings { max, ..HealthSettings::default() }, rand::random()));
-        let dialer =
-            upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone(), health.clone(), metrics.clone());
+        let node_local = allocator.range_of(Ipv4Addr::UNSPECIFIED.into());
+        let dialer = upstream::Dialer::new(
+            standpoint.clone(),
+            node_local,
+            catalog.clone(),
+            tunnel.clone(),
+            health.clone(),
+            metrics.clone(),
+        );
         let dialer = Arc::new(dialer);
         let services = service_metrics::ServiceMetrics::register(&mut registry.write(), catalog.clone());
         spawn_until_stopping(shutdown, services.clone().follow());

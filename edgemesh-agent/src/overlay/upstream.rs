@@ -8,7 +8,8 @@ use std::{
 };
 
 use edgemesh_mesh::{
-    Call, Candidates, CatalogStore, IpFamily, Reach,
+    Call, Candidates, Catalog, CatalogStore, IpFamily, Reach,
+    cidr::Cidr,
     health::{EndpointKey, Health, Sorted},
     l4::{
         proxy_protocol,
@@ -28,7 +29,7 @@ use tokio::{
 };
 
 use super::{Standpoint, called::Called, metrics::ProxiedMetrics};
-use crate::node_local::ServicePortName;
+use crate::{datapath::host, node_local::ServicePortName};
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
 const DIAL_DEADLINE: Duration = Duration::from_secs(5);
@@ -51,6 +52,9 @@ pub(super) enum UpstreamError {
     /// No node of another network has the address.
     #[error("no node of another network has a pod at that address")]
     NoNode,
+    /// Neither a pod of this node nor a process of this host calls.
+    #[error("the caller is not on this node")]
+    Stranger,
     /// None of those tried answered.
     #[error("no endpoint answers: {0}")]
     Unreachable(String),
@@ -62,6 +66,7 @@ impl UpstreamError {
             Self::NoService => "no_service",
             Self::NoEndpoint => "no_endpoint",
             Self::NoNode => "no_node",
+            Self::Stranger => "stranger",
             Self::Unreachable(_) => "unreachable",
         }
     }
@@ -162,6 +167,8 @@ type Attempts = Vec<(Arc<Endpoint>, Reach)>;
 #[derive(Debug)]
 pub(super) struct Dialer {
     standpoint: Standpoint,
+    /// Addresses that no interface has, but from which processes of this host may call.
+    node_local: Option<Cidr>,
     catalog: Arc<CatalogStore>,
     tunnel: Tunnel,
     health: Arc<Health>,
@@ -171,12 +178,13 @@ pub(super) struct Dialer {
 impl Dialer {
     pub(super) fn new(
         standpoint: Standpoint,
+        node_local: Option<Cidr>,
         catalog: Arc<CatalogStore>,
         tunnel: Tunnel,
         health: Arc<Health>,
         metrics: ProxiedMetrics,
     ) -> Self {
-        Self { standpoint, catalog, tunnel, health, metrics }
+        Self { standpoint, node_local, catalog, tunnel, health, metrics }
     }
 
     /// A TCP connection to an endpoint of the Service port, or to the pod.
@@ -198,6 +206,13 @@ impl Dialer {
         }
     }
 
+    /// Whether an address belongs to a pod of this node or to this host, whose processes call from its addresses.
+    fn is_on_node(&self, catalog: &Catalog, ip: IpAddr) -> bool {
+        let ranges = catalog.node(&self.standpoint.node).into_iter().flat_map(|node| &node.pod_cidrs);
+        let mut ranges = ranges.filter_map(|range| Cidr::parse(range)).chain(self.node_local);
+        ranges.any(|range| range.contains(ip)) || host::addresses().contains(&ip)
+    }
+
     /// A stream to a pod of another network.
     async fn pod(
         &self,
@@ -208,6 +223,10 @@ impl Dialer {
         let node = {
             let catalog = self.catalog.snapshot();
             let viewpoint = self.standpoint.viewpoint(&catalog);
+            // Whoever is beside this host could make it a gateway into other networks.
+            if !self.is_on_node(&catalog, client.ip()) {
+                return Err(UpstreamError::Stranger);
+            }
             let node = catalog.node_of_address(address.ip());
             node.filter(|node| node.network != viewpoint.network && node.name != viewpoint.node)
                 .map(|node| node.name.clone())

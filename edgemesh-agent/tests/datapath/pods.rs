@@ -173,6 +173,26 @@ fn a_stream_for_an_address_that_is_not_of_its_pods_is_refused_by_the_receiver() 
 }
 
 #[test]
+fn a_machine_beside_the_node_does_not_get_into_other_networks_through_it() {
+    let sites = Sites::start(&[], |_| {});
+    serve(&sites);
+    until("the other site", || call(&sites.a.pod, to(POD_B[0], 8080), 1).is_ok_and(|answer| answer == "pod b 1"));
+    // Neither of the pod range nor the host's own.
+    sites.a.host.run(|| crate::sandbox::ip("route add 172.31.0.9/32 dev edgemesh0"));
+    let outcome = sites.a.pod.run(|| {
+        crate::sandbox::ip("address add 172.31.0.9/32 dev eth0");
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&to("172.31.0.9", 0).into()).unwrap();
+        socket.set_read_timeout(Some(crate::sites::DEADLINE)).unwrap();
+        socket.connect(&to(POD_B[0], 8080).into())?;
+        std::io::Read::read(&mut &socket, &mut [0; 1])
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let refused = "edgemesh_agent_pod_calls_connections_total{protocol=\"tcp\",path=\"none\",result=\"stranger\"}";
+    assert_eq!(sites.a.metric(refused), 1);
+}
+
+#[test]
 fn while_the_agent_is_away_calls_are_refused_at_once_and_never_answered_by_the_host() {
     let mut sites = Sites::start(&[], |config| config.detach_on_stop = false);
     serve(&sites);
