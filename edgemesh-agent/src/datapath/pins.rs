@@ -103,7 +103,7 @@ impl Pins {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) fn replace_program(link: &Path, program: BorrowedFd<'_>) -> io::Result<bool> {
+pub(super) fn replace_program(link: &Path, program: BorrowedFd<'_>) -> io::Result<bool> {
     let pinned = match get(link) {
         Ok(pinned) => pinned,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),

@@ -157,7 +157,7 @@ mod tests {
             }
         }
         assert_eq!(turned, [(6, false), (11, true)]);
-        assert_eq!(checks.observed().endpoints[&endpoint], true);
+        assert!(checks.observed().endpoints[&endpoint]);
         checks.note(&[]);
         assert_eq!(checks.observed(), Observed::default(), "it is no endpoint any more");
     }

@@ -17,10 +17,7 @@ mod write;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use edgemesh_api::names::MAX_OBJECT_BYTES;
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, watch},
-};
+use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -53,7 +50,7 @@ pub struct ServerOptions {
     /// How many connections there are at once; further ones wait.
     pub max_connections: usize,
     /// On a node: whether its copy is in step with the cloud, for [`edgemesh_api::names::CLOUD_STATUS_PATH`].
-    pub cloud: Option<watch::Receiver<bool>>,
+    pub cloud: Option<tokio::sync::watch::Receiver<bool>>,
 }
 
 impl Default for ServerOptions {
