@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
+#[path = "../overlay/access_log.rs"]
+mod access_log;
 mod affinity;
 mod host_routes;
 mod ipv6;

@@ -13,7 +13,10 @@ use hickory_proto::{
 };
 use serde_json::{Value, json};
 
-use crate::sites::{POD_A, POD_B, Sites, ask, call, counting_server, echo_server, to, until};
+use crate::{
+    access_log::{AccessLog, says},
+    sites::{POD_A, POD_B, Sites, ask, call, counting_server, echo_server, to, until},
+};
 
 const CALLS: &str = "edgemesh_agent_pod_calls_connections_total{protocol=\"tcp\",path=\"tunnel\",result=\"ok\"}";
 const FLOWS: &str = "edgemesh_agent_pod_calls_connections_total{protocol=\"udp\",path=\"tunnel\",result=\"ok\"}";
@@ -104,6 +107,7 @@ fn nftables_captures_where_ebpf_is_not_wanted() {
 
 #[test]
 fn a_name_of_a_headless_service_leads_to_its_pod_in_another_network() {
+    let log = AccessLog::start();
     let sites = Sites::start(&headless(), |_| {});
     counting_server(&sites.b.pod, 5432, "db-0");
     let found = sites.a.pod.run(|| {
@@ -118,6 +122,20 @@ fn a_name_of_a_headless_service_leads_to_its_pod_in_another_network() {
     });
     assert_eq!(found, POD_B[0]);
     until("the pod", || call(&sites.a.pod, to(&found, 5432), 5).is_ok_and(|answer| answer == "db-0 5"));
+    // It is named as the pod that it is, and no Service is said to have been called.
+    until("its line in the access log", || {
+        log.with("pod", "default/db-0").iter().any(|line| line["result"] == "closed")
+    });
+    let lines = log.with("pod", "default/db-0");
+    let line = lines.iter().find(|line| line["result"] == "closed").unwrap();
+    says(
+        line,
+        &[("port", "5432"), ("protocol", "tcp"), ("endpoint", "10.244.7.5:5432"), ("node", "b"), ("path", "tunnel")],
+    );
+    says(line, &[("to_endpoint", "5"), ("to_client", "6")]);
+    assert!(line["client"].starts_with("10.244.1.5:") && !line.contains_key("service"), "{line:?}");
+    let metrics = sites.a.admin("/metrics");
+    assert!(!metrics.contains("service=\"db\""), "{metrics}");
 }
 
 #[test]
