@@ -85,9 +85,11 @@ fn build() -> Result<(), String> {
         let text = String::from_utf8_lossy(&output.stderr);
         return Err(format!("The eBPF programs did not build ({}):\n{text}\n{HOW_TO}", output.status));
     }
-    let built = target_dir.join(target).join("release/edgemesh-ebpf");
-    let object = out_dir.join("edgemesh-ebpf.o");
-    fs::copy(&built, &object).map_err(|error| format!("{}: {error}", built.display()))?;
+    for program in ["edgemesh-ebpf", "edgemesh-capture"] {
+        let built = target_dir.join(target).join("release").join(program);
+        let object = out_dir.join(format!("{program}.o"));
+        fs::copy(&built, &object).map_err(|error| format!("{}: {error}", built.display()))?;
+    }
     Ok(())
 }
 

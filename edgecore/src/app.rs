@@ -13,6 +13,7 @@ use edgemesh_link::transport;
 use edgemesh_telemetry::{Admin, AdminRoutes, Readiness, Shutdown};
 use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 
 use crate::{
     config::Config,
@@ -74,6 +75,7 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
     let store = Store::open(&database, Mode::Replica { node: name.clone() }, StoreOptions::small())
         .await
         .with_context(|| format!("the store {} can't be opened", database.display()))?;
+    let (cloud_sender, cloud) = watch::channel(false);
     let (max_requests, max_watches, max_connections) = METASERVER_LIMITS;
     let options = ServerOptions {
         // Whoever can connect to loopback acts as the node.
@@ -82,6 +84,7 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
         max_requests,
         max_watches,
         max_connections,
+        cloud: Some(cloud),
         ..ServerOptions::default()
     };
     let metaserver = Server::bind(config.metaserver.listen, None, store.clone(), options).await?;
@@ -97,7 +100,12 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
         task.ready();
         Some(runner)
     };
-    let link_config = LinkConfig { node: name.clone(), hub: membership.hub, pki_dir: config.data_dir.join("pki") };
+    let link_config = LinkConfig {
+        node: name.clone(),
+        hub: membership.hub,
+        pki_dir: config.data_dir.join("pki"),
+        cloud: cloud_sender,
+    };
     let link = link::start(link_config, store.clone(), metrics, &shutdown)?;
     let node_config = NodeConfig {
         name: name.clone(),

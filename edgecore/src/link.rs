@@ -16,7 +16,7 @@ use edgemesh_api::link::{ToEdge, ToHub, WriteVerb};
 use edgemesh_apiserver::store::{OutboxEntry, ReplicaChange, Store, WriteOp};
 use edgemesh_link::{
     EdgeEffect, EdgeSession, Fault, Limits, Millis,
-    edge_effect::{EdgeChange, HeldVersion, OutboxWrite, Rejection},
+    edge_effect::{EdgeChange, EdgePhase, HeldVersion, OutboxWrite, Rejection},
     frames,
     tls::{self, KeyPair},
     transport::{self, Connection, Event},
@@ -86,6 +86,8 @@ pub struct LinkConfig {
     pub hub: String,
     /// Folder of the node's certificate and key, and of the hub's authority.
     pub pki_dir: PathBuf,
+    /// Is told whether the store is in step with the cloud, for the metaserver's clients.
+    pub cloud: watch::Sender<bool>,
 }
 
 /// Starts the link. It ends when edgecore stops.
@@ -105,6 +107,7 @@ pub fn start(config: LinkConfig, store: Store, metrics: Metrics, shutdown: &Shut
         metrics: metrics.clone(),
         status: status.clone(),
         synced: synced_sender,
+        cloud: config.cloud,
         hub: None,
         connecting: None,
         ready: None,
@@ -162,6 +165,7 @@ struct Link {
     metrics: Metrics,
     status: LinkStatus,
     synced: watch::Sender<u64>,
+    cloud: watch::Sender<bool>,
     hub: Option<Hub>,
     connecting: Option<Pending<Result<Hub, Fault>>>,
     ready: Option<ToHub>,
@@ -336,6 +340,8 @@ impl Link {
     fn show(&mut self) {
         let (phase, counts) = (self.session.phase(), self.session.counts());
         let connected = counts.epoch != 0;
+        let in_step = phase == EdgePhase::Live;
+        self.cloud.send_if_modified(|known| std::mem::replace(known, in_step) != in_step);
         self.metrics.link_connected.set(i64::from(connected));
         self.metrics.applied.set(counts.applied);
         self.metrics.rejected.set(counts.rejected);

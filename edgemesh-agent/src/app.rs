@@ -11,13 +11,15 @@ use prometheus_client::registry::Registry;
 use tokio::task::JoinHandle;
 
 use crate::{
+    capture::Capture,
     config::Config,
     datapath::{
         Datapath,
         ebpf::{EbpfDatapathError, Programs},
     },
     dns,
-    metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
+    island::Island,
+    metrics::{CaptureMetrics, DatapathMetrics, IslandMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
     overlay::Overlay,
     routes::{HostRoutes, enable_forwarding},
@@ -34,7 +36,10 @@ pub struct Bound {
     pub catalog: Arc<CatalogStore>,
     shutdown: Shutdown,
     drain: Duration,
+    /// The tunnel, and the listeners for what goes through it.
+    pub overlay: Overlay,
     datapath: Datapath,
+    capture: Capture,
     admin_task: JoinHandle<()>,
     config: Arc<Config>,
 }
@@ -69,9 +74,16 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")) };
     let catalog = Discovery::start(client.clone(), discovery, shutdown, readiness.task("catalog"));
 
-    let allocator = Arc::new(Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?);
+    let mut allocator = Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?;
     let routes = HostRoutes::open(shutdown)?;
     routes.deliver_locally(config.node_local_cidr).await?;
+    match routes.deliver_locally6(config.node_local_cidr6).await {
+        Ok(()) => allocator = allocator.with_ipv6(config.node_local_cidr6),
+        Err(error) => {
+            tracing::warn!(%error, "no IPv6 on this host: Services are reached through the tunnel by IPv4 only")
+        }
+    }
+    let allocator = Arc::new(allocator);
     let dns = dns::Server::bind(config.dns_listen(), Arc::clone(&catalog), &config.dns, &registry)?;
     let dns_address = dns.address();
     dns.serve(shutdown);
@@ -81,6 +93,8 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
     }
 
+    let metrics = IslandMetrics::new(&mut registry.write());
+    let island = Island::start(Arc::clone(&config), Arc::clone(&catalog), client.clone(), metrics, shutdown);
     let overlay = Overlay::start(&config, Arc::clone(&catalog), client, Arc::clone(&allocator), &registry, shutdown)?;
     tracing::info!(peer = %overlay.tunnel().peer_id(), proxied = %overlay.proxied_address(), "overlay started");
 
@@ -96,11 +110,17 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     )?;
     registry.write().register_collector(Box::new(ProgramMetrics(datapath.counters())));
 
+    let metrics = CaptureMetrics::new(&mut registry.write());
+    let capture =
+        Capture::start(Arc::clone(&config), Arc::clone(&catalog), overlay.take_pod_sockets(), metrics, shutdown)?;
+
     let debug_catalog = Arc::clone(&catalog);
     let pages = AdminRoutes::default()
         .page("/debug/catalog", move || edgemesh_mesh::debug::view(&debug_catalog.snapshot()))
         .page("/debug/datapath", datapath.debug_page())
-        .page("/debug/proxied", overlay.debug_page());
+        .page("/debug/proxied", overlay.debug_page())
+        .page("/debug/capture", capture.debug_page())
+        .page("/debug/island", island.debug_page());
     let address = admin.address();
     let admin_task = tokio::spawn(admin.serve(registry, readiness.clone(), pages, shutdown.clone()));
     Ok(Bound {
@@ -109,17 +129,21 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         catalog,
         shutdown: shutdown.clone(),
         drain: Duration::from_secs(config.drain_seconds),
+        overlay,
         datapath,
+        capture,
         admin_task,
         config,
     })
 }
 
-/// Removes what the agent of this configuration leaves in the kernel when it ends: the programs and their maps.
+/// Removes what the agent of this configuration leaves in the kernel when it ends: the programs and their maps, and what captures
+/// calls of pods. Not to be called in a Tokio runtime.
 ///
 /// # Errors
 /// When something can't be removed.
 pub fn uninstall(config: &Config) -> Result<(), EbpfDatapathError> {
+    Capture::uninstall(config);
     Programs::uninstall(&config.cgroup, &config.bpffs)
 }
 
@@ -129,8 +153,9 @@ impl Bound {
     pub async fn stop(self) {
         self.shutdown.drain(self.drain).await;
         self.datapath.ended().await;
+        self.capture.ended().await;
         if self.config.detach_on_stop
-            && let Err(error) = uninstall(&self.config)
+            && let Err(error) = Programs::uninstall(&self.config.cgroup, &self.config.bpffs)
         {
             tracing::error!(%error, "the programs are still attached");
         }

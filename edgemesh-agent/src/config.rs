@@ -11,7 +11,10 @@ use edgemesh_mesh::{Catalog, Viewpoint};
 use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
-use crate::{dns::UpstreamAddress, node_local::Ipv4Range};
+use crate::{
+    dns::UpstreamAddress,
+    node_local::{Ipv4Range, Ipv6Range},
+};
 
 /// Servers of one list in the DNS settings: the last of more would never be asked in time.
 const MAX_UPSTREAMS: usize = 8;
@@ -42,8 +45,12 @@ pub struct Config {
     pub detach_on_stop: bool,
     /// Addresses that exist on this node for itself: the first is the DNS listener's, the others belong to Service ports that the agent proxies.
     pub node_local_cidr: Ipv4Range,
+    /// As `nodeLocalCidr`, for Service ports that are called by an IPv6 address.
+    pub node_local_cidr6: Ipv6Range,
     /// Whether the agent keeps routes to the pod ranges of the other nodes of its network.
     pub routes: bool,
+    /// Whether pods of other networks are reached by their own addresses, through the tunnel.
+    pub capture_pods: bool,
     /// `/metrics`, `/readyz`, `/livez` and debug pages.
     pub admin: AdminConfig,
     /// Cluster DNS.
@@ -52,6 +59,8 @@ pub struct Config {
     pub tunnel: TunnelConfig,
     /// Service ports that go through the agent.
     pub proxied: ProxiedConfig,
+    /// How often endpoints of this network are looked at while the cloud is away, in seconds. 0 leaves them as they were.
+    pub island_check_seconds: u64,
     /// Logging.
     pub log: LogConfig,
     /// How long work in flight may take when the agent stops, in seconds.
@@ -67,6 +76,8 @@ pub enum DatapathMode {
     Auto,
     /// eBPF programs at the cgroup.
     Ebpf,
+    /// Rules of nftables.
+    Nftables,
 }
 
 /// Cluster DNS.
@@ -140,11 +151,14 @@ impl Default for Config {
             bpffs: PathBuf::from("/sys/fs/bpf"),
             detach_on_stop: false,
             node_local_cidr: Ipv4Range::default(),
+            node_local_cidr6: Ipv6Range::default(),
             routes: true,
+            capture_pods: true,
             admin: AdminConfig::on(names::AGENT_ADMIN_PORT),
             dns: DnsConfig::default(),
             tunnel: TunnelConfig::default(),
             proxied: ProxiedConfig::default(),
+            island_check_seconds: 2,
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -246,6 +260,9 @@ impl Validate for Config {
         }
         if self.proxied.max_ejection_seconds > 3600 {
             problems.add("proxied.maxEjectionSeconds", "must be at most 3600");
+        }
+        if self.island_check_seconds > 60 {
+            problems.add("islandCheckSeconds", "must be at most 60; 0 for no checks");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");
@@ -357,6 +374,12 @@ mod tests {
             let errors = load(&["nodeName=n1", setting]).unwrap_err();
             assert!(errors.len() == 1 && errors[0].contains(field), "{setting}: {errors:?}");
         }
+    }
+
+    #[test]
+    fn an_ipv6_node_local_range_that_is_no_range_is_refused() {
+        assert!(load(&["nodeName=n1", "nodeLocalCidr6='fd00:7::/112'"]).is_ok());
+        assert!(load(&["nodeName=n1", "nodeLocalCidr6='fd00:7::/64'"]).is_err());
     }
 
     #[test]

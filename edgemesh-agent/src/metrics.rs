@@ -133,6 +133,75 @@ impl Collector for ProgramMetrics {
     }
 }
 
+/// The capture of calls of pods of other networks.
+#[derive(Debug, Clone)]
+pub struct CaptureMetrics {
+    /// Pod ranges that are captured.
+    pub(crate) ranges: Gauge,
+    /// Those that should be and can't.
+    pub(crate) failed: Gauge,
+}
+
+impl CaptureMetrics {
+    /// Registers them.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self { ranges: Gauge::default(), failed: Gauge::default() };
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_capture");
+        registry.register("ranges", "Pod ranges of other networks that are captured", metrics.ranges.clone());
+        registry.register("failed", "Such ranges that are refused, by the agent or the kernel", metrics.failed.clone());
+        metrics
+    }
+}
+
+/// Island mode.
+#[derive(Debug, Clone)]
+pub struct IslandMetrics {
+    /// 1 while the cloud is away and endpoints are judged by own checks.
+    pub(crate) active: Gauge,
+    endpoints: Family<StateLabel, Gauge>,
+    checks: Family<ResultLabel, Counter>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: &'static str,
+}
+
+impl IslandMetrics {
+    /// Registers them.
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self { active: Gauge::default(), endpoints: Family::default(), checks: Family::default() };
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_island");
+        registry.register(
+            "active",
+            "Whether the cloud is away and endpoints are judged by own checks",
+            metrics.active.clone(),
+        );
+        registry.register("endpoints", "Endpoints that own checks found dead, or back", metrics.endpoints.clone());
+        registry.register("checks", "Own checks of endpoints while the cloud was away", metrics.checks.clone());
+        metrics.endpoints(0, 0);
+        metrics
+    }
+
+    /// How many endpoints are dead, and how many are back.
+    pub(crate) fn endpoints(&self, dead: usize, back: usize) {
+        for (state, count) in [("dead", dead), ("back", back)] {
+            self.endpoints.get_or_create(&StateLabel { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Counts one check.
+    pub(crate) fn checked(&self, answered: bool) {
+        let result = if answered { "answered" } else { "failed" };
+        self.checks.get_or_create(&ResultLabel { result }).inc();
+    }
+}
+
 /// The host's routes.
 #[derive(Debug, Clone)]
 pub struct RouteMetrics {

@@ -1,18 +1,22 @@
-//! Node-local addresses: one IPv4 address for each Service port that the agent proxies, so that a listener knows the
-//! Service from the local address of a connection, with no race and no lookup of conntrack.
+//! Node-local addresses: one IPv4 address for each Service port that the agent proxies, and one IPv6 address at the same place
+//! of its range, so that a listener knows the Service from the local address of a connection, with no race and no lookup of
+//! conntrack.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6},
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
 };
 
 use arc_swap::ArcSwapOption;
-use edgemesh_mesh::model::{Protocol, ServiceName, ServicePort};
+use edgemesh_mesh::{
+    cidr::Cidr,
+    model::{Protocol, ServiceName, ServicePort},
+};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -106,6 +110,81 @@ impl FromStr for Ipv4Range {
     }
 }
 
+/// A range of 65,536 IPv6 addresses: as many as the largest [`Ipv4Range`] has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Ipv6Range {
+    base: Ipv6Addr,
+}
+
+impl Ipv6Range {
+    /// Its length of the network prefix, in bits.
+    pub const PREFIX: u8 = 112;
+
+    /// First address of the range; it is not given out.
+    pub fn base(self) -> Ipv6Addr {
+        self.base
+    }
+
+    /// Whether the address is in the range.
+    pub fn contains(self, address: Ipv6Addr) -> bool {
+        self.offset(address).is_some()
+    }
+
+    fn offset(self, address: Ipv6Addr) -> Option<u32> {
+        let offset = address.to_bits().checked_sub(self.base.to_bits())?;
+        u16::try_from(offset).ok().map(u32::from)
+    }
+
+    fn at(self, offset: u32) -> Ipv6Addr {
+        Ipv6Addr::from_bits(self.base.to_bits() + u128::from(offset))
+    }
+}
+
+impl Default for Ipv6Range {
+    /// A unique local prefix (RFC 4193) of the mesh: the bytes after `fd` spell `edgemesh`.
+    fn default() -> Self {
+        Self { base: Ipv6Addr::new(0xfd65, 0x6467, 0x656d, 0x6573, 0x6800, 0, 0, 0) }
+    }
+}
+
+impl fmt::Display for Ipv6Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.base, Self::PREFIX)
+    }
+}
+
+impl From<Ipv6Range> for String {
+    fn from(range: Ipv6Range) -> Self {
+        range.to_string()
+    }
+}
+
+impl TryFrom<String> for Ipv6Range {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for Ipv6Range {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wanted = || format!("`{text}` must be an IPv6 range such as {}", Self::default());
+        let (base, prefix) = text.split_once('/').ok_or_else(wanted)?;
+        let range = Self { base: base.parse().map_err(|_| wanted())? };
+        if prefix != Self::PREFIX.to_string() {
+            return Err(format!("`{text}` must have the prefix /{}", Self::PREFIX));
+        }
+        if range.base.to_bits() & u128::from(u16::MAX) != 0 {
+            return Err(format!("`{text}` must begin at a multiple of its size"));
+        }
+        Ok(range)
+    }
+}
+
 /// One port of a Service, by the names that stay the same when its number or addresses change.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct ServicePortName {
@@ -154,6 +233,8 @@ pub enum AllocatorError {
 #[derive(Debug)]
 pub struct Allocator {
     range: Ipv4Range,
+    /// None on a host that has no IPv6.
+    ipv6: Option<Ipv6Range>,
     /// By offset in the range. Readers take no lock.
     slots: Box<[ArcSwapOption<ServicePortName>]>,
     writer: Mutex<Writer>,
@@ -178,7 +259,13 @@ impl Allocator {
     /// An allocator that remembers nothing across restarts.
     pub fn in_memory(range: Ipv4Range) -> Self {
         let slots = (0..range.len()).map(|_| ArcSwapOption::empty()).collect();
-        Self { range, slots, writer: Mutex::default() }
+        Self { range, ipv6: None, slots, writer: Mutex::default() }
+    }
+
+    /// The same, with IPv6 addresses too.
+    #[must_use]
+    pub fn with_ipv6(self, range: Ipv6Range) -> Self {
+        Self { ipv6: Some(range), ..self }
     }
 
     /// An allocator that is kept in a file. Entries that are outside of the range are dropped, and so is a file that
@@ -207,14 +294,21 @@ impl Allocator {
         Ok(allocator)
     }
 
-    /// The range that is allocated from.
-    pub fn range(&self) -> Ipv4Range {
-        self.range
+    /// The range of an address' family that is allocated from.
+    pub fn range_of(&self, family: IpAddr) -> Option<Cidr> {
+        match family {
+            IpAddr::V4(_) => Cidr::new(self.range.base.into(), self.range.prefix),
+            IpAddr::V6(_) => Cidr::new(self.ipv6?.base.into(), Ipv6Range::PREFIX),
+        }
     }
 
     /// The Service port to which a local address belongs. Lock-free.
-    pub fn service_of(&self, address: Ipv4Addr) -> Option<Arc<ServicePortName>> {
-        let offset = usize::try_from(self.range.offset(address)?).ok()?;
+    pub fn service_of(&self, address: impl Into<IpAddr>) -> Option<Arc<ServicePortName>> {
+        let offset = match address.into() {
+            IpAddr::V4(address) => self.range.offset(address),
+            IpAddr::V6(address) => self.ipv6?.offset(address),
+        };
+        let offset = usize::try_from(offset?).ok()?;
         self.slots.get(offset)?.load_full()
     }
 
@@ -223,16 +317,29 @@ impl Allocator {
     /// # Errors
     /// When no address is left; see [`Allocator::retire`].
     pub fn listener(&self, name: &ServicePortName) -> Result<SocketAddrV4, AllocatorError> {
+        let offset = self.offset(name)?;
+        Ok(SocketAddrV4::new(Ipv4Addr::from_bits(self.range.base.to_bits() + offset), PROXIED_PORT))
+    }
+
+    /// As [`Allocator::listener`], the IPv6 address; none on a host without IPv6.
+    ///
+    /// # Errors
+    /// As for [`Allocator::listener`].
+    pub fn listener6(&self, name: &ServicePortName) -> Result<Option<SocketAddrV6>, AllocatorError> {
+        let Some(range) = self.ipv6 else { return Ok(None) };
+        Ok(Some(SocketAddrV6::new(range.at(self.offset(name)?), PROXIED_PORT, 0, 0)))
+    }
+
+    fn offset(&self, name: &ServicePortName) -> Result<u32, AllocatorError> {
         let mut writer = self.writer.lock();
-        let offset = match writer.offsets.get(name) {
+        Ok(match writer.offsets.get(name) {
             Some(&offset) => offset,
             None => {
                 let offset = self.free_offset(name).ok_or(AllocatorError::Full(self.range.len()))?;
                 self.place(&mut writer, Arc::new(name.clone()), offset);
                 offset
             }
-        };
-        Ok(SocketAddrV4::new(Ipv4Addr::from_bits(self.range.base.to_bits() + offset), PROXIED_PORT))
+        })
     }
 
     /// Whether less than a quarter of the range is free.
@@ -367,6 +474,27 @@ mod tests {
         }
         assert!(matches!(allocator.listener(&name("more")), Err(AllocatorError::Full(16))));
         assert!(allocator.service_of(Ipv4Addr::new(169, 254, 65, 1)).is_none());
+    }
+
+    #[test]
+    fn both_addresses_of_a_service_port_lead_back_to_it() {
+        let without = Allocator::in_memory(small());
+        assert_eq!(without.listener6(&name("web")).unwrap(), None);
+        let allocator = Allocator::in_memory(small()).with_ipv6(Ipv6Range::default());
+        let (v4, v6) = (allocator.listener(&name("web")).unwrap(), allocator.listener6(&name("web")).unwrap().unwrap());
+        assert_eq!(u128::from(v4.ip().to_bits() & 0xf), v6.ip().to_bits() & 0xffff, "the same place in the range");
+        assert_eq!(*allocator.service_of(*v4.ip()).unwrap(), name("web"));
+        assert_eq!(*allocator.service_of(*v6.ip()).unwrap(), name("web"));
+        assert!(allocator.service_of(Ipv6Addr::from_bits(v6.ip().to_bits() + 0x1_0000)).is_none());
+        assert!(allocator.service_of(Ipv6Addr::from_bits(Ipv6Range::default().base().to_bits() + 0xffff)).is_none());
+    }
+
+    #[test]
+    fn ipv6_ranges_have_one_size() {
+        assert_eq!("fd00:1::/112".parse::<Ipv6Range>().unwrap().to_string(), "fd00:1::/112");
+        for bad in ["fd00:1::/64", "fd00:1::1/112", "fd00:1::", "169.254.64.0/112", "x/112"] {
+            assert!(bad.parse::<Ipv6Range>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! Routes of the host: to the pod ranges of the other nodes of this network, and of the node-local addresses.
+//! Routes of the host: to the pod ranges of the other nodes of this network, and those that make ranges the host's own: the
+//! node-local addresses, and the pod ranges that are captured.
 //!
 //! Only routes that carry our protocol number are ever changed or removed. They stay when the agent ends, so that pods
 //! keep talking while it restarts; what is no longer wanted goes at the next start.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::Duration,
 };
@@ -21,7 +22,11 @@ use rtnetlink::{
     },
 };
 
-use crate::{config::Config, metrics::RouteMetrics, node_local::Ipv4Range};
+use crate::{
+    config::Config,
+    metrics::RouteMetrics,
+    node_local::{Ipv4Range, Ipv6Range},
+};
 
 /// Our routes' protocol number; the kernel and the routing daemons that iproute2 knows use others.
 pub const PROTOCOL: RouteProtocol = RouteProtocol::Other(176);
@@ -32,7 +37,7 @@ const RESYNC: Duration = Duration::from_secs(10);
 /// Index of the loopback interface: the kernel gives each network namespace its own as the first.
 const LOOPBACK: u32 = 1;
 /// The routing table that says which addresses are this host's own (`RT_TABLE_LOCAL` of linux/rtnetlink.h).
-const LOCAL_TABLE: u32 = 255;
+const LOCAL_TABLE: u8 = 255;
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// Pod ranges (address and prefix length) with the node address that leads there.
@@ -48,7 +53,7 @@ pub enum RouteError {
     #[error("route `local {range} dev lo` (is the loopback interface up?): {source}")]
     Local {
         /// The range.
-        range: Ipv4Range,
+        range: String,
         /// Why.
         source: Box<rtnetlink::Error>,
     },
@@ -81,21 +86,120 @@ impl HostRoutes {
         Ok(Self(handle))
     }
 
+    /// As [`HostRoutes::open`], for work that goes on after the drain.
+    ///
+    /// # Errors
+    /// When the socket can't be opened.
+    pub fn open_beyond_drain() -> Result<Self, RouteError> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        Ok(Self(handle))
+    }
+
     /// Makes the kernel take every address of the range for its own, so that one listener serves them all.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub async fn deliver_locally(&self, range: Ipv4Range) -> Result<(), RouteError> {
         let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .table_id(LOCAL_TABLE)
+            .table_id(LOCAL_TABLE.into())
             .kind(RouteType::Local)
             .scope(RouteScope::Host)
             .protocol(PROTOCOL)
             .destination_prefix(range.base(), range.prefix())
             .output_interface(LOOPBACK)
             .build();
-        let source = |source| RouteError::Local { range, source: Box::new(source) };
+        let source = |source| RouteError::Local { range: range.to_string(), source: Box::new(source) };
         self.0.route().add(route).replace().execute().await.map_err(source)
+    }
+
+    /// As [`HostRoutes::deliver_locally`], for IPv6.
+    ///
+    /// # Errors
+    /// When the kernel refuses, which it does where IPv6 is disabled.
+    pub async fn deliver_locally6(&self, range: Ipv6Range) -> Result<(), RouteError> {
+        let route = local_route6(range.base(), Ipv6Range::PREFIX);
+        let source = |source| RouteError::Local { range: range.to_string(), source: Box::new(source) };
+        self.0.route().add(route).replace().execute().await.map_err(source)
+    }
+
+    /// Makes the ranges that are the host's own equal to `wanted`, each with the addresses of this host that its processes may
+    /// call from, in order of preference. Those of `kept` are left alone.
+    ///
+    /// # Errors
+    /// When the routes can't be listed. A single route that is refused is in the result, with the kernel's reason.
+    pub async fn sync_local(
+        &self,
+        wanted: &BTreeSet<Cidr>,
+        sources: &[IpAddr],
+        kept: &[Cidr],
+    ) -> Result<BTreeMap<Cidr, String>, RouteError> {
+        let mut failed = BTreeMap::new();
+        let mut present = BTreeSet::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            filter.header.table = LOCAL_TABLE;
+            let listed: Result<Vec<RouteMessage>, _> = self.0.route().get(filter).execute().try_collect().await;
+            let existing = match listed {
+                Ok(existing) => existing,
+                // A kernel without IPv6.
+                Err(_) if family == AddressFamily::Inet6 => continue,
+                Err(error) => return Err(RouteError::List(Box::new(error))),
+            };
+            for route in existing {
+                if route.header.protocol != PROTOCOL || route.header.table != LOCAL_TABLE {
+                    continue;
+                }
+                let range = local_range(&route);
+                match range {
+                    Some(range) if kept.contains(&range) => {}
+                    Some(range) if wanted.contains(&range) => drop(present.insert(range)),
+                    _ => {
+                        if let Err(error) = self.0.route().del(route).execute().await {
+                            tracing::debug!(?range, %error, "an old route was not removed");
+                        }
+                    }
+                }
+            }
+        }
+        for range in wanted.difference(&present) {
+            match self.add_local(*range, sources).await {
+                Ok(()) => tracing::info!(%range, "pods of another network are reached through the tunnel"),
+                Err(error) => drop(failed.insert(*range, error.to_string())),
+            }
+        }
+        Ok(failed)
+    }
+
+    async fn add_local(&self, range: Cidr, sources: &[IpAddr]) -> Result<(), rtnetlink::Error> {
+        let address = match range.network() {
+            IpAddr::V4(address) => address,
+            // The kernel chooses the source by its own rules, from the addresses of the interfaces.
+            IpAddr::V6(address) => {
+                let route = local_route6(address, range.prefix());
+                return self.0.route().add(route).replace().execute().await;
+            }
+        };
+        // Without a preferred source a process would call a pod from the pod's own address.
+        let mut outcome = Err(rtnetlink::Error::RequestFailed);
+        for source in sources {
+            let IpAddr::V4(source) = source else { continue };
+            let route = RouteMessageBuilder::<Ipv4Addr>::new()
+                .table_id(LOCAL_TABLE.into())
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .protocol(PROTOCOL)
+                .destination_prefix(address, range.prefix())
+                .pref_source(*source)
+                .output_interface(LOOPBACK)
+                .build();
+            outcome = self.0.route().add(route).replace().execute().await;
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
     }
 
     /// Makes our routes to pod ranges equal to `wanted`.
@@ -210,6 +314,28 @@ pub fn enable_forwarding() {
     if let Err(error) = std::fs::write(FORWARDING, "1") {
         tracing::warn!(%error, "{FORWARDING} can't be set to 1: pods reach only what is on this node");
     }
+}
+
+fn local_route6(address: Ipv6Addr, prefix: u8) -> RouteMessage {
+    RouteMessageBuilder::<Ipv6Addr>::new()
+        .table_id(LOCAL_TABLE.into())
+        .kind(RouteType::Local)
+        .protocol(PROTOCOL)
+        .destination_prefix(address, prefix)
+        .output_interface(LOOPBACK)
+        .build()
+}
+
+fn local_range(route: &RouteMessage) -> Option<Cidr> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+            Cidr::new((*address).into(), route.header.destination_prefix_length)
+        }
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+            Cidr::new((*address).into(), route.header.destination_prefix_length)
+        }
+        _ => None,
+    })
 }
 
 fn destination(route: &RouteMessage) -> Option<(Ipv4Addr, u8)> {

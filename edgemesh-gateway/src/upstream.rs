@@ -14,7 +14,7 @@ use edgemesh_mesh::{
     health::{EndpointKey, Health, HealthSettings, Sorted},
     model::{Endpoint, Protocol, ServiceName, ServicePort},
 };
-use edgemesh_tunnel::{Carried, StreamHeader, Tunnel};
+use edgemesh_tunnel::{Carried, StreamHeader, StreamTarget, Tunnel};
 use http::{Request, Response};
 use http_body_util::combinators::BoxBody;
 use hyper::{body::Incoming, client::conn::http1};
@@ -204,9 +204,11 @@ impl Upstreams {
             Reach::Local | Reach::Direct => ("direct", dial(address).await),
             Reach::Tunnel { node } => {
                 let header = StreamHeader {
-                    namespace: port.service.namespace.to_string(),
-                    service: port.service.name.to_string(),
-                    port_name: port.name.to_string(),
+                    target: StreamTarget::Service {
+                        namespace: port.service.namespace.to_string(),
+                        service: port.service.name.to_string(),
+                        port_name: port.name.to_string(),
+                    },
                     protocol: Carried::Tcp,
                     endpoint: address,
                     source: client.to_string(),

@@ -269,6 +269,26 @@ async fn what_changed_while_a_node_was_away_arrives_and_nothing_deleted_comes_ba
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_metaserver_says_whether_it_is_in_step_with_the_cloud() {
+    let mut hub = Hub::start().await;
+    let edge = Edge::join(&hub, "edge-1").await;
+    let says = |connected: bool| {
+        let metaserver = edge.bound().metaserver;
+        move || async move {
+            let answer = http_get(metaserver, edgemesh_api::names::CLOUD_STATUS_PATH).await?;
+            let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
+            let value: Value = serde_json::from_str(&body).map_err(|error| format!("{error}: {answer}"))?;
+            if value == json!({"connected": connected}) { Ok(()) } else { Err(answer) }
+        }
+    };
+    eventually("it is in step", says(true)).await;
+    hub.kill();
+    eventually("it is not", says(false)).await;
+    hub.restart();
+    eventually("it is again", says(true)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hub_killed_twenty_times_while_objects_change_leaves_every_node_equal_to_the_api() {
     let mut hub = Hub::start().await;
     let edges = [Edge::join(&hub, "edge-1").await, Edge::join(&hub, "edge-2").await];

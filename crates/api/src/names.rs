@@ -59,3 +59,7 @@ pub const DEFAULT_NODE_LOCAL_CIDR: &str = "169.254.64.0/18";
 /// Largest Kubernetes object that is accepted anywhere, in bytes of JSON. The API server's own limit for a request is 3 MiB
 /// and etcd's for a value 1.5 MiB.
 pub const MAX_OBJECT_BYTES: usize = 3 << 20;
+
+/// Path at which a node's metaserver says whether its copy is in step with the cloud: `{"connected": true}`. It is not part of the
+/// Kubernetes API, whose servers answer 404.
+pub const CLOUD_STATUS_PATH: &str = "/edgemesh/v1/cloud";

@@ -1,9 +1,9 @@
 //! Address ranges in CIDR notation (RFC 4632, RFC 4291).
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 /// A range of addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cidr {
     network: IpAddr,
     prefix: u8,
@@ -13,8 +13,11 @@ impl Cidr {
     /// Reads `10.244.1.0/24` or `fd00::/64`; host bits are cleared.
     pub fn parse(text: &str) -> Option<Self> {
         let (address, prefix) = text.trim().split_once('/')?;
-        let address: IpAddr = address.parse().ok()?;
-        let prefix: u8 = prefix.parse().ok()?;
+        Self::new(address.parse().ok()?, prefix.parse().ok()?)
+    }
+
+    /// The range of a length in which an address is; nothing if addresses are shorter than that.
+    pub fn new(address: IpAddr, prefix: u8) -> Option<Self> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         (prefix <= bits).then(|| Self { network: masked(address, prefix), prefix })
     }
@@ -22,6 +25,23 @@ impl Cidr {
     /// Whether an address is in the range.
     pub fn contains(&self, ip: IpAddr) -> bool {
         ip.is_ipv4() == self.network.is_ipv4() && masked(ip, self.prefix) == self.network
+    }
+
+    /// Whether the ranges have an address in common: one of them then holds the other.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.contains(other.network) || other.contains(self.network)
+    }
+
+    /// Last address of the range.
+    pub fn last(&self) -> IpAddr {
+        match self.network {
+            IpAddr::V4(v4) => {
+                IpAddr::V4((u32::from(v4) | u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0)).into())
+            }
+            IpAddr::V6(v6) => {
+                IpAddr::V6((u128::from(v6) | u128::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0)).into())
+            }
+        }
     }
 
     /// First address of the range.
@@ -32,6 +52,12 @@ impl Cidr {
     /// Length of the prefix, in bits.
     pub fn prefix(&self) -> u8 {
         self.prefix
+    }
+}
+
+impl fmt::Display for Cidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.network, self.prefix)
     }
 }
 
@@ -51,6 +77,30 @@ fn masked(ip: IpAddr, prefix: u8) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranges_overlap_when_one_holds_the_other_and_know_their_last_address() {
+        let range = |text| Cidr::parse(text).unwrap();
+        for (one, other, overlap) in [
+            ("10.244.0.0/16", "10.244.7.0/24", true),
+            ("10.244.7.0/24", "10.244.8.0/24", false),
+            ("0.0.0.0/0", "10.244.8.0/24", true),
+            ("::/0", "10.244.8.0/24", false),
+            ("fd00::/64", "fd00::5/128", true),
+        ] {
+            assert_eq!(range(one).overlaps(&range(other)), overlap, "{one} {other}");
+            assert_eq!(range(other).overlaps(&range(one)), overlap, "{other} {one}");
+        }
+        for (text, last) in [
+            ("10.244.7.0/24", "10.244.7.255"),
+            ("10.244.7.9/32", "10.244.7.9"),
+            ("0.0.0.0/0", "255.255.255.255"),
+            ("fd00::/112", "fd00::ffff"),
+        ] {
+            assert_eq!(range(text).last(), last.parse::<IpAddr>().unwrap());
+        }
+        assert_eq!(range("10.244.7.9/24").to_string(), "10.244.7.0/24");
+    }
 
     #[test]
     fn ranges_hold_their_addresses_and_refuse_bad_text() {

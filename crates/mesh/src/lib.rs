@@ -14,4 +14,4 @@ pub mod store;
 
 pub use catalog::Catalog;
 pub use choice::{Call, Candidates, IpFamily, Reach, Tier, Viewpoint};
-pub use store::CatalogStore;
+pub use store::{CatalogStore, Observed};

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -14,7 +15,7 @@ use tokio::sync::watch;
 use crate::{
     catalog::Catalog,
     from_kubernetes::{self, Interner, SliceEntry},
-    model::{Endpoint, Node, Peer, Service, ServiceName, ServicePort},
+    model::{Endpoint, Node, Peer, Protocol, Service, ServiceName, ServicePort},
 };
 
 /// Holds the current [`Catalog`]; many read, one writes.
@@ -40,8 +41,49 @@ struct Writer {
     slice_owner: HashMap<ServiceName, ServiceName>,
     nodes: HashMap<Arc<str>, Node>,
     peers: HashMap<Arc<str>, BTreeMap<Arc<str>, Peer>>,
+    /// What was observed of endpoints while nobody else could tell.
+    observed: Observed,
     dirty_services: HashSet<ServiceName>,
     dirty_nodes: BTreeSet<Arc<str>>,
+}
+
+/// What a node has seen of endpoints itself: whether they answer. It takes the place of what EndpointSlices say about them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Of TCP endpoints.
+    pub endpoints: HashMap<SocketAddr, bool>,
+    /// Of addresses, for their UDP endpoints and names: whether any TCP endpoint there answers.
+    pub addresses: HashMap<IpAddr, bool>,
+}
+
+impl Observed {
+    fn of(&self, endpoint: &Endpoint, protocol: Option<Protocol>) -> Option<bool> {
+        let known = match protocol {
+            Some(Protocol::Tcp) => self.endpoints.get(&SocketAddr::new(endpoint.address, endpoint.port)),
+            _ => self.addresses.get(&endpoint.address),
+        };
+        known.copied()
+    }
+
+    /// The endpoint as it was observed to be.
+    fn applied(&self, endpoint: &Arc<Endpoint>, protocol: Option<Protocol>) -> Arc<Endpoint> {
+        let Some(answers) = self.of(endpoint, protocol) else { return Arc::clone(endpoint) };
+        let ready = answers && !endpoint.terminating;
+        if (endpoint.ready, endpoint.serving) == (ready, answers) {
+            return Arc::clone(endpoint);
+        }
+        Arc::new(Endpoint { ready, serving: answers, ..Endpoint::clone(endpoint) })
+    }
+
+    /// Addresses about which the two don't say the same.
+    fn differing(&self, other: &Self) -> HashSet<IpAddr> {
+        let one_way = |one: &Self, other: &Self| -> Vec<IpAddr> {
+            let endpoints = one.endpoints.iter().filter(|(key, value)| other.endpoints.get(key) != Some(value));
+            let addresses = one.addresses.iter().filter(|(key, value)| other.addresses.get(key) != Some(value));
+            endpoints.map(|(key, _)| key.ip()).chain(addresses.map(|(key, _)| *key)).collect()
+        };
+        one_way(self, other).into_iter().chain(one_way(other, self)).collect()
+    }
 }
 
 impl Default for CatalogStore {
@@ -158,6 +200,16 @@ impl CatalogStore {
         }
     }
 
+    /// Has endpoints be as they were observed, from the next publication on; with nothing observed, as EndpointSlices say.
+    pub fn set_observed(&self, observed: Observed) {
+        let mut writer = self.writer.lock();
+        let writer = &mut *writer;
+        for ip in writer.observed.differing(&observed) {
+            writer.dirty_services.extend(writer.next.services_of_endpoint(ip).map(|service| service.name.clone()));
+        }
+        writer.observed = observed;
+    }
+
     /// Marks the catalog complete, from the next publication on.
     pub fn mark_synced(&self) {
         let mut writer = self.writer.lock();
@@ -195,7 +247,8 @@ impl Writer {
 
     fn rebuild(&mut self) {
         for name in std::mem::take(&mut self.dirty_services) {
-            let new = self.services.get(&name).map(|service| with_endpoints(service, self.slices.get(&name)));
+            let new =
+                self.services.get(&name).map(|service| with_endpoints(service, self.slices.get(&name), &self.observed));
             let old = self.next.service_named(&name);
             if old.map(|old| &**old) != new.as_ref() {
                 self.next.set_service(&name, new.map(Arc::new));
@@ -217,27 +270,31 @@ impl Writer {
 }
 
 /// A Service with the endpoints of its slices, merged: each address and port once, the ready one if slices disagree.
-fn with_endpoints(service: &Service, slices: Option<&BTreeMap<Arc<str>, SliceEntry>>) -> Service {
+fn with_endpoints(service: &Service, slices: Option<&BTreeMap<Arc<str>, SliceEntry>>, observed: &Observed) -> Service {
     let slices = || slices.into_iter().flat_map(|slices| slices.values());
     let with_ports = |port: &Arc<ServicePort>| {
         let of_port = slices()
             .flat_map(|slice| slice.ports.iter())
             .filter(|(name, protocol, _)| *name == port.name && *protocol == port.protocol)
-            .flat_map(|(_, _, endpoints)| endpoints.iter());
+            .flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| observed.applied(e, Some(*protocol))));
         Arc::new(ServicePort { endpoints: merged(of_port, true), ..ServicePort::clone(port) })
     };
     let hosts = if service.is_headless() {
-        let of_ports = slices().flat_map(|slice| slice.ports.iter().flat_map(|(_, _, endpoints)| endpoints.iter()));
-        merged(of_ports.chain(slices().flat_map(|slice| slice.portless.iter())), false)
+        let of_ports = slices().flat_map(|slice| {
+            let ports = slice.ports.iter();
+            ports.flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| observed.applied(e, Some(*protocol))))
+        });
+        let portless = slices().flat_map(|slice| slice.portless.iter().map(|e| observed.applied(e, None)));
+        merged(of_ports.chain(portless), false)
     } else {
         Vec::new()
     };
     Service { ports: service.ports.iter().map(with_ports).collect(), hosts, ..service.clone() }
 }
 
-fn merged<'a>(endpoints: impl Iterator<Item = &'a Arc<Endpoint>>, by_port: bool) -> Vec<Arc<Endpoint>> {
-    let mut all: Vec<&Arc<Endpoint>> = endpoints.collect();
+fn merged(endpoints: impl Iterator<Item = Arc<Endpoint>>, by_port: bool) -> Vec<Arc<Endpoint>> {
+    let mut all: Vec<Arc<Endpoint>> = endpoints.collect();
     all.sort_by_key(|e| (e.address, if by_port { e.port } else { 0 }, !e.ready, !e.serving));
     all.dedup_by_key(|e| (e.address, if by_port { e.port } else { 0 }));
-    all.into_iter().cloned().collect()
+    all
 }

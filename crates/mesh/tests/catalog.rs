@@ -8,7 +8,7 @@ use std::{
 };
 
 use edgemesh_mesh::{
-    Catalog, CatalogStore, debug,
+    Catalog, CatalogStore, Observed, debug,
     model::{Endpoint, Protocol, ServiceKind},
 };
 use serde_json::{Value, json};
@@ -368,4 +368,44 @@ fn addresses_of_load_balancers_count_where_the_nodes_serve_them() {
         assert_eq!(balancer, expected);
         assert_eq!(found.external_ips, [ip("192.168.1.11")]);
     }
+}
+
+#[test]
+fn what_was_observed_takes_the_place_of_what_slices_say_until_it_is_dropped() {
+    let store = CatalogStore::new();
+    apply(
+        &store,
+        service(
+            "web",
+            "10.96.0.1",
+            json!([{"name": "http", "port": 80}, {"name": "dns", "port": 53, "protocol": "UDP"}]),
+        ),
+    );
+    let ports = json!([{"name": "http", "port": 8080}, {"name": "dns", "port": 5353, "protocol": "UDP"}]);
+    let endpoints = json!([
+        {"addresses": ["10.244.1.1"], "conditions": {"ready": true}},
+        {"addresses": ["10.244.1.2"], "conditions": {"ready": false, "serving": false}},
+        {"addresses": ["10.244.1.3"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+    ]);
+    apply(&store, slice("web", 1, ports, endpoints));
+    let ready = |catalog: &Catalog, number, protocol| -> Vec<bool> {
+        let port = catalog.port_at(ip("10.96.0.1"), number, protocol).unwrap();
+        port.endpoints.iter().map(|endpoint| endpoint.ready).collect()
+    };
+    let before = published(&store);
+    assert_eq!(ready(&before, 80, Protocol::Tcp), [true, false, false]);
+    let observed = Observed {
+        endpoints: [("10.244.1.1:8080", false), ("10.244.1.2:8080", true), ("10.244.1.3:8080", true)]
+            .map(|(address, answers)| (address.parse().unwrap(), answers))
+            .into(),
+        addresses: [(ip("10.244.1.1"), false)].into(),
+    };
+    store.set_observed(observed.clone());
+    let catalog = published(&store);
+    assert_eq!(ready(&catalog, 80, Protocol::Tcp), [false, true, false], "one that terminates gets nothing new");
+    assert_eq!(ready(&catalog, 53, Protocol::Udp), [false, false, false], "UDP follows the address");
+    store.set_observed(observed);
+    assert!(!store.publish(), "nothing new");
+    store.set_observed(Observed::default());
+    assert_eq!(ready(&published(&store), 80, Protocol::Tcp), [true, false, false]);
 }

@@ -23,18 +23,30 @@ pub enum Carried {
     Udp,
 }
 
+/// What a client called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StreamTarget {
+    /// A Service port. The dialing side has chosen one of its endpoints.
+    Service {
+        /// Namespace of the Service.
+        namespace: String,
+        /// Name of the Service.
+        service: String,
+        /// Name of the Service port; empty for the only port.
+        port_name: String,
+    },
+    /// A pod, by its own address.
+    Pod,
+}
+
 /// The first frame of a stream: where it goes and for whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamHeader {
-    /// Namespace of the Service.
-    pub namespace: String,
-    /// Name of the Service.
-    pub service: String,
-    /// Name of the Service port; empty for the only port.
-    pub port_name: String,
+    /// What was called.
+    pub target: StreamTarget,
     /// TCP or UDP.
     pub protocol: Carried,
-    /// The chosen endpoint, which must be on the node that accepts the stream.
+    /// The chosen endpoint, or the pod's address and port; it must be on the node that accepts the stream.
     pub endpoint: SocketAddr,
     /// The client as the dialing side knows it, for the log: an address, or a pod.
     pub source: String,
@@ -58,7 +70,14 @@ struct HeaderFrame {
     port: u32,
     #[prost(string, tag = "7")]
     source: String,
+    /// 0: a Service port, which the first three fields name. 1: a pod, and they are empty, so that an agent that doesn't know
+    /// this field looks for a Service without a name and refuses.
+    #[prost(uint32, tag = "8")]
+    target: u32,
 }
+
+const SERVICE: u32 = 0;
+const POD: u32 = 1;
 
 #[derive(Clone, PartialEq, Message)]
 struct AnswerFrame {
@@ -72,10 +91,17 @@ struct AnswerFrame {
 impl StreamHeader {
     /// The encoded frame, or its length if it is too long.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, usize> {
+        let (target, [namespace, service, port_name]) = match &self.target {
+            StreamTarget::Service { namespace, service, port_name } => {
+                (SERVICE, [namespace, service, port_name].map(String::clone))
+            }
+            StreamTarget::Pod => (POD, Default::default()),
+        };
         let frame = HeaderFrame {
-            namespace: self.namespace.clone(),
-            service: self.service.clone(),
-            port_name: self.port_name.clone(),
+            namespace,
+            service,
+            port_name,
+            target,
             protocol: match self.protocol {
                 Carried::Tcp => 1,
                 Carried::Udp => 2,
@@ -109,14 +135,20 @@ impl StreamHeader {
             2 => Carried::Udp,
             _ => return Err(malformed("the protocol is neither TCP nor UDP")),
         };
-        Ok(Self {
-            namespace: frame.namespace,
-            service: frame.service,
-            port_name: frame.port_name,
-            protocol,
-            endpoint: SocketAddr::new(address, port),
-            source: frame.source,
-        })
+        let HeaderFrame { namespace, service, port_name, .. } = frame;
+        let target = match frame.target {
+            SERVICE if namespace.is_empty() || service.is_empty() => {
+                return Err(malformed("the Service has no name"));
+            }
+            SERVICE => StreamTarget::Service { namespace, service, port_name },
+            POD if !(namespace.is_empty() && service.is_empty() && port_name.is_empty()) => {
+                return Err(malformed("a pod's address comes with the name of a Service"));
+            }
+            POD if port == 0 => return Err(malformed("a pod's port is missing")),
+            POD => StreamTarget::Pod,
+            _ => return Err(malformed("neither a Service nor a pod is called")),
+        };
+        Ok(Self { target, protocol, endpoint: SocketAddr::new(address, port), source: frame.source })
     }
 }
 
@@ -194,9 +226,11 @@ mod tests {
 
     fn header() -> StreamHeader {
         StreamHeader {
-            namespace: "default".into(),
-            service: "web".into(),
-            port_name: "http".into(),
+            target: StreamTarget::Service {
+                namespace: "default".into(),
+                service: "web".into(),
+                port_name: "http".into(),
+            },
             protocol: Carried::Udp,
             endpoint: "10.244.3.7:8080".parse().unwrap(),
             source: "10.244.1.2:40000".into(),
@@ -217,6 +251,56 @@ mod tests {
         let header = StreamHeader { endpoint: "[fd00::1]:53".parse().unwrap(), ..header() };
         let bytes = header.encode().unwrap();
         assert_eq!(StreamHeader::read(&mut bytes.as_slice()).await.unwrap(), header);
+    }
+
+    #[tokio::test]
+    async fn a_pod_is_called_without_a_service_and_never_beside_one() {
+        let pod = StreamHeader { target: StreamTarget::Pod, ..header() };
+        assert_eq!(StreamHeader::read(&mut pod.encode().unwrap().as_slice()).await.unwrap(), pod);
+        let frame = HeaderFrame {
+            protocol: 1,
+            address: vec![10, 244, 3, 7],
+            port: 8080,
+            target: POD,
+            ..HeaderFrame::default()
+        };
+        let service = HeaderFrame { namespace: "ns".into(), service: "s".into(), target: SERVICE, ..frame.clone() };
+        let cases = [
+            (frame.clone(), true),
+            (service.clone(), true),
+            (HeaderFrame { target: SERVICE, ..frame.clone() }, false),
+            (HeaderFrame { target: POD, ..service.clone() }, false),
+            (HeaderFrame { target: 2, ..service.clone() }, false),
+            (HeaderFrame { namespace: String::new(), ..service.clone() }, false),
+            (HeaderFrame { port_name: "http".into(), ..frame.clone() }, false),
+            (HeaderFrame { port: 0, ..frame.clone() }, false),
+            (HeaderFrame { port: 65_536, ..frame.clone() }, false),
+            (HeaderFrame { address: vec![10, 244, 3], ..frame.clone() }, false),
+            (HeaderFrame { protocol: 3, ..frame.clone() }, false),
+        ];
+        for (frame, good) in cases {
+            let bytes = frame.encode_length_delimited_to_vec();
+            assert_eq!(StreamHeader::read(&mut bytes.as_slice()).await.is_ok(), good, "{frame:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn headers_with_changed_bytes_are_errors_or_headers_that_hold_together() {
+        let headers = [header(), StreamHeader { target: StreamTarget::Pod, ..header() }];
+        let originals = headers.map(|header| header.encode().unwrap());
+        for original in originals {
+            for at in 0..original.len() {
+                for value in 0..=u8::MAX {
+                    let mut bytes = original.clone();
+                    bytes[at] = value;
+                    let Ok(read) = StreamHeader::read(&mut bytes.as_slice()).await else { continue };
+                    if let StreamTarget::Service { namespace, service, .. } = &read.target {
+                        assert!(!namespace.is_empty() && !service.is_empty(), "{bytes:?}");
+                    }
+                    assert_eq!(StreamHeader::read(&mut read.encode().unwrap().as_slice()).await.unwrap(), read);
+                }
+            }
+        }
     }
 
     #[tokio::test]

@@ -4,9 +4,11 @@
 //! sockets have them.
 
 mod affinity;
+mod capture;
 mod v6;
 
 pub use affinity::{Affinity, AffinityKey};
+pub use capture::{CAPTURED, CAPTURED6, CaptureSocket, LISTENERS, MAX_CAPTURED};
 pub use v6::{Backend6, FrontendKey6, PeerKey6, SocketAddress6};
 
 /// Version of what is in the maps: it is raised with every change of a key, a value, a name or a size, so that an agent never

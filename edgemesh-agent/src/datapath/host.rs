@@ -5,11 +5,11 @@ use std::{collections::HashSet, net::IpAddr};
 use nix::ifaddrs::getifaddrs;
 
 /// The addresses of the interfaces in this network namespace. None when they can't be read.
-pub(super) fn addresses() -> HashSet<IpAddr> {
+pub(crate) fn addresses() -> HashSet<IpAddr> {
     let interfaces = match getifaddrs() {
         Ok(interfaces) => interfaces,
         Err(error) => {
-            tracing::warn!(%error, "the host's addresses can't be read: externalIPs are not served");
+            tracing::warn!(%error, "the host's addresses can't be read: externalIPs are not served, nor calls of pods from other networks");
             return HashSet::new();
         }
     };

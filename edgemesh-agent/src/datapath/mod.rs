@@ -2,9 +2,9 @@
 
 mod counters;
 pub mod ebpf;
-mod host;
+pub(crate) mod host;
 mod namespaces;
-mod pins;
+pub(crate) mod pins;
 pub mod plan;
 pub mod planner;
 mod slots;
@@ -90,11 +90,11 @@ impl Datapath {
         let cgroup = programs.cgroup().to_owned();
         tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
         let state = Arc::<ArcSwap<State>>::default();
-        let node_local = config.node_local_cidr;
+        let (node_local, node_local6) = (config.node_local_cidr, config.node_local_cidr6);
         let is_ours = move |backend: SocketAddr| match backend.ip() {
             _ if backend == dns => true,
             IpAddr::V4(ip) => node_local.contains(ip),
-            IpAddr::V6(_) => false,
+            IpAddr::V6(ip) => node_local6.contains(ip),
         };
         let reaper = programs.take_sweeper().and_then(|sweeper| {
             Reaper::start(sweeper, is_ours, metrics.clone())

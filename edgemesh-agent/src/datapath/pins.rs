@@ -17,7 +17,7 @@ use nix::{
 };
 
 /// Folder in the BPF filesystem that is ours.
-const OURS: &str = "edgemesh";
+pub(crate) const OURS: &str = "edgemesh";
 /// Commands of bpf(2).
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -153,7 +153,7 @@ fn get(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-fn is_bpffs(folder: &Path) -> bool {
+pub(crate) fn is_bpffs(folder: &Path) -> bool {
     statfs(folder).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
 }
 
@@ -179,7 +179,7 @@ fn folders(ours: &Path, cgroup: &str) -> Vec<PathBuf> {
 }
 
 /// Detaches the program behind a pinned link at once; the kernel would do it some time after the pin is gone.
-fn detach(link: &Path) -> io::Result<()> {
+pub(crate) fn detach(link: &Path) -> io::Result<()> {
     let pinned = get(link)?;
     let descriptor = pinned.as_raw_fd();
     // SAFETY: the command reads the descriptor, which is open.

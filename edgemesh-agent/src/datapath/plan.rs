@@ -201,12 +201,15 @@ fn target(
             None => Target::Direct(backends),
         };
     }
-    if called.is_ipv6() {
-        // The agent's listener has IPv4 addresses only.
-        return Target::Refuse;
-    }
-    match surroundings.allocator.listener(&port.into()) {
-        Ok(listener) => Target::Listener(SocketAddr::V4(listener)),
+    let name = port.into();
+    let listener = if called.is_ipv4() {
+        surroundings.allocator.listener(&name).map(|listener| Some(SocketAddr::V4(listener)))
+    } else {
+        surroundings.allocator.listener6(&name).map(|listener| listener.map(SocketAddr::V6))
+    };
+    match listener {
+        // A host without IPv6 has no sockets that could call there.
+        Ok(listener) => listener.map_or(Target::Refuse, Target::Listener),
         Err(error) => {
             tracing::warn!(service = %ServicePortName::from(port), %error, "the Service port can't be reached");
             Target::Refuse
@@ -394,7 +397,12 @@ mod tests {
         assert_eq!(plan[&sixth], direct(&["[fd00:2::5]:8080"]), "the nearest IPv6 one, though an IPv4 one is nearer");
         assert_eq!(plan[&tcp("[fd00:96::20]:0")], Target::Refuse);
         six(&[("fd00:3::5", "b1")]);
-        assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse, "no tunnel for IPv6 yet");
+        assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse, "a host without IPv6");
+        let allocator = allocator.with_ipv6(crate::node_local::Ipv6Range::default());
+        let plan = plan_at(&store, "a1", &allocator);
+        let Target::Listener(listener) = plan[&sixth] else { panic!("{plan:?}") };
+        assert!(listener.is_ipv6());
+        assert_eq!(&*allocator.service_of(listener.ip()).unwrap().service.name, "web");
         six(&[]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&sixth], Target::Refuse);
     }

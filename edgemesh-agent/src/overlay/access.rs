@@ -1,4 +1,5 @@
-//! The account of a proxied connection or flow: a line in the log and the counters of its Service, when it ends.
+//! The account of a proxied connection or flow: a line in the log and the counters of its Service, when it ends. Calls of pods
+//! have a line too, and no counters of their own: there can be any number of pods.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -12,10 +13,10 @@ use edgemesh_mesh::{
 };
 
 use super::{
+    called::Called,
     service_metrics::{ServiceCounters, ServiceMetrics},
     upstream::Route,
 };
-use crate::node_local::ServicePortName;
 
 /// Where accounts are written.
 #[derive(Debug, Clone)]
@@ -29,7 +30,7 @@ pub(super) struct Accounts {
 pub(super) struct Account {
     accounts: Accounts,
     counters: Arc<ServiceCounters>,
-    port: Arc<ServicePortName>,
+    called: Called,
     client: SocketAddr,
     begin: Instant,
     route: Option<Route>,
@@ -41,11 +42,14 @@ pub(super) struct Account {
 
 impl Accounts {
     /// Begins an account. Without any further news its result is `stopped`: nothing but the agent's end leaves it so.
-    pub(super) fn begin(&self, port: Arc<ServicePortName>, client: SocketAddr) -> Account {
+    pub(super) fn begin(&self, called: Called, client: SocketAddr) -> Account {
         Account {
             accounts: self.clone(),
-            counters: self.services.of(&port.service),
-            port,
+            counters: match &called {
+                Called::Service(port, _) => self.services.of(&port.service),
+                Called::Pod(..) => Arc::default(),
+            },
+            called,
             client,
             begin: Instant::now(),
             route: None,
@@ -58,13 +62,13 @@ impl Accounts {
     /// The account of a flow that has ended; `opened` is nothing if it ended before opening it had an outcome.
     pub(super) fn flow(
         &self,
-        (port, client): (Arc<ServicePortName>, SocketAddr),
+        (called, client): (Called, SocketAddr),
         begin: Instant,
         opened: Option<Result<Route, &'static str>>,
         end: &FlowEnded,
         traffic: &Traffic,
     ) {
-        let mut account = self.begin(port, client);
+        let mut account = self.begin(called, client);
         account.begin = begin;
         match opened {
             Some(Err(reason)) => return account.failed(reason),
@@ -110,13 +114,28 @@ impl Account {
         (self.copied.forward() + self.datagrams.0, self.copied.backward() + self.datagrams.1)
     }
 
-    /// The number of the Service port; 0 if it is gone.
+    /// The number of the port that was called; 0 if it was a Service port that is gone.
     fn number(&self) -> u16 {
+        let name = match &self.called {
+            Called::Service(name, _) => name,
+            Called::Pod(address, _) => return address.port(),
+        };
         let catalog = self.accounts.catalog.peek();
-        let service = catalog.service_named(&self.port.service);
+        let service = catalog.service_named(&name.service);
         let mut ports = service.into_iter().flat_map(|service| &service.ports);
-        let port = ports.find(|port| port.name == self.port.port && port.protocol == self.port.protocol);
+        let port = ports.find(|port| port.name == name.port && port.protocol == name.protocol);
         port.map_or(0, |port| port.port)
+    }
+
+    /// The pod that was called by its own address: namespace and name if a Service has it as an endpoint, else the address.
+    fn pod(&self) -> Option<String> {
+        let Called::Pod(address, _) = &self.called else { return None };
+        let catalog = self.accounts.catalog.peek();
+        let name = catalog.services_of_endpoint(address.ip()).find_map(|service| {
+            let mut endpoints = service.hosts.iter().chain(service.ports.iter().flat_map(|port| &port.endpoints));
+            endpoints.find(|endpoint| endpoint.address == address.ip()).and_then(|endpoint| endpoint.pod.clone())
+        });
+        Some(name.map_or_else(|| address.ip().to_string(), |(namespace, name)| format!("{namespace}/{name}")))
     }
 }
 
@@ -125,12 +144,17 @@ impl Drop for Account {
         let (to_endpoint, to_client) = self.carried();
         self.counters.carried(to_endpoint, to_client);
         let route = self.route.as_ref();
+        let service = match &self.called {
+            Called::Service(port, _) => Some(&port.service),
+            Called::Pod(..) => None,
+        };
         tracing::info!(
             target: "access",
-            namespace = &*self.port.service.namespace,
-            service = &*self.port.service.name,
+            namespace = service.map(|service| &*service.namespace),
+            service = service.map(|service| &*service.name),
+            pod = self.pod(),
             port = self.number(),
-            protocol = match self.port.protocol {
+            protocol = match self.called.protocol() {
                 Protocol::Tcp => "tcp",
                 Protocol::Udp => "udp",
             },

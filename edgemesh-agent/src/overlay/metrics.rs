@@ -1,4 +1,4 @@
-//! Counters of the proxied path.
+//! Counters of the proxied path, and of the calls of pods.
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -38,15 +38,28 @@ pub(super) struct ProxiedMetrics {
 
 impl ProxiedMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_proxied");
+        let metrics = Self::shared(registry, "Service ports that the agent proxies");
         registry.register(
-            "connections",
-            "Connections and UDP flows to Service ports that the agent proxies",
-            metrics.connections.clone(),
+            "ejections",
+            "Endpoints that could not be reached and are passed over for a while",
+            metrics.ejections.clone(),
         );
-        registry.register("bytes", "Bytes of proxied TCP connections", metrics.bytes.clone());
-        registry.register("active", "Proxied connections and UDP flows open now", metrics.active.clone());
+        metrics
+    }
+
+    /// Those of calls of pods of other networks by their own addresses.
+    pub(super) fn register_for_pods(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("edgemesh_agent_pod_calls");
+        Self::shared(registry, "pods of other networks, by their own addresses")
+    }
+
+    fn shared(registry: &mut Registry, to: &str) -> Self {
+        let metrics = Self::default();
+        registry.register("connections", format!("Connections and UDP flows to {to}"), metrics.connections.clone());
+        registry.register("bytes", format!("Bytes of TCP connections to {to}"), metrics.bytes.clone());
+        let active = format!("Connections and UDP flows to {to}, open now");
+        registry.register("active", active, metrics.active.clone());
         registry.register(
             "dropped_datagrams",
             "Datagrams dropped: too many flows, or too fast",
@@ -56,11 +69,6 @@ impl ProxiedMetrics {
             "evicted_flows",
             "UDP flows ended before their idle time, because newer ones needed their places",
             metrics.evicted.clone(),
-        );
-        registry.register(
-            "ejections",
-            "Endpoints that could not be reached and are passed over for a while",
-            metrics.ejections.clone(),
         );
         for path in ["direct", "tunnel", "relay"] {
             for protocol in ["tcp", "udp"] {

@@ -3,6 +3,7 @@
 
 mod accept;
 mod access;
+mod called;
 mod metrics;
 mod proxied;
 mod proxied_udp;
@@ -10,7 +11,8 @@ mod service_metrics;
 mod upstream;
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,7 +27,7 @@ use edgemesh_mesh::{
 };
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use prometheus_client::registry::Registry;
 
 use crate::{
@@ -59,7 +61,20 @@ impl Standpoint {
 pub struct Overlay {
     tunnel: Tunnel,
     proxied: SocketAddr,
+    pods: Arc<Vec<SocketAddr>>,
+    pod_sockets: Arc<Mutex<Vec<PodSockets>>>,
     health: Arc<Health>,
+}
+
+/// The sockets of one family to which calls of pods are to be handed.
+#[derive(Debug)]
+pub struct PodSockets {
+    /// Where both listen, on the loopback interface.
+    pub address: SocketAddr,
+    /// A listening TCP socket.
+    pub tcp: OwnedFd,
+    /// A UDP socket.
+    pub udp: OwnedFd,
 }
 
 impl Overlay {
@@ -101,28 +116,72 @@ impl Overlay {
         let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
         let max = Duration::from_secs(config.proxied.max_ejection_seconds);
         let health = Arc::new(Health::new(HealthSettings { max, ..HealthSettings::default() }, rand::random()));
-        let dialer =
-            upstream::Dialer::new(standpoint.clone(), catalog.clone(), tunnel.clone(), health.clone(), metrics.clone());
+        let node_local = allocator.range_of(Ipv4Addr::UNSPECIFIED.into());
+        let dialer = upstream::Dialer::new(
+            standpoint.clone(),
+            node_local,
+            catalog.clone(),
+            tunnel.clone(),
+            health.clone(),
+            metrics.clone(),
+        );
+        let dialer = Arc::new(dialer);
         let services = service_metrics::ServiceMetrics::register(&mut registry.write(), catalog.clone());
         spawn_until_stopping(shutdown, services.clone().follow());
-        let parts = proxied::Parts {
-            dialer,
-            allocator,
-            metrics,
-            accounts: access::Accounts { services, catalog: catalog.clone() },
-            udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
-            shutdown: shutdown.clone(),
+        let accounts = access::Accounts { services, catalog: catalog.clone() };
+        let parts = |listening, metrics| {
+            Arc::new(proxied::Parts {
+                dialer: dialer.clone(),
+                listening,
+                metrics,
+                accounts: accounts.clone(),
+                udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
+                shutdown: shutdown.clone(),
+            })
         };
-        let listener = proxied::Proxied::bind(proxied, Arc::new(parts))
+        let services = called::Listening::Services(allocator.clone());
+        let listener = proxied::Proxied::bind(proxied, parts(services.clone(), metrics.clone()))
             .with_context(|| format!("listening on {proxied} for proxied Service ports"))?;
         let proxied = listener.address();
         listener.start();
+        let any6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, proxied.port()));
+        if allocator.range_of(any6.ip()).is_some() {
+            let listener = proxied::Proxied::bind(any6, parts(services, metrics))
+                .with_context(|| format!("listening on {any6} for proxied Service ports"))?;
+            listener.start();
+        }
+        let metrics = metrics::ProxiedMetrics::register_for_pods(&mut registry.write());
+        let mut pods = Vec::new();
+        for loopback in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            let address = SocketAddr::new(loopback, 0);
+            match proxied::Proxied::bind(address, parts(called::Listening::Pods, metrics.clone())) {
+                Ok(listener) => {
+                    let (tcp, udp) = listener.descriptors().context("the listener for calls of pods")?;
+                    pods.push(PodSockets { address: listener.address(), tcp, udp });
+                    listener.start();
+                }
+                // A host without IPv6.
+                Err(error) if loopback.is_ipv6() => tracing::debug!(%error, "calls of pods by IPv6 are not taken"),
+                Err(error) => return Err(error).context("listening for calls of pods"),
+            }
+        }
 
         let node = standpoint.node;
         spawn_until_stopping(shutdown, peers::follow(COMPONENT, node.clone(), catalog.clone(), tunnel.clone()));
         let publisher = Publisher::new(COMPONENT, node, config.tunnel.relay, catalog, client, &tunnel);
         spawn_until_stopping(shutdown, publisher.run());
-        Ok(Self { tunnel, proxied, health })
+        let addresses = pods.iter().map(|sockets| sockets.address).collect();
+        Ok(Self { tunnel, proxied, pods: Arc::new(addresses), pod_sockets: Arc::new(Mutex::new(pods)), health })
+    }
+
+    /// The sockets for calls of pods, by family; they can be taken once.
+    pub fn take_pod_sockets(&self) -> Vec<PodSockets> {
+        std::mem::take(&mut self.pod_sockets.lock())
+    }
+
+    /// Where calls of pods are listened for, TCP and UDP.
+    pub fn pod_addresses(&self) -> &[SocketAddr] {
+        &self.pods
     }
 
     /// The tunnel.

@@ -1,14 +1,20 @@
-//! The listener for Service ports that go through the agent: one TCP and one UDP socket for all of them. The local address
-//! of a connection, which is in the node-local range, tells which Service port it is for.
+//! A listener for what goes through the agent: one TCP and one UDP socket for all Service ports, or for all pods of other
+//! networks, of one address family. The local address of a connection tells what was called: a node-local address stands for a
+//! Service port, and with captured connections it is the pod's own.
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
     time::Duration,
 };
 
-use edgemesh_mesh::l4::copy::{CopyLimits, copy_both};
+use edgemesh_mesh::{
+    cidr::Cidr,
+    l4::copy::{CopyLimits, copy_both},
+    model::Protocol,
+};
 use edgemesh_telemetry::Shutdown;
 use socket2::{Domain, SockFilter, Socket, Type};
 use tokio::{
@@ -20,12 +26,11 @@ use tokio::{
 use super::{
     accept::reset,
     access::Accounts,
+    called::Listening,
     metrics::ProxiedMetrics,
     proxied_udp::ProxiedUdp,
     upstream::{Dialer, Upstream},
 };
-use crate::node_local::{Allocator, Ipv4Range};
-
 /// Connections at a time; further ones wait in the backlog.
 const MAX_CONNECTIONS: usize = 16 * 1024;
 const BACKLOG: i32 = 1024;
@@ -34,8 +39,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the listener works with.
 pub(super) struct Parts {
-    pub(super) dialer: Dialer,
-    pub(super) allocator: Arc<Allocator>,
+    pub(super) dialer: Arc<Dialer>,
+    pub(super) listening: Listening,
     pub(super) metrics: ProxiedMetrics,
     pub(super) accounts: Accounts,
     /// A UDP flow without datagrams ends after this time.
@@ -70,7 +75,7 @@ impl Proxied {
         let tcp = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         tcp.set_reuse_address(true)?;
         tcp.set_nonblocking(true)?;
-        admit_only(&tcp, parts.allocator.range())?;
+        prepare(&tcp, address, &parts.listening)?;
         tcp.bind(&address.into())?;
         tcp.listen(BACKLOG)?;
         let tcp = TcpListener::from_std(tcp.into())?;
@@ -81,6 +86,11 @@ impl Proxied {
 
     pub(super) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Further descriptors of both sockets, TCP and UDP.
+    pub(super) fn descriptors(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        Ok((self.tcp.as_fd().try_clone_to_owned()?, self.udp.descriptor()?))
     }
 
     /// Serves until the agent stops.
@@ -97,32 +107,62 @@ impl Proxied {
     }
 }
 
+/// What both sockets of a listener need before they are bound.
+pub(super) fn prepare(socket: &Socket, address: SocketAddr, listening: &Listening) -> io::Result<()> {
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+        // No interface has the addresses from which answers are sent: IPv6 would not allow that.
+        socket.set_freebind_v6(true)?;
+    }
+    match listening {
+        Listening::Services(allocator) => match allocator.range_of(address.ip()) {
+            Some(range) => admit_only(socket, range),
+            None => Err(io::Error::other("there is no node-local range of this family")),
+        },
+        Listening::Pods => {
+            // Only the capture by nftables needs it, and what is missing for it shows there.
+            let transparent =
+                if address.is_ipv4() { socket.set_ip_transparent_v4(true) } else { socket.set_ip_transparent_v6(true) };
+            drop(transparent);
+            Ok(())
+        }
+    }
+}
+
 /// Makes the kernel drop everything that is not sent to an address of the range, so that the port is closed to the outside
 /// though the socket is bound to all addresses (a range can't be bound to).
-pub(super) fn admit_only(socket: &Socket, range: Ipv4Range) -> io::Result<()> {
-    // Classic BPF; the destination address is at offset 16 of the IPv4 header.
+fn admit_only(socket: &Socket, range: Cidr) -> io::Result<()> {
+    // Classic BPF; the destination address is at offset 16 of the IPv4 header, and at 24 of the IPv6 one.
     const LOAD_WORD: u16 = 0x20;
     const AND: u16 = 0x54;
     const JUMP_IF_EQUAL: u16 = 0x15;
     const RETURN: u16 = 0x06;
     const FROM_NETWORK_HEADER: u32 = 0xfff0_0000;
     let step = SockFilter::new;
-    let mask = u32::MAX.checked_shl(32 - u32::from(range.prefix())).unwrap_or(0);
-    socket.attach_filter(&[
-        step(LOAD_WORD, 0, 0, FROM_NETWORK_HEADER + 16),
-        step(AND, 0, 0, mask),
-        step(JUMP_IF_EQUAL, 0, 1, range.base().to_bits()),
-        step(RETURN, 0, 0, u32::MAX),
-        step(RETURN, 0, 0, 0),
-    ])
-}
-
-/// The IPv4 form of an address.
-pub(super) fn v4(address: IpAddr) -> Option<Ipv4Addr> {
-    match address {
-        IpAddr::V4(address) => Some(address),
-        IpAddr::V6(address) => address.to_ipv4_mapped(),
+    let (octets, offset) = match range.network() {
+        IpAddr::V4(base) => (base.octets().to_vec(), 16),
+        IpAddr::V6(base) => (base.octets().to_vec(), 24),
+    };
+    let mut filter = Vec::new();
+    let words: Vec<u32> = octets
+        .as_chunks()
+        .0
+        .iter()
+        .map(|word| u32::from_be_bytes(*word))
+        .take(usize::from(range.prefix().div_ceil(32)))
+        .collect();
+    for (at, word) in (0u8..).zip(&words) {
+        let bits = (u32::from(range.prefix()) - 32 * u32::from(at)).min(32);
+        let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+        // To the last step, which drops, if the word differs.
+        let to_drop = 3 * (words.len() - 1 - usize::from(at)) + 1;
+        filter.push(step(LOAD_WORD, 0, 0, FROM_NETWORK_HEADER + offset + 4 * u32::from(at)));
+        filter.push(step(AND, 0, 0, mask));
+        filter.push(step(JUMP_IF_EQUAL, 0, u8::try_from(to_drop).unwrap_or(u8::MAX), *word));
     }
+    filter.push(step(RETURN, 0, 0, u32::MAX));
+    filter.push(step(RETURN, 0, 0, 0));
+    socket.attach_filter(&filter)
 }
 
 async fn accept_all(listener: TcpListener, parts: Arc<Parts>) {
@@ -146,24 +186,20 @@ async fn accept_all(listener: TcpListener, parts: Arc<Parts>) {
 }
 
 async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>) {
-    let port = connection
-        .local_addr()
-        .ok()
-        .and_then(|address| v4(address.ip()))
-        .and_then(|address| parts.allocator.service_of(address));
-    let Some(port) = port else {
+    let local = connection.local_addr().ok();
+    let Some(called) = local.and_then(|local| parts.listening.called(local, Protocol::Tcp)) else {
         parts.metrics.connection("tcp", "none", "no_service");
         return reset(&connection);
     };
-    let mut account = parts.accounts.begin(port.clone(), client);
-    let upstream = match parts.dialer.tcp(&port, client).await {
+    let mut account = parts.accounts.begin(called.clone(), client);
+    let upstream = match parts.dialer.tcp(&called, client).await {
         Ok((upstream, route)) => {
             parts.metrics.connection("tcp", route.path, "ok");
             account.connected(route);
             upstream
         }
         Err(error) => {
-            tracing::debug!(%port, %client, %error, "no connection");
+            tracing::debug!(%called, %client, %error, "no connection");
             parts.metrics.connection("tcp", "none", error.label());
             account.failed(error.label());
             return reset(&connection);
@@ -190,7 +226,7 @@ async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>)
     match end {
         Ok(end) => account.ended(end),
         Err(error) => {
-            tracing::debug!(%port, %client, %error, "a connection broke");
+            tracing::debug!(%called, %client, %error, "a connection broke");
             account.failed("broken");
             reset(&connection);
         }

@@ -1,42 +1,52 @@
-//! The UDP half of the proxied listener: one socket for all Service ports. Each datagram tells the local address that it was
-//! sent to (IP_PKTINFO), and replies are sent from that same address.
+//! The UDP half of a listener: one socket for everything that it is for. Each datagram tells the address that it was sent to
+//! (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR), and replies are sent from that same address: with a node-local one by the
+//! listener's own socket, with a pod's by a socket that is bound to the pod's address and port.
 
 use std::{
+    collections::HashMap,
     io::{self, IoSlice, IoSliceMut},
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
-    os::fd::AsRawFd as _,
-    sync::{Arc, OnceLock},
+    net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    sync::{Arc, OnceLock, Weak},
     time::Instant,
 };
 
 use bytes::Bytes;
-use edgemesh_mesh::l4::udp::{
-    DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, Traffic, socket::receive_whole,
+use edgemesh_mesh::{
+    l4::udp::{DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, Traffic, socket::receive_whole},
+    model::Protocol,
 };
 use futures::future::BoxFuture;
 use nix::{
     cmsg_space,
     sys::socket::{
-        ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg, setsockopt,
-        sockopt::Ipv4PacketInfo,
+        ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, sendmsg,
+        setsockopt,
+        sockopt::{Ipv4OrigDstAddr, Ipv6OrigDstAddr},
     },
 };
+use parking_lot::Mutex;
 use socket2::{Domain, Socket, Type};
 use tokio::{io::Interest, net::UdpSocket};
 
-use super::proxied::{Parts, admit_only};
+use super::{
+    called::Listening,
+    proxied::{Parts, prepare},
+};
 
 /// Socket buffers; the kernel may grant less.
 const BUFFER: usize = 4 << 20;
 /// Flows at a time. Below the tunnel's limit of streams, so that flows to one node leave room for connections.
 const MAX_FLOWS: usize = 2048;
 
-/// A client's address, and the node-local address that it talks to.
-type FlowKey = (SocketAddrV4, Ipv4Addr);
+/// A client's address, and the address that it talks to.
+type FlowKey = (SocketAddr, SocketAddr);
 
 /// The bound socket.
 pub(super) struct ProxiedUdp {
     socket: Arc<UdpSocket>,
+    /// Sockets from which replies for pods are sent, by the pods' addresses.
+    pods: Arc<Mutex<HashMap<SocketAddr, Weak<UdpSocket>>>>,
     parts: Arc<Parts>,
 }
 
@@ -47,10 +57,19 @@ impl ProxiedUdp {
         // Best effort: the limits belong to the operator.
         let _ = socket.set_recv_buffer_size(BUFFER);
         let _ = socket.set_send_buffer_size(BUFFER);
-        setsockopt(&socket, Ipv4PacketInfo, &true)?;
-        admit_only(&socket, parts.allocator.range())?;
+        if address.is_ipv4() {
+            setsockopt(&socket, Ipv4OrigDstAddr, &true)?;
+        } else {
+            setsockopt(&socket, Ipv6OrigDstAddr, &true)?;
+        }
+        prepare(&socket, address, &parts.listening)?;
         socket.bind(&address.into())?;
-        Ok(Self { socket: Arc::new(UdpSocket::from_std(socket.into())?), parts })
+        Ok(Self { socket: Arc::new(UdpSocket::from_std(socket.into())?), pods: Arc::default(), parts })
+    }
+
+    /// Another descriptor of the socket.
+    pub(super) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.socket.as_fd().try_clone_to_owned()
     }
 
     /// Serves until it is dropped; the flows end with it.
@@ -67,8 +86,8 @@ impl ProxiedUdp {
         }
     }
 
-    fn deliver(&self, table: &FlowTable<FlowKey>, client: SocketAddrV4, local: Ipv4Addr, datagram: Bytes) {
-        let Some(port) = self.parts.allocator.service_of(local) else {
+    fn deliver(&self, table: &FlowTable<FlowKey>, client: SocketAddr, local: SocketAddr, datagram: Bytes) {
+        let Some(called) = self.parts.listening.called(local, Protocol::Udp) else {
             self.parts.metrics.connection("udp", "none", "no_service");
             return;
         };
@@ -76,9 +95,9 @@ impl ProxiedUdp {
         let opened = Arc::new(OnceLock::new());
         let (parts, begin) = (self.parts.clone(), Instant::now());
         let opening = {
-            let (port, opened, parts) = (port.clone(), opened.clone(), parts.clone());
+            let (called, opened, parts) = (called.clone(), opened.clone(), parts.clone());
             move || async move {
-                match parts.dialer.udp(&port, client.into()).await {
+                match parts.dialer.udp(&called, client).await {
                     Ok((remote, route)) => {
                         parts.metrics.connection("udp", route.path, "ok");
                         let _ = opened.set(Ok(route));
@@ -93,17 +112,19 @@ impl ProxiedUdp {
             }
         };
         let replies = || {
-            let sink =
-                Replies { socket: self.socket.clone(), client, local, _active: self.parts.metrics.active("udp") };
-            Box::new(sink) as Box<dyn DatagramSink>
+            let from = match &self.parts.listening {
+                Listening::Services(_) => Ok((self.socket.clone(), Some(local.ip()))),
+                Listening::Pods => self.socket_of_pod(local).map(|socket| (socket, None)),
+            };
+            Box::new(Replies { from, client, _active: self.parts.metrics.active("udp") }) as Box<dyn DatagramSink>
         };
         let ended = move |end: FlowEnded, traffic: &Traffic| {
-            tracing::trace!(%port, %client, ?end, "a flow ended");
+            tracing::trace!(%called, %client, ?end, "a flow ended");
             let opened = opened.get().cloned();
             if let Some(Ok(route)) = &opened {
-                parts.dialer.flow_ended(&port, route, begin, &end, traffic.to_near() > 0);
+                parts.dialer.flow_ended(&called, route, begin, &end, traffic.to_near() > 0);
             }
-            parts.accounts.flow((port, client.into()), begin, opened, &end, traffic);
+            parts.accounts.flow((called, client), begin, opened, &end, traffic);
         };
         match table.deliver((client, local), datagram, replies, opening, ended) {
             Delivery::Queued | Delivery::Began => {}
@@ -111,48 +132,100 @@ impl ProxiedUdp {
             Delivery::QueueFull | Delivery::TableFull => self.parts.metrics.dropped(),
         }
     }
+
+    /// The socket for replies from a pod's address, which is this host's as long as it is captured. It gets no datagrams: those for
+    /// the pod go to the listener, whatever else is bound to its address.
+    fn socket_of_pod(&self, pod: SocketAddr) -> io::Result<Arc<UdpSocket>> {
+        let mut sockets = self.pods.lock();
+        if let Some(socket) = sockets.get(&pod).and_then(Weak::upgrade) {
+            return Ok(socket);
+        }
+        let socket = Socket::new(Domain::for_address(pod), Type::DGRAM, None)?;
+        socket.set_nonblocking(true)?;
+        // Beside sockets for all addresses that allow it too.
+        socket.set_reuse_address(true)?;
+        if pod.is_ipv6() {
+            socket.set_only_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        }
+        let _ = socket.set_send_buffer_size(BUFFER);
+        socket.bind(&pod.into())?;
+        let socket = Arc::new(UdpSocket::from_std(socket.into())?);
+        if sockets.len() >= 2 * MAX_FLOWS {
+            sockets.retain(|_, socket| socket.strong_count() > 0);
+        }
+        sockets.insert(pod, Arc::downgrade(&socket));
+        Ok(socket)
+    }
 }
 
 /// One datagram, with the client's address and the address that it was sent to.
 fn receive(socket: &UdpSocket) -> io::Result<(Bytes, Option<FlowKey>)> {
     receive_whole(|buffer| {
-        let mut space = cmsg_space!(libc::in_pktinfo);
+        let mut space = cmsg_space!(libc::sockaddr_in6);
         let mut parts = [IoSliceMut::new(buffer)];
-        let message = recvmsg::<SockaddrIn>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
+        let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
         let local = message.cmsgs()?.find_map(|control| match control {
-            // Network byte order, as the kernel gives it.
-            ControlMessageOwned::Ipv4PacketInfo(info) => Some(Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes())),
+            ControlMessageOwned::Ipv4OrigDstAddr(address) => {
+                Some(SocketAddr::V4(SocketAddrV4::from(SockaddrIn::from(address))))
+            }
+            ControlMessageOwned::Ipv6OrigDstAddr(address) => {
+                let address = SocketAddrV6::from(SockaddrIn6::from(address));
+                // Without the interface, which is that of the packet and says nothing about the address.
+                Some(SocketAddr::from((*address.ip(), address.port())))
+            }
             _ => None,
         });
-        let client = message.address.map(|address| SocketAddrV4::new(address.ip(), address.port()));
+        let client = message.address.and_then(|address| {
+            let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4(SocketAddrV4::from(*v4)));
+            v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6(SocketAddrV6::from(*v6))))
+        });
         Ok((message.bytes, client.zip(local)))
     })
 }
 
 /// Sends a flow's replies from the address that the client talks to.
 struct Replies {
-    socket: Arc<UdpSocket>,
-    client: SocketAddrV4,
-    local: Ipv4Addr,
+    /// The socket, and the address to send from if it is not bound to it.
+    from: io::Result<(Arc<UdpSocket>, Option<IpAddr>)>,
+    client: SocketAddr,
     _active: super::metrics::Active,
 }
 
 impl DatagramSink for Replies {
     fn send<'a>(&'a mut self, datagram: &'a [u8]) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move {
-            let info = libc::in_pktinfo {
-                ipi_ifindex: 0,
-                ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(self.local.octets()) },
-                ipi_addr: libc::in_addr { s_addr: 0 },
+            let (socket, local) = match &self.from {
+                Ok(from) => from,
+                // Another process has the port at all addresses, for example.
+                Err(error) => return Err(io::Error::new(error.kind(), format!("no socket for replies: {error}"))),
             };
-            let to = SockaddrIn::from(self.client);
+            let Some(local) = local else { return socket.send_to(datagram, self.client).await.map(|_| ()) };
+            let to = SockaddrStorage::from(self.client);
+            let parts = [IoSlice::new(datagram)];
             let send = || {
-                let control = [ControlMessage::Ipv4PacketInfo(&info)];
-                let parts = [IoSlice::new(datagram)];
-                sendmsg(self.socket.as_raw_fd(), &parts, &control, MsgFlags::empty(), Some(&to))
-                    .map_err(io::Error::from)
+                let sent = match local {
+                    IpAddr::V4(local) => {
+                        let info = libc::in_pktinfo {
+                            ipi_ifindex: 0,
+                            ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(local.octets()) },
+                            ipi_addr: libc::in_addr { s_addr: 0 },
+                        };
+                        let control = [ControlMessage::Ipv4PacketInfo(&info)];
+                        sendmsg(socket.as_raw_fd(), &parts, &control, MsgFlags::empty(), Some(&to))
+                    }
+                    IpAddr::V6(local) => {
+                        let info = libc::in6_pktinfo {
+                            ipi6_addr: libc::in6_addr { s6_addr: local.octets() },
+                            ipi6_ifindex: 0,
+                        };
+                        let control = [ControlMessage::Ipv6PacketInfo(&info)];
+                        sendmsg(socket.as_raw_fd(), &parts, &control, MsgFlags::empty(), Some(&to))
+                    }
+                };
+                sent.map_err(io::Error::from)
             };
-            self.socket.async_io(Interest::WRITABLE, send).await.map(|_| ())
+            socket.async_io(Interest::WRITABLE, send).await.map(|_| ())
         })
     }
 }

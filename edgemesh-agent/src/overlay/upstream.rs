@@ -8,7 +8,8 @@ use std::{
 };
 
 use edgemesh_mesh::{
-    Call, Candidates, CatalogStore, IpFamily, Reach,
+    Call, Candidates, Catalog, CatalogStore, IpFamily, Reach,
+    cidr::Cidr,
     health::{EndpointKey, Health, Sorted},
     l4::{
         proxy_protocol,
@@ -17,7 +18,8 @@ use edgemesh_mesh::{
     model::{Endpoint, Protocol, Service, ServicePort},
 };
 use edgemesh_tunnel::{
-    Carried, DatagramReceiver, DatagramSender, Path, RefusalReason, StreamHeader, Tunnel, TunnelError, TunnelStream,
+    Carried, DatagramReceiver, DatagramSender, Path, RefusalReason, StreamHeader, StreamTarget, Tunnel, TunnelError,
+    TunnelStream,
 };
 use futures::future::BoxFuture;
 use tokio::{
@@ -26,8 +28,8 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Standpoint, metrics::ProxiedMetrics};
-use crate::node_local::ServicePortName;
+use super::{Standpoint, called::Called, metrics::ProxiedMetrics};
+use crate::{datapath::host, node_local::ServicePortName};
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
 const DIAL_DEADLINE: Duration = Duration::from_secs(5);
@@ -47,6 +49,12 @@ pub(super) enum UpstreamError {
     /// It has no endpoint that may be used.
     #[error("it has no usable endpoint")]
     NoEndpoint,
+    /// No node of another network has the address.
+    #[error("no node of another network has a pod at that address")]
+    NoNode,
+    /// Neither a pod of this node nor a process of this host calls.
+    #[error("the caller is not on this node")]
+    Stranger,
     /// None of those tried answered.
     #[error("no endpoint answers: {0}")]
     Unreachable(String),
@@ -57,6 +65,8 @@ impl UpstreamError {
         match self {
             Self::NoService => "no_service",
             Self::NoEndpoint => "no_endpoint",
+            Self::NoNode => "no_node",
+            Self::Stranger => "stranger",
             Self::Unreachable(_) => "unreachable",
         }
     }
@@ -84,11 +94,15 @@ impl<Direct> Upstream<Direct> {
     fn path(&self) -> &'static str {
         match self {
             Self::Direct(_) => "direct",
-            Self::Tunnel(stream) => match stream.path() {
-                Path::Relayed { .. } => "relay",
-                _ => "tunnel",
-            },
+            Self::Tunnel(stream) => path_of(stream),
         }
+    }
+}
+
+fn path_of(stream: &TunnelStream) -> &'static str {
+    match stream.path() {
+        Path::Relayed { .. } => "relay",
+        _ => "tunnel",
     }
 }
 
@@ -153,6 +167,8 @@ type Attempts = Vec<(Arc<Endpoint>, Reach)>;
 #[derive(Debug)]
 pub(super) struct Dialer {
     standpoint: Standpoint,
+    /// Addresses that no interface has, but from which processes of this host may call.
+    node_local: Option<Cidr>,
     catalog: Arc<CatalogStore>,
     tunnel: Tunnel,
     health: Arc<Health>,
@@ -162,22 +178,66 @@ pub(super) struct Dialer {
 impl Dialer {
     pub(super) fn new(
         standpoint: Standpoint,
+        node_local: Option<Cidr>,
         catalog: Arc<CatalogStore>,
         tunnel: Tunnel,
         health: Arc<Health>,
         metrics: ProxiedMetrics,
     ) -> Self {
-        Self { standpoint, catalog, tunnel, health, metrics }
+        Self { standpoint, node_local, catalog, tunnel, health, metrics }
     }
 
-    /// A TCP connection to an endpoint of the Service port.
+    /// A TCP connection to an endpoint of the Service port, or to the pod.
     pub(super) async fn tcp(
         &self,
-        port: &ServicePortName,
+        called: &Called,
         client: SocketAddr,
     ) -> Result<(Upstream<TcpStream>, Route), UpstreamError> {
-        let announcement = self.announcement(port, client);
-        self.first_that_answers(port, client, |address| Box::pin(dial(address, announcement.clone()))).await
+        match called {
+            Called::Service(port, family) => {
+                let announcement = self.announcement(port, client);
+                let dial = |address| -> BoxFuture<'static, _> { Box::pin(dial(address, announcement.clone())) };
+                self.first_that_answers(port, *family, client, dial).await
+            }
+            Called::Pod(address, _) => {
+                let (stream, route) = self.pod(*address, Carried::Tcp, client).await?;
+                Ok((Upstream::Tunnel(stream), route))
+            }
+        }
+    }
+
+    /// Whether an address belongs to a pod of this node or to this host, whose processes call from its addresses.
+    fn is_on_node(&self, catalog: &Catalog, ip: IpAddr) -> bool {
+        let ranges = catalog.node(&self.standpoint.node).into_iter().flat_map(|node| &node.pod_cidrs);
+        let mut ranges = ranges.filter_map(|range| Cidr::parse(range)).chain(self.node_local);
+        ranges.any(|range| range.contains(ip)) || host::addresses().contains(&ip)
+    }
+
+    /// A stream to a pod of another network.
+    async fn pod(
+        &self,
+        address: SocketAddr,
+        protocol: Carried,
+        client: SocketAddr,
+    ) -> Result<(Box<TunnelStream>, Route), UpstreamError> {
+        let node = {
+            let catalog = self.catalog.snapshot();
+            let viewpoint = self.standpoint.viewpoint(&catalog);
+            // Whoever is beside this host could make it a gateway into other networks.
+            if !self.is_on_node(&catalog, client.ip()) {
+                return Err(UpstreamError::Stranger);
+            }
+            let node = catalog.node_of_address(address.ip());
+            node.filter(|node| node.network != viewpoint.network && node.name != viewpoint.node)
+                .map(|node| node.name.clone())
+                .ok_or(UpstreamError::NoNode)?
+        };
+        let header =
+            StreamHeader { target: StreamTarget::Pod, protocol, endpoint: address, source: client.to_string() };
+        let stream = self.tunnel.open(&node, &header).await;
+        let stream = Box::new(stream.map_err(|error| UpstreamError::Unreachable(error.to_string()))?);
+        let path = path_of(&stream);
+        Ok((stream, Route { endpoint: address, node: Some(node), path }))
     }
 
     /// What is to be said to an endpoint of the Service port before the bytes of the connection, if anything.
@@ -189,13 +249,16 @@ impl Dialer {
     }
 
     /// The remote end of a UDP flow.
-    pub(super) async fn udp(
-        &self,
-        port: &ServicePortName,
-        client: SocketAddr,
-    ) -> Result<(FlowEnd, Route), UpstreamError> {
+    pub(super) async fn udp(&self, called: &Called, client: SocketAddr) -> Result<(FlowEnd, Route), UpstreamError> {
+        let (port, family) = match called {
+            Called::Service(port, family) => (port, *family),
+            Called::Pod(address, _) => {
+                let (stream, route) = self.pod(*address, Carried::Udp, client).await?;
+                return Ok((tunnel_end(*stream), route));
+            }
+        };
         let dial = |address| -> BoxFuture<'static, _> { Box::pin(connected_socket(address)) };
-        let (upstream, route) = self.first_that_answers(port, client, dial).await?;
+        let (upstream, route) = self.first_that_answers(port, family, client, dial).await?;
         Ok(match upstream {
             Upstream::Direct(socket) => (socket::flow_end(socket), route),
             Upstream::Tunnel(stream) => (tunnel_end(*stream), route),
@@ -203,14 +266,8 @@ impl Dialer {
     }
 
     /// Hears how a UDP flow ended that went to its endpoint directly: opening it has said nothing about the endpoint.
-    pub(super) fn flow_ended(
-        &self,
-        port: &ServicePortName,
-        route: &Route,
-        began: Moment,
-        end: &FlowEnded,
-        replied: bool,
-    ) {
+    pub(super) fn flow_ended(&self, called: &Called, route: &Route, began: Moment, end: &FlowEnded, replied: bool) {
+        let Called::Service(port, _) = called else { return };
         if route.path != "direct" {
             return;
         }
@@ -227,12 +284,13 @@ impl Dialer {
     async fn first_that_answers<Direct>(
         &self,
         port: &ServicePortName,
+        family: IpFamily,
         client: SocketAddr,
         dial: impl Fn(SocketAddr) -> BoxFuture<'static, io::Result<Direct>>,
     ) -> Result<(Upstream<Direct>, Route), UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
         let mut failures = Vec::new();
-        let mut left = self.endpoints(port, client)?;
+        let mut left = self.endpoints(port, family, client)?;
         left.reverse();
         while let Some((endpoint, reach)) = left.pop() {
             if failures.len() == MAX_ATTEMPTS {
@@ -295,7 +353,12 @@ impl Dialer {
     }
 
     /// The endpoints to try, in order: a chosen one, then those after it; those that could not be reached lately come last.
-    fn endpoints(&self, name: &ServicePortName, client: SocketAddr) -> Result<Attempts, UpstreamError> {
+    fn endpoints(
+        &self,
+        name: &ServicePortName,
+        family: IpFamily,
+        client: SocketAddr,
+    ) -> Result<Attempts, UpstreamError> {
         let catalog = self.catalog.snapshot();
         let service = catalog.service_named(&name.service).ok_or(UpstreamError::NoService)?;
         let port = service
@@ -304,9 +367,9 @@ impl Dialer {
             .find(|port| port.name == name.port && port.protocol == name.protocol)
             .ok_or(UpstreamError::NoService)?;
         let viewpoint = self.standpoint.viewpoint(&catalog);
-        // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. Node-local
-        // addresses stand for Service addresses of IPv4.
-        let call = Call { family: Some(IpFamily::V4), external: true };
+        // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. A node-local
+        // address stands for Service addresses of its family.
+        let call = Call { family: Some(family), external: true };
         let candidates = viewpoint.candidates_for(&catalog, port, call);
         let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
         let candidates = Candidates { endpoints: usable, ..candidates };
@@ -325,9 +388,11 @@ impl Dialer {
 
 fn header(port: &ServicePortName, endpoint: SocketAddr, client: SocketAddr) -> StreamHeader {
     StreamHeader {
-        namespace: port.service.namespace.to_string(),
-        service: port.service.name.to_string(),
-        port_name: port.port.to_string(),
+        target: StreamTarget::Service {
+            namespace: port.service.namespace.to_string(),
+            service: port.service.name.to_string(),
+            port_name: port.port.to_string(),
+        },
         protocol: match port.protocol {
             Protocol::Tcp => Carried::Tcp,
             Protocol::Udp => Carried::Udp,

@@ -3,12 +3,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
+#[path = "../overlay/access_log.rs"]
+mod access_log;
 mod affinity;
 mod host_routes;
 mod ipv6;
+mod island;
 mod pinned;
+mod pods;
 mod sandbox;
 mod scale;
+mod sites;
 mod sockets;
 mod stale;
 mod whole_agent;

@@ -1,90 +1,18 @@
 //! The access log and the counters by Service.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Debug,
-    sync::{Mutex, OnceLock},
-};
-
 use edgemesh_mesh::model::Protocol;
 use tokio::{io::AsyncWriteExt, net::TcpStream, net::UdpSocket};
-use tracing::{
-    Event, Metadata, Subscriber,
-    field::{Field, Visit},
-    span,
-};
 
 use crate::{
+    access_log::{AccessLog, Line, says},
     rig::{Node, service, two_sites, two_sites_with, until, within},
     servers::{call, server, udp_server},
 };
 
-/// The fields of a line.
-type Line = BTreeMap<&'static str, String>;
-
-/// Keeps the lines of the access log, of all tests in this process.
-#[derive(Default)]
-struct AccessLog(Mutex<Vec<Line>>);
-
-struct Fields<'a>(&'a mut Line);
-
-impl Visit for Fields<'_> {
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.0.insert(field.name(), format!("{value:?}"));
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.0.insert(field.name(), value.to_owned());
-    }
-}
-
-impl Subscriber for &'static AccessLog {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "access"
-    }
-
-    fn event(&self, event: &Event<'_>) {
-        let mut line = Line::new();
-        event.record(&mut Fields(&mut line));
-        self.0.lock().unwrap().push(line);
-    }
-
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-    fn enter(&self, _: &span::Id) {}
-    fn exit(&self, _: &span::Id) {}
-}
-
-impl AccessLog {
-    /// Begins to listen, if nobody has.
-    fn start() -> &'static Self {
-        static LOG: OnceLock<AccessLog> = OnceLock::new();
-        static LISTENING: OnceLock<()> = OnceLock::new();
-        let log = LOG.get_or_init(Self::default);
-        LISTENING.get_or_init(|| tracing::subscriber::set_global_default(log).unwrap());
-        log
-    }
-
-    /// The lines of a Service; its name must be that of one test.
-    async fn lines(&self, service: &str, count: usize) -> Vec<Line> {
-        let lines = || -> Vec<Line> {
-            let all = self.0.lock().unwrap();
-            all.iter().filter(|line| line["service"] == service).cloned().collect()
-        };
-        until("the lines of the access log", || lines().len() >= count).await;
-        lines()
-    }
-}
-
-/// Checks some fields of a line.
-fn says(line: &Line, wanted: &[(&str, &str)]) {
-    for (field, value) in wanted {
-        assert_eq!(line.get(field).map(String::as_str), Some(*value), "{field} in {line:?}");
-    }
+/// The lines of a Service; its name must be that of one test.
+async fn lines(log: &AccessLog, service: &str, count: usize) -> Vec<Line> {
+    until("the lines of the access log", || log.with("service", service).len() >= count).await;
+    log.with("service", service)
 }
 
 fn of_service(node: &Node, name: &str, service: &str, rest: &str) -> u64 {
@@ -100,12 +28,12 @@ async fn each_connection_leaves_a_line_with_where_it_went_and_what_it_carried() 
     service(&[&a, &b], "logged-near", "TCP", &[(near, "a")]);
     assert_eq!(call(&a, "logged-far", &[1; 1000]).await.unwrap(), "b 1000");
     assert_eq!(call(&a, "logged-near", &[1; 2000]).await.unwrap(), "a 2000");
-    let line = &log.lines("logged-far", 1).await[0];
+    let line = &lines(log, "logged-far", 1).await[0];
     let endpoint = far.to_string();
     says(line, &[("namespace", "default"), ("port", "80"), ("protocol", "tcp"), ("endpoint", &endpoint)]);
     says(line, &[("node", "b"), ("path", "tunnel"), ("to_endpoint", "1000"), ("to_client", "6"), ("result", "closed")]);
     assert!(line["client"].starts_with("127.0.0.1:") && line["seconds"].parse::<f64>().unwrap() > 0.0, "{line:?}");
-    let line = &log.lines("logged-near", 1).await[0];
+    let line = &lines(log, "logged-near", 1).await[0];
     says(line, &[("node", "a"), ("path", "direct"), ("to_endpoint", "2000"), ("to_client", "6"), ("result", "closed")]);
     assert_eq!(of_service(&a, "connections", "logged-far", "path=\"tunnel\""), 1);
     assert_eq!(of_service(&a, "bytes", "logged-far", "direction=\"to_endpoint\""), 1000);
@@ -128,7 +56,7 @@ async fn failures_have_their_reason_in_the_log_and_in_the_counters() {
     drop(broken);
     for (service, reason) in [("empty", "no_endpoint"), ("gone", "unreachable"), ("broken", "broken")] {
         let service = format!("logged-{service}");
-        let line = &log.lines(&service, 1).await[0];
+        let line = &lines(log, &service, 1).await[0];
         let path = if reason == "broken" { "direct" } else { "none" };
         says(line, &[("result", reason), ("path", path)]);
         assert_eq!(of_service(&a, "failures", &service, &format!("reason=\"{reason}\"")), 1);
@@ -143,7 +71,7 @@ async fn a_udp_flow_leaves_its_line_when_it_has_been_idle() {
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     client.send_to(b"12345", a.listener("logged-udp", Protocol::Udp)).await.unwrap();
     within("the reply", client.recv(&mut [0; 16])).await.unwrap();
-    let line = &log.lines("logged-udp", 1).await[0];
+    let line = &lines(log, "logged-udp", 1).await[0];
     says(line, &[("protocol", "udp"), ("node", "b"), ("path", "tunnel"), ("to_endpoint", "5"), ("to_client", "5")]);
     says(line, &[("result", "idle"), ("client", &client.local_addr().unwrap().to_string())]);
     assert_eq!(of_service(&a, "bytes", "logged-udp", "direction=\"to_client\""), 5);

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+mod access_log;
 mod accounts;
 mod faults;
 mod proxied;

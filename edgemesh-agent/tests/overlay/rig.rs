@@ -17,7 +17,7 @@ use edgemesh_mesh::{
     model::{Protocol, ServiceName},
 };
 use edgemesh_telemetry::Shutdown;
-use edgemesh_tunnel::{Carried, StreamHeader, TunnelError};
+use edgemesh_tunnel::{Carried, StreamHeader, StreamTarget, TunnelError};
 use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
 use serde_json::json;
@@ -177,9 +177,7 @@ fn introduce(nodes: &[&Node], mesh_nodes: &[MeshNode]) {
 /// Whether the other node lets this one in: it then answers, though only to refuse a Service that it doesn't have.
 async fn answers(from: &Node, node: &str) -> bool {
     let header = StreamHeader {
-        namespace: "none".into(),
-        service: "none".into(),
-        port_name: String::new(),
+        target: StreamTarget::Service { namespace: "none".into(), service: "none".into(), port_name: String::new() },
         protocol: Carried::Tcp,
         endpoint: ([127, 0, 0, 1], 1).into(),
         source: "test".into(),

@@ -33,6 +33,7 @@ pub(crate) struct Api {
     pub(crate) authenticator: Authenticator,
     pub(crate) authorizer: Authorizer,
     pub(crate) body_limit: usize,
+    pub(crate) cloud: Option<tokio::sync::watch::Receiver<bool>>,
     /// Turns of requests other than watches.
     pub(crate) turns: Semaphore,
     /// Turns of watches.
@@ -131,6 +132,10 @@ impl Api {
         let accept = text(request.headers(), &header::ACCEPT);
         match target {
             Target::Health | Target::Version => Err(ApiError::no_such_path()),
+            Target::Cloud => {
+                let cloud = self.cloud.as_ref().ok_or_else(ApiError::no_such_path)?;
+                Ok(respond::json(StatusCode::OK, &serde_json::json!({"connected": *cloud.borrow()})))
+            }
             Target::CoreVersions => Ok(discovery::core(&registry, accept::discovery(accept))),
             Target::Groups => Ok(discovery::groups(&registry, accept::discovery(accept))),
             Target::Group(group) => discovery::group(&registry, &group),

@@ -49,6 +49,8 @@ pub struct ServerOptions {
     pub max_watches: usize,
     /// How many connections there are at once; further ones wait.
     pub max_connections: usize,
+    /// On a node: whether its copy is in step with the cloud, for [`edgemesh_api::names::CLOUD_STATUS_PATH`].
+    pub cloud: Option<tokio::sync::watch::Receiver<bool>>,
 }
 
 impl Default for ServerOptions {
@@ -60,6 +62,7 @@ impl Default for ServerOptions {
             max_requests: 256,
             max_watches: 4096,
             max_connections: 4096,
+            cloud: None,
         }
     }
 }
@@ -103,6 +106,7 @@ impl Server {
             authenticator: options.authenticator,
             authorizer: options.authorizer,
             body_limit: options.body_limit,
+            cloud: options.cloud,
             turns: Semaphore::new(options.max_requests),
             watches: Arc::new(Semaphore::new(options.max_watches)),
             stopping: CancellationToken::new(),

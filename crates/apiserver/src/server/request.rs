@@ -17,6 +17,8 @@ pub(crate) enum Target {
     Health,
     /// `/version`.
     Version,
+    /// [`edgemesh_api::names::CLOUD_STATUS_PATH`].
+    Cloud,
     /// `/api`.
     CoreVersions,
     /// `/apis`.
@@ -59,6 +61,7 @@ impl Target {
         Some(match parts.as_slice() {
             ["healthz" | "readyz" | "livez", ..] => Self::Health,
             ["version"] => Self::Version,
+            ["edgemesh", "v1", "cloud"] => Self::Cloud,
             ["api"] => Self::CoreVersions,
             ["apis"] => Self::Groups,
             ["api", version] => Self::GroupVersion(String::new(), owned(version)),
@@ -198,6 +201,7 @@ mod tests {
         assert_eq!(place("/apis/apps/v1/namespaces/a/deployments"), text("deployments.apps", "a", "", ""));
         assert_eq!(place("/apis/edgemesh.dev/v1alpha1/meshnodes/x%2dy"), text("meshnodes.edgemesh.dev", "", "x-y", ""));
         assert_eq!(Target::parse("/apis/apps/v1/"), Some(Target::GroupVersion("apps".to_owned(), "v1".to_owned())));
+        assert_eq!(Target::parse(edgemesh_api::names::CLOUD_STATUS_PATH), Some(Target::Cloud));
         assert_eq!(Target::parse("/nothing"), None);
         assert_eq!(Target::parse("/api/v1/a/b/c/d/e/f"), None);
     }

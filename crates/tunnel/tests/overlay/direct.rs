@@ -3,7 +3,7 @@
 use edgemesh_tunnel::{Carried, Path, RefusalReason, StreamHeader, TunnelError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::rig::{Endpoint, counter, echo, header, round_trip, udp_echo, within};
+use crate::rig::{Endpoint, counter, echo, header, round_trip, service, udp_echo, within};
 
 async fn pair() -> (Endpoint, Endpoint) {
     let (a, b) = (Endpoint::start("a", |_| {}), Endpoint::start("b", |_| {}));
@@ -78,7 +78,7 @@ async fn each_failure_says_what_it_was() {
     let error = a.tunnel.open("nowhere", &header(Carried::Tcp, server)).await.unwrap_err();
     assert!(matches!(error, TunnelError::UnknownNode { .. }), "{error}");
 
-    let forbidden = StreamHeader { service: "forbidden".into(), ..header(Carried::Tcp, server) };
+    let forbidden = StreamHeader { target: service("forbidden"), ..header(Carried::Tcp, server) };
     let error = a.tunnel.open("b", &forbidden).await.unwrap_err();
     let TunnelError::Refused { refusal, .. } = error else { panic!("{error}") };
     assert_eq!((refusal.reason, refusal.detail.as_str()), (RefusalReason::NotHere, "no such endpoint here"));

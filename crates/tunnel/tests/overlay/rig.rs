@@ -4,7 +4,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{
-    Accept, Carried, PeerName, Refusal, RefusalReason, Session, StreamHeader, Tunnel, TunnelConfig, TunnelPeer,
+    Accept, Carried, PeerName, Refusal, RefusalReason, Session, StreamHeader, StreamTarget, Tunnel, TunnelConfig,
+    TunnelPeer,
 };
 use futures::future::BoxFuture;
 use parking_lot::RwLock;
@@ -24,7 +25,7 @@ struct Dialer;
 impl Accept for Dialer {
     fn accept<'a>(&'a self, _: &'a PeerName, header: &'a StreamHeader) -> BoxFuture<'a, Result<Session, Refusal>> {
         Box::pin(async move {
-            if header.service == "forbidden" {
+            if matches!(&header.target, StreamTarget::Service { service, .. } if service == "forbidden") {
                 return Err(Refusal::new(RefusalReason::NotHere, "no such endpoint here"));
             }
             match header.protocol {
@@ -146,16 +147,14 @@ impl Endpoint {
     }
 }
 
+/// The only port of a Service.
+pub(crate) fn service(name: &str) -> StreamTarget {
+    StreamTarget::Service { namespace: "default".into(), service: name.into(), port_name: String::new() }
+}
+
 /// A header for an endpoint.
 pub(crate) fn header(protocol: Carried, endpoint: SocketAddr) -> StreamHeader {
-    StreamHeader {
-        namespace: "default".into(),
-        service: "web".into(),
-        port_name: String::new(),
-        protocol,
-        endpoint,
-        source: "test".into(),
-    }
+    StreamHeader { target: service("web"), protocol, endpoint, source: "test".into() }
 }
 
 /// Fails the test when `what` takes too long.

@@ -1,0 +1,115 @@
+//! The capture by a table of nftables, where the eBPF program can't serve or isn't wanted: `tproxy` hands packets to the agent's
+//! listeners. Without them the packets are refused.
+
+use std::{collections::BTreeSet, net::SocketAddr, process::Stdio, time::Duration};
+
+use edgemesh_mesh::cidr::Cidr;
+use tokio::{io::AsyncWriteExt as _, process::Command};
+
+/// The table that belongs to the capture, in this network namespace.
+pub(super) const TABLE: &str = "edgemesh_capture";
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Switches of br_netfilter, in each network namespace.
+const BRIDGE_CALLS: [&str; 2] =
+    ["/proc/sys/net/bridge/bridge-nf-call-iptables", "/proc/sys/net/bridge/bridge-nf-call-ip6tables"];
+
+/// The switch by which packets of a bridge's ports pass the table while they are in the bridge, if one is on: the socket that
+/// `tproxy` gives them is lost when they leave it, and they don't pass the table again.
+pub(super) fn in_the_way() -> Option<&'static str> {
+    BRIDGE_CALLS.into_iter().find(|switch| std::fs::read_to_string(switch).is_ok_and(|value| value.trim() == "1"))
+}
+
+/// Why the table can't be written.
+#[derive(Debug, thiserror::Error)]
+pub enum TproxyError {
+    /// `nft` can't be run.
+    #[error("nft: {0}")]
+    Run(#[from] std::io::Error),
+    /// It refuses, with its reason.
+    #[error("nft: {0}")]
+    Refused(String),
+    /// It does not end.
+    #[error("nft: no answer within {DEADLINE:?}")]
+    Deadline,
+}
+
+/// Captures exactly these ranges, in one transaction.
+pub(super) async fn apply(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> Result<(), TproxyError> {
+    nft(&script(ranges, listeners)).await
+}
+
+/// Removes the table, if it is there.
+pub(super) async fn remove() -> Result<(), TproxyError> {
+    nft(&format!("table inet {TABLE}\ndelete table inet {TABLE}\n")).await
+}
+
+/// The table. Connections that a listener has taken are found by their own sockets first, as `tproxy` does. What it finds no
+/// socket for goes on to the last rules.
+fn script(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> String {
+    let mut sets = String::new();
+    let mut rules = String::new();
+    for (family, set, kind, listener) in [
+        ("ip", "pods4", "ipv4_addr", listeners.iter().find(|listener| listener.is_ipv4())),
+        ("ip6", "pods6", "ipv6_addr", listeners.iter().find(|listener| listener.is_ipv6())),
+    ] {
+        let of_family = ranges.iter().filter(|range| range.network().is_ipv4() == (family == "ip"));
+        let elements: Vec<String> = of_family.map(Cidr::to_string).collect();
+        if elements.is_empty() {
+            continue;
+        }
+        let elements = elements.join(", ");
+        sets.push_str(&format!(
+            "\tset {set} {{\n\t\ttype {kind}\n\t\tflags interval\n\t\tauto-merge\n\t\telements = {{ {elements} }}\n\t}}\n"
+        ));
+        if let Some(listener) = listener {
+            let to = format!("tproxy {family} to {listener} accept");
+            rules.push_str(&format!("\t\t{family} daddr @{set} meta l4proto {{ tcp, udp }} {to}\n"));
+        }
+        rules.push_str(&format!("\t\t{family} daddr @{set} meta l4proto tcp reject with tcp reset\n"));
+        rules.push_str(&format!("\t\t{family} daddr @{set} meta l4proto udp reject\n"));
+    }
+    format!(
+        "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{sets}\tchain prerouting {{\n\
+         \t\ttype filter hook prerouting priority mangle; policy accept;\n{rules}\t}}\n}}\n"
+    )
+}
+
+async fn nft(script: &str) -> Result<(), TproxyError> {
+    let mut child = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let work = async {
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(script.as_bytes()).await?;
+        }
+        let output = child.wait_with_output().await?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(TproxyError::Refused(String::from_utf8_lossy(&output.stderr).trim().chars().take(512).collect()))
+    };
+    tokio::time::timeout(DEADLINE, work).await.map_err(|_| TproxyError::Deadline)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_families_with_ranges_have_rules_and_nothing_passes_them() {
+        let ranges = ["10.244.3.0/24", "10.244.4.0/24"].map(|range| Cidr::parse(range).unwrap()).into();
+        let script = script(&ranges, &["127.0.0.1:4001".parse().unwrap(), "[::1]:4001".parse().unwrap()]);
+        assert!(script.contains("elements = { 10.244.3.0/24, 10.244.4.0/24 }"), "{script}");
+        assert!(
+            script.contains("ip daddr @pods4 meta l4proto { tcp, udp } tproxy ip to 127.0.0.1:4001 accept"),
+            "{script}"
+        );
+        assert!(script.contains("ip daddr @pods4 meta l4proto tcp reject"), "{script}");
+        assert!(!script.contains("ip6"), "{script}");
+    }
+}

@@ -1,0 +1,168 @@
+//! Island mode: while the cloud is away nobody writes EndpointSlices, so the agent looks for itself which endpoints of its node
+//! and its network answer, and has the catalog show that. DNS, the datapath and the proxies, which all read the catalog, follow.
+//!
+//! Connections are the judge, and not the status of pods at the metaserver: they tell of every pod of the network and not only of
+//! this node's, need no word from other nodes, and work with any API server.
+
+mod checks;
+mod cloud;
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use edgemesh_mesh::{CatalogStore, Observed};
+use edgemesh_telemetry::Shutdown;
+use rand::Rng as _;
+use serde_json::{Value, json};
+
+use self::{checks::Checks, cloud::Cloud};
+use crate::{config::Config, metrics::IslandMetrics};
+
+/// How often a metaserver is asked.
+const ASK: Duration = Duration::from_secs(2);
+/// How often an API server is: all agents ask the same one.
+const ASK_API_SERVER: Duration = Duration::from_secs(10);
+/// Answers in a row that the cloud is away before own checks begin.
+const AWAY_AFTER: u32 = 3;
+/// How long the cloud must be back before own checks end: what happened meanwhile has to get there and back as EndpointSlices.
+const BACK_FOR: Duration = Duration::from_secs(10);
+
+/// What `/debug/island` shows.
+#[derive(Debug, Default)]
+struct State {
+    is_island: bool,
+    checked: usize,
+    observed: Observed,
+}
+
+/// The running watch over the cloud.
+#[derive(Debug, Clone, Default)]
+pub struct Island {
+    state: Arc<ArcSwap<State>>,
+}
+
+impl Island {
+    /// Watches whether the cloud is there, until the agent stops.
+    pub fn start(
+        config: Arc<Config>,
+        catalog: Arc<CatalogStore>,
+        client: kube::Client,
+        metrics: IslandMetrics,
+        shutdown: &Shutdown,
+    ) -> Self {
+        let island = Self::default();
+        if config.island_check_seconds > 0 {
+            let worker =
+                Worker { config, catalog, client, metrics, state: island.state.clone(), checks: Checks::default() };
+            let stopping = shutdown.stopping().clone();
+            shutdown.spawn(async move {
+                tokio::select! {
+                    () = worker.run() => {}
+                    () = stopping.cancelled() => {}
+                }
+            });
+        }
+        island
+    }
+
+    /// Whether the cloud is away, and what is held of endpoints then, as JSON.
+    pub fn debug_page(&self) -> impl Fn() -> Value + Send + Sync + 'static {
+        let state = Arc::clone(&self.state);
+        move || {
+            let state = state.load();
+            let named = |answers: bool| if answers { "back" } else { "dead" };
+            let endpoints: BTreeMap<String, &str> = state
+                .observed
+                .endpoints
+                .iter()
+                .map(|(endpoint, answers)| (endpoint.to_string(), named(*answers)))
+                .collect();
+            json!({"island": state.is_island, "checked": state.checked, "endpoints": endpoints})
+        }
+    }
+}
+
+struct Worker {
+    config: Arc<Config>,
+    catalog: Arc<CatalogStore>,
+    client: kube::Client,
+    metrics: IslandMetrics,
+    state: Arc<ArcSwap<State>>,
+    checks: Checks,
+}
+
+impl Worker {
+    async fn run(mut self) {
+        loop {
+            self.until_away().await;
+            tracing::warn!("the cloud is away: endpoints of this network are judged by whether they answer");
+            self.metrics.active.set(1);
+            self.until_back().await;
+            tracing::info!("the cloud is back: endpoints are what it says");
+            self.checks = Checks::default();
+            self.show(0);
+            self.metrics.active.set(0);
+            self.state.store(Arc::default());
+        }
+    }
+
+    async fn until_away(&self) {
+        let mut away = 0;
+        while away < AWAY_AFTER {
+            let answer = cloud::ask(&self.client).await;
+            away = if answer.is_there() { 0 } else { away + 1 };
+            tokio::time::sleep(jitter(if answer == Cloud::ApiServer { ASK_API_SERVER } else { ASK })).await;
+        }
+    }
+
+    async fn until_back(&mut self) {
+        let mut back_since: Option<Instant> = None;
+        let check = Duration::from_secs(self.config.island_check_seconds);
+        loop {
+            let snapshot = self.catalog.snapshot();
+            let endpoints = checks::endpoints(&snapshot, &self.config.viewpoint(&snapshot));
+            let checked = endpoints.len();
+            let results = checks::round(endpoints).await;
+            for answered in results.iter().filter_map(|(_, answered)| *answered) {
+                self.metrics.checked(answered);
+            }
+            for (endpoint, answers) in self.checks.note(&results) {
+                if answers {
+                    tracing::info!(%endpoint, "an endpoint answers again");
+                } else {
+                    tracing::info!(%endpoint, "an endpoint doesn't answer: it gets no more connections");
+                }
+            }
+            self.show(checked);
+            if cloud::ask(&self.client).await.is_there() {
+                if back_since.get_or_insert_with(Instant::now).elapsed() >= BACK_FOR {
+                    return;
+                }
+            } else {
+                back_since = None;
+            }
+            tokio::time::sleep(jitter(check)).await;
+        }
+    }
+
+    /// Puts what is known into the catalog.
+    fn show(&self, checked: usize) {
+        let observed = self.checks.observed();
+        let count = |wanted: bool| observed.endpoints.values().filter(|answers| **answers == wanted).count();
+        self.metrics.endpoints(count(false), count(true));
+        if self.state.load().observed != observed {
+            self.catalog.set_observed(observed.clone());
+            self.catalog.publish();
+        }
+        self.state.store(Arc::new(State { is_island: true, checked, observed }));
+    }
+}
+
+/// Up to a quarter more or less, so that not all nodes do the same at the same moment.
+fn jitter(time: Duration) -> Duration {
+    time.mul_f64(rand::rng().random_range(0.75..1.25))
+}

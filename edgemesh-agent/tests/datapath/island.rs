@@ -1,0 +1,169 @@
+//! While the cloud is away: endpoints that die leave, and those that return rejoin, with nobody to write EndpointSlices.
+
+use std::{
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use hickory_proto::{
+    op::{Message, Query},
+    rr::RecordType,
+};
+use serde_json::{Value, json};
+
+use crate::sites::{Host, POD_A, POD_B, Sites, call, counting_server, to, until};
+
+const VIP: &str = "10.96.0.30";
+const API: &str = "127.0.0.1:10551";
+
+/// A Service and a headless one, each with a pod on both nodes.
+fn services() -> Vec<Value> {
+    let mut objects = Vec::new();
+    for (name, ip) in [("web", VIP), ("names", "None")] {
+        objects.push(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+            "spec": {"clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP"}]},
+        }));
+        let endpoint = |pod: &str, node| json!({"addresses": [pod], "nodeName": node, "conditions": {"ready": true}});
+        objects.push(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
+            "ports": [{"port": 8080, "protocol": "TCP", "name": ""}],
+            "endpoints": [endpoint(POD_A[0], "a"), endpoint(POD_B[0], "b")],
+        }));
+    }
+    objects
+}
+
+/// A server that ends, with its port, when this is dropped.
+struct Stoppable(Arc<AtomicBool>, Option<thread::JoinHandle<()>>);
+
+impl Stoppable {
+    fn start(at: &Host) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = stop.clone();
+        let thread = at.run(move || {
+            let listener = TcpListener::bind(to(POD_A[0], 8080)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            thread::spawn(move || {
+                while !seen.load(Ordering::Relaxed) {
+                    match listener.accept() {
+                        Ok((mut stream, _)) => {
+                            stream.set_nonblocking(false).unwrap();
+                            thread::spawn(move || {
+                                let _ = stream.read_to_end(&mut Vec::new());
+                                let _ = stream.write_all(b"pod a");
+                            });
+                        }
+                        Err(_) => thread::sleep(Duration::from_millis(5)),
+                    }
+                }
+            })
+        });
+        Self(stop, Some(thread))
+    }
+}
+
+impl Drop for Stoppable {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+        drop(self.1.take().map(thread::JoinHandle::join));
+    }
+}
+
+/// A metaserver that is in step with the cloud and knows nothing else.
+fn cloud(at: &Host) {
+    at.run(|| {
+        let listener = TcpListener::bind(API).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                let request = lines.next().unwrap_or_default();
+                lines.take_while(|line| !line.is_empty()).for_each(drop);
+                let (status, body) = if request.contains("/edgemesh/v1/cloud") {
+                    ("200 OK", "{\"connected\":true}")
+                } else {
+                    ("503 Service Unavailable", "")
+                };
+                let length = body.len();
+                let head = format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}");
+                let _ = write!(stream, "{head}\r\nconnection: close\r\n\r\n{body}");
+            }
+        });
+    });
+}
+
+fn addresses_of(from: &Host, name: &'static str) -> Vec<String> {
+    from.run(move || {
+        let mut query = Message::query();
+        query.add_query(Query::query(name.parse().unwrap(), RecordType::A));
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(crate::sites::DEADLINE)).unwrap();
+        socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").unwrap();
+        let mut buffer = [0; 1500];
+        let (length, _) = socket.recv_from(&mut buffer).unwrap();
+        let mut found: Vec<String> = Message::from_vec(&buffer[..length])
+            .unwrap()
+            .answers
+            .iter()
+            .filter(|record| record.record_type() == RecordType::A)
+            .map(|record| record.data.to_string())
+            .collect();
+        found.sort();
+        found
+    })
+}
+
+#[test]
+fn dead_endpoints_leave_and_return_while_the_cloud_is_away_and_its_word_counts_when_it_is_back() {
+    let sites = Sites::start(&services(), |config| {
+        config.api_server = Some(format!("http://{API}"));
+        config.island_check_seconds = 1;
+    });
+    sites.move_node("b", "site-a");
+    counting_server(&sites.b.pod, 8080, "pod b");
+    let server = Stoppable::start(&sites.a.pod);
+    let vip: SocketAddr = to(VIP, 80);
+    let answers = |wanted: &str| call(&sites.a.host, vip, 1).is_ok_and(|answer| answer == wanted);
+    let names = || addresses_of(&sites.a.pod, "names.default.svc.cluster.local.");
+    until("the pod of this node", || answers("pod a"));
+    until("the cloud to be missed", || sites.a.metric("edgemesh_agent_island_active") == 1);
+    assert_eq!(names(), [POD_A[0], POD_B[0]]);
+
+    drop(server);
+    until("the pod of the other node", || answers("pod b 1"));
+    until("the name without the dead pod", || names() == [POD_B[0]]);
+    assert_eq!(sites.a.metric("edgemesh_agent_island_endpoints{state=\"dead\"}"), 1);
+    assert!(
+        sites.a.admin("/debug/island").contains("\"10.244.1.5:8080\": \"dead\""),
+        "{}",
+        sites.a.admin("/debug/island")
+    );
+
+    sites.b.host.run(|| crate::sandbox::ip("link set wan-b down"));
+    until("nobody to be left", || {
+        call(&sites.a.host, vip, 1).is_err_and(|error| error.kind() == ErrorKind::HostUnreachable)
+            && sites.a.metric("edgemesh_agent_island_endpoints{state=\"dead\"}") == 2
+    });
+    sites.b.host.run(|| crate::sandbox::ip("link set wan-b up"));
+    until("the neighbour to be back", || answers("pod b 1"));
+
+    let server = Stoppable::start(&sites.a.pod);
+    until("the pod of this node to be back", || answers("pod a"));
+    until("both names", || names() == [POD_A[0], POD_B[0]]);
+
+    drop(server);
+    until("the pod of the other node", || answers("pod b 1"));
+    cloud(&sites.a.host);
+    until("the cloud to be back", || sites.a.metric("edgemesh_agent_island_active") == 0);
+    // It says that the pod of this node is ready.
+    until("its word", || call(&sites.a.host, vip, 1).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused));
+    assert_eq!(names(), [POD_A[0], POD_B[0]]);
+}
