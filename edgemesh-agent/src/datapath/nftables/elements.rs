@@ -50,7 +50,7 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
             let mut numbers = BTreeMap::new();
             for (index, &backend) in backends.iter().enumerate() {
                 let number = number_of(backend, &mut numbers);
-                add(Map::Choices(place, family), format!("{key} . {index}"), Some(number.clone()));
+                add(Map::Choices(place, family), format!("{key} . {}", priority(index as u32)), Some(number.clone()));
                 let numbered = format!("{key} . {number}");
                 add(Map::Kept(place, family), numbered.clone(), Some(element_value(backend)));
                 add(Map::Live(place, family), numbered, None);
@@ -60,7 +60,11 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
         OutsideTarget::Target(target) => {
             let backends = target.backends();
             for (index, &backend) in backends.iter().enumerate() {
-                add(Map::Backends(place, family), format!("{key} . {index}"), Some(element_value(backend)));
+                add(
+                    Map::Backends(place, family),
+                    format!("{key} . {}", priority(index as u32)),
+                    Some(element_value(backend)),
+                );
             }
             Chain::Direct(place, family, backends.len())
         }
@@ -86,6 +90,11 @@ fn number_of(backend: SocketAddr, taken: &mut BTreeMap<u32, SocketAddr>) -> Stri
         number = number.wrapping_add(1).max(1);
     }
     taken.insert(number, backend);
+    priority(number)
+}
+
+/// A number as nft writes a packet's priority.
+fn priority(number: u32) -> String {
     format!("{:x}:{:x}", number >> 16, number & 0xffff)
 }
 
@@ -119,13 +128,13 @@ mod tests {
         let target = Target::Direct(backends(&["10.244.1.5:8080", "10.244.1.6:8080"]));
         let expected = [
             "services4 10.96.0.20 . 6 . 80 : goto services4_of_2",
-            "services4_backends 10.96.0.20 . 6 . 80 . 0 : 10.244.1.5 . 8080",
-            "services4_backends 10.96.0.20 . 6 . 80 . 1 : 10.244.1.6 . 8080",
+            "services4_backends 10.96.0.20 . 6 . 80 . 0:0 : 10.244.1.5 . 8080",
+            "services4_backends 10.96.0.20 . 6 . 80 . 0:1 : 10.244.1.6 . 8080",
         ];
         assert_eq!(elements(Place::Inside, tcp("10.96.0.20:80"), target), expected);
         let six = Target::Direct(backends(&["[fd00::5]:8080"]));
         let expected =
-            ["nodeports6 6 . 30080 : goto nodeports6_of_1", "nodeports6_backends 6 . 30080 . 0 : fd00::5 . 8080"];
+            ["nodeports6 6 . 30080 : goto nodeports6_of_1", "nodeports6_backends 6 . 30080 . 0:0 : fd00::5 . 8080"];
         assert_eq!(elements(Place::NodePort, tcp("[::]:30080"), six), expected);
         let udp = Frontend { protocol: Udp, ..tcp("10.96.0.20:80") };
         assert_eq!(elements(Place::Inside, udp, Target::Refuse), ["services4 10.96.0.20 . 17 . 80 : goto refuse"]);

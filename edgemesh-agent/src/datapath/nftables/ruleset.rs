@@ -127,18 +127,13 @@ impl Map {
         matches!(self, Self::Frontends(..) | Self::Backends(..) | Self::Choices(..) | Self::Kept(..))
     }
 
-    /// What its elements are, as nft declares it. Only an index has no name of a type.
+    /// What its elements are, as nft declares it. Indexes and numbers have the type of the packet's priority, which carries them
+    /// from one lookup to the next: an index has no type that nft 1.0.6 could name in a map.
     fn declaration(self) -> String {
         match self {
             Self::Frontends(place, family) => format!("type {} : verdict", key_type(place, family)),
-            Self::Backends(place, family) => {
-                // Ports of any protocol: `th` would be refused when nft reads the map again.
-                format!("typeof {} . numgen random mod 2 : {} daddr . tcp dport", key(place, family), family.ip())
-            }
-            Self::Choices(place, family) => {
-                format!("typeof {} . numgen random mod 2 : meta priority", key(place, family))
-            }
-            Self::Kept(place, family) => {
+            Self::Choices(place, family) => format!("type {} . classid : classid", key_type(place, family)),
+            Self::Backends(place, family) | Self::Kept(place, family) => {
                 format!("type {} . classid : {} . inet_service", key_type(place, family), family.address())
             }
             Self::Live(place, family) => format!("type {} . classid", key_type(place, family)),
@@ -211,7 +206,11 @@ impl Chain {
         match self {
             Self::Direct(_, _, count) => {
                 let backends = Map::Backends(place, family);
-                let to = |count| format!("dnat {ip} to {key} . numgen random mod {count} map @{backends}");
+                let to = |count| {
+                    format!(
+                        "meta priority set numgen random mod {count} dnat {ip} to {key} . meta priority map @{backends}"
+                    )
+                };
                 rule(&to(count));
                 // A change can come between the two lookups, and leave fewer backends: the first is there if any is.
                 rule(&to(1));
@@ -220,11 +219,14 @@ impl Chain {
                 let (choices, kept) = (Map::Choices(place, family), Map::Kept(place, family));
                 let (live, clients) = (Map::Live(place, family), clients(place, family));
                 let client = client(place, family).0;
-                // The priority carries the backend's number from one lookup to the next; it is 0 again when the packet leaves.
                 let remember =
                     format!("update @{clients} {{ {client} timeout {}s : meta priority }}", timeout.as_secs().max(1));
                 let go = format!("dnat {ip} to {key} . meta priority map @{kept}");
-                let choose = |count| format!("meta priority set {key} . numgen random mod {count} map @{choices}");
+                let choose = |count| {
+                    format!(
+                        "meta priority set numgen random mod {count} meta priority set {key} . meta priority map @{choices}"
+                    )
+                };
                 rule(&format!(
                     "meta priority set {client} map @{clients} {key} . meta priority @{live} {remember} {go}"
                 ));
