@@ -74,7 +74,7 @@ impl Sandbox {
         match mode {
             Mode::Ebpf => {
                 let (programs, counters) = self.programs();
-                Datapath::Ebpf(programs, counters)
+                Datapath::Ebpf(Box::new(programs), counters)
             }
             Mode::Nftables => Datapath::Nftables(Rules::for_all().unwrap()),
         }
@@ -110,7 +110,7 @@ pub(crate) enum Mode {
 
 /// What translates them.
 pub(crate) enum Datapath {
-    Ebpf(Programs, Counters),
+    Ebpf(Box<Programs>, Counters),
     Nftables(Rules),
 }
 
