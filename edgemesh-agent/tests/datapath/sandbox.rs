@@ -170,6 +170,7 @@ impl Drop for Sandbox {
         if self.bpffs.exists() {
             // Whatever a test left there ends here, though a thread may still hold the namespace.
             let _ = Programs::uninstall(&self.cgroup, &self.bpffs);
+            let _ = Programs::uninstall(&self.cgroup.join("child"), &self.bpffs);
             let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
             let _ = fs::remove_dir(&self.bpffs);
         }
