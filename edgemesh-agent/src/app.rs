@@ -15,9 +15,9 @@ use crate::{
     config::Config,
     datapath::{
         Datapath,
-        ebpf::{EbpfDatapathError, Programs},
+        mode::{self, DatapathError},
     },
-    dns,
+    dns, health_check,
     island::Island,
     metrics::{CaptureMetrics, DatapathMetrics, IslandMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
@@ -108,7 +108,11 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         shutdown,
         readiness.task("datapath"),
     )?;
-    registry.write().register_collector(Box::new(ProgramMetrics(datapath.counters())));
+    if let Some(counters) = datapath.counters() {
+        registry.write().register_collector(Box::new(ProgramMetrics(counters)));
+    }
+
+    shutdown.spawn(health_check::keep(config.node_name.clone(), Arc::clone(&catalog), shutdown.clone()));
 
     let metrics = CaptureMetrics::new(&mut registry.write());
     let capture =
@@ -137,27 +141,27 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     })
 }
 
-/// Removes what the agent of this configuration leaves in the kernel when it ends: the programs and their maps, and what captures
-/// calls of pods. Not to be called in a Tokio runtime.
+/// Removes what the agent of this configuration leaves in the kernel when it ends: programs with their maps, rules and routes, and
+/// what captures calls of pods. Not to be called in a Tokio runtime.
 ///
 /// # Errors
 /// When something can't be removed.
-pub fn uninstall(config: &Config) -> Result<(), EbpfDatapathError> {
+pub fn uninstall(config: &Config) -> Result<(), DatapathError> {
     Capture::uninstall(config);
-    Programs::uninstall(&config.cgroup, &config.bpffs)
+    mode::uninstall(config)
 }
 
 impl Bound {
-    /// Stops: nothing new is accepted, and what is in flight may end within `drainSeconds`. The programs serve on, unless
+    /// Stops: nothing new is accepted, and what is in flight may end within `drainSeconds`. Programs and rules serve on, unless
     /// `detachOnStop` is set.
     pub async fn stop(self) {
         self.shutdown.drain(self.drain).await;
         self.datapath.ended().await;
         self.capture.ended().await;
         if self.config.detach_on_stop
-            && let Err(error) = Programs::uninstall(&self.config.cgroup, &self.config.bpffs)
+            && let Err(error) = mode::uninstall(&self.config)
         {
-            tracing::error!(%error, "the programs are still attached");
+            tracing::error!(%error, "programs or rules are still there");
         }
         if let Err(error) = self.admin_task.await {
             tracing::error!(%error, "the admin endpoint failed");

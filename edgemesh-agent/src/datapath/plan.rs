@@ -9,7 +9,7 @@ use std::{
 
 use edgemesh_mesh::{
     catalog::Catalog,
-    choice::{Call, Tier, Viewpoint},
+    choice::{Call, IpFamily, Tier, Viewpoint},
     model::{Endpoint, Protocol, ServicePort},
 };
 
@@ -187,7 +187,11 @@ fn target(
     called: IpAddr,
     external: bool,
 ) -> Target {
-    let call = Call { family: Some(called.into()), external };
+    target_of(catalog, surroundings, port, Call { family: Some(called.into()), external, from_outside: false })
+}
+
+/// Where a Service port leads that is called in a certain way.
+pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort, call: Call) -> Target {
     let candidates = surroundings.viewpoint.candidates_for(catalog, port, call);
     if candidates.endpoints.is_empty() {
         return Target::Refuse;
@@ -202,7 +206,7 @@ fn target(
         };
     }
     let name = port.into();
-    let listener = if called.is_ipv4() {
+    let listener = if call.family != Some(IpFamily::V6) {
         surroundings.allocator.listener(&name).map(|listener| Some(SocketAddr::V4(listener)))
     } else {
         surroundings.allocator.listener6(&name).map(|listener| listener.map(SocketAddr::V6))

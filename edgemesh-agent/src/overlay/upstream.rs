@@ -369,7 +369,7 @@ impl Dialer {
         let viewpoint = self.standpoint.viewpoint(&catalog);
         // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. A node-local
         // address stands for Service addresses of its family.
-        let call = Call { family: Some(family), external: true };
+        let call = Call { family: Some(family), external: true, ..Call::default() };
         let candidates = viewpoint.candidates_for(&catalog, port, call);
         let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
         let candidates = Candidates { endpoints: usable, ..candidates };

@@ -2,15 +2,21 @@
 //! namespace of its own.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
+#![allow(clippy::print_stdout, reason = "what was measured is for who runs a test by hand")]
 
 #[path = "../overlay/access_log.rs"]
 mod access_log;
 mod affinity;
+mod health_check;
 mod host_routes;
+mod hosts;
 mod ipv6;
 mod island;
+mod nftables;
+mod outside;
 mod pinned;
 mod pods;
+mod process;
 mod sandbox;
 mod scale;
 mod sites;
