@@ -17,6 +17,7 @@ use crate::{
         ebpf::{EbpfDatapathError, Programs},
     },
     dns,
+    explain::Explainer,
     metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
     overlay::Overlay,
@@ -74,13 +75,14 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     routes.deliver_locally(config.node_local_cidr).await?;
     let dns = dns::Server::bind(config.dns_listen(), Arc::clone(&catalog), &config.dns, &registry)?;
     let dns_address = dns.address();
-    dns.serve(shutdown);
+    let asker = dns.serve(shutdown);
     if config.routes {
         enable_forwarding();
         let metrics = RouteMetrics::new(&mut registry.write());
         shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
     }
 
+    let pods = client.clone();
     let overlay = Overlay::start(&config, Arc::clone(&catalog), client, Arc::clone(&allocator), &registry, shutdown)?;
     tracing::info!(peer = %overlay.tunnel().peer_id(), proxied = %overlay.proxied_address(), "overlay started");
 
@@ -101,6 +103,15 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         .page("/debug/catalog", move || edgemesh_mesh::debug::view(&debug_catalog.snapshot()))
         .page("/debug/datapath", datapath.debug_page())
         .page("/debug/proxied", overlay.debug_page());
+    let explainer = Explainer {
+        config: Arc::clone(&config),
+        catalog: Arc::clone(&catalog),
+        overlay,
+        dns: asker,
+        client: pods,
+        datapath: Box::new(datapath.debug_page()),
+    };
+    let pages = Arc::new(explainer).pages(pages);
     let address = admin.address();
     let admin_task = tokio::spawn(admin.serve(registry, readiness.clone(), pages, shutdown.clone()));
     Ok(Bound {

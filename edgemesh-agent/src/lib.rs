@@ -4,6 +4,7 @@ pub mod app;
 pub mod config;
 pub mod datapath;
 pub mod dns;
+pub mod explain;
 pub mod metrics;
 pub mod node_local;
 pub mod overlay;

@@ -1,6 +1,7 @@
 //! DNS on the node: the cluster's names from the catalog, all others from upstream servers through a cache.
 
 mod address;
+mod asker;
 mod cache;
 mod completion;
 mod dot;
@@ -16,5 +17,6 @@ mod upstreams;
 mod wire;
 mod zone;
 
+pub use asker::{Asker, Said};
 pub use address::{NoUpstream, UpstreamAddress};
 pub use server::{DnsError, Server};

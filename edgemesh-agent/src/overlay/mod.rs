@@ -22,6 +22,7 @@ use edgemesh_mesh::{
     Catalog, CatalogStore, Viewpoint,
     cidr::Cidr,
     health::{Health, HealthSettings},
+    model::ServiceName,
 };
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
@@ -60,6 +61,7 @@ pub struct Overlay {
     tunnel: Tunnel,
     proxied: SocketAddr,
     health: Arc<Health>,
+    services: service_metrics::ServiceMetrics,
 }
 
 impl Overlay {
@@ -109,7 +111,7 @@ impl Overlay {
             dialer,
             allocator,
             metrics,
-            accounts: access::Accounts { services, catalog: catalog.clone() },
+            accounts: access::Accounts { services: services.clone(), catalog: catalog.clone() },
             udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
             shutdown: shutdown.clone(),
         };
@@ -122,7 +124,7 @@ impl Overlay {
         spawn_until_stopping(shutdown, peers::follow(COMPONENT, node.clone(), catalog.clone(), tunnel.clone()));
         let publisher = Publisher::new(COMPONENT, node, config.tunnel.relay, catalog, client, &tunnel);
         spawn_until_stopping(shutdown, publisher.run());
-        Ok(Self { tunnel, proxied, health })
+        Ok(Self { tunnel, proxied, health, services })
     }
 
     /// The tunnel.
@@ -133,6 +135,16 @@ impl Overlay {
     /// Where proxied Service ports are listened for, TCP and UDP.
     pub fn proxied_address(&self) -> SocketAddr {
         self.proxied
+    }
+
+    /// Which endpoints could not be reached lately.
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// What the proxied connections of a Service came to, for pages.
+    pub fn counters_of(&self, service: &ServiceName) -> serde_json::Value {
+        self.services.view(service)
     }
 
     /// `/debug/proxied`: the endpoints that are passed over, and for how long.
