@@ -5,6 +5,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::Arc,
     thread,
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
@@ -107,7 +108,7 @@ pub fn calls(field: &Field, from: From<'_>, options: &[&str], url: &str, count: 
 #[derive(Debug)]
 pub struct Stream {
     child: Child,
-    seen: Arc<Mutex<Vec<Outcome>>>,
+    seen: Arc<Mutex<Vec<(Outcome, Instant)>>>,
 }
 
 impl Stream {
@@ -119,7 +120,7 @@ impl Stream {
         let words = [&["call", "--count", "1000000"], options, &[url]].concat();
         let mut child = command(field, from, &words)?.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let output = child.stdout.take().context("its output is piped")?;
-        let seen = Arc::<Mutex<Vec<Outcome>>>::default();
+        let seen = Arc::<Mutex<Vec<(Outcome, Instant)>>>::default();
         let written = seen.clone();
         thread::spawn(move || {
             // When the program's namespace is entered it is a child's child: it ends as nobody reads its output any more.
@@ -127,7 +128,7 @@ impl Stream {
                 if Arc::strong_count(&written) == 1 {
                     return;
                 }
-                written.lock().push(Answer::read(&line));
+                written.lock().push((Answer::read(&line), Instant::now()));
             }
         });
         Ok(Self { child, seen })
@@ -135,6 +136,11 @@ impl Stream {
 
     /// All outcomes so far.
     pub fn outcomes(&self) -> Vec<Outcome> {
+        self.seen.lock().iter().map(|(outcome, _)| outcome.clone()).collect()
+    }
+
+    /// All outcomes so far, and when each was seen.
+    pub fn timed_outcomes(&self) -> Vec<(Outcome, Instant)> {
         self.seen.lock().clone()
     }
 }

@@ -72,12 +72,12 @@ fn topology(mode: Mode) -> Topology {
 
 impl Field {
     /// Brings a lab up and starts the shared pods: `server-NODE` and `client-NODE` on each node, and `host-NODE`, a server in the
-    /// host's network. `programs` is where the project's programs are, `root` the checkout.
+    /// host's network. `purpose` begins the lab's name; `programs` is where the project's programs are, `root` the checkout.
     ///
     /// # Errors
     /// When something doesn't come up; the lab stays for a look.
-    pub fn up(mode: Mode, programs: &Path, root: &Path) -> Result<Self> {
-        let lab = Lab::new(&format!("conf{}", mode.name), Path::new(ROOT), programs.to_owned())?;
+    pub fn up(purpose: &str, mode: Mode, programs: &Path, root: &Path) -> Result<Self> {
+        let lab = Lab::new(&format!("{purpose}{}", mode.name), Path::new(ROOT), programs.to_owned())?;
         let file = std::env::temp_dir().join(format!("edgemesh-{}.json", lab.id));
         std::fs::write(&file, serde_json::to_vec(&topology(mode))?)?;
         let field = Self {

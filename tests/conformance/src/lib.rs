@@ -7,6 +7,7 @@ pub mod case;
 pub mod field;
 pub mod manifests;
 pub mod rows;
+pub mod soak;
 
 pub use case::Case;
 pub use field::Field;

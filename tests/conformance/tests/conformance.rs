@@ -54,6 +54,5 @@ fn bring_up(mode: Mode) -> anyhow::Result<Field> {
     let this = std::env::current_exe()?;
     let programs: PathBuf = this.ancestors().nth(2).unwrap_or(Path::new("/")).to_owned();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
-    let field = Field::up(mode, &programs, &root)?;
-    Ok(field)
+    Field::up("conf", mode, &programs, &root)
 }

@@ -69,6 +69,11 @@ pub(crate) fn has_node_ports(spec: &Value) -> bool {
     }
 }
 
+/// Whether load balancers ask the nodes at a port of their own which of them has endpoints.
+pub(crate) fn needs_health_check(spec: &Value) -> bool {
+    text(&spec["type"]) == "LoadBalancer" && text(&spec["externalTrafficPolicy"]) == "Local"
+}
+
 fn is_external(spec: &Value) -> bool {
     matches!(text(&spec["type"]), "NodePort" | "LoadBalancer") || !list(&spec["externalIPs"]).is_empty()
 }
@@ -159,6 +164,14 @@ fn prepare_update(old: &Value, new: &mut Value) {
     }
     if is_external(before) && !is_external(after) && after["externalTrafficPolicy"] == before["externalTrafficPolicy"] {
         remove(after, "externalTrafficPolicy");
+    }
+    if needs_health_check(before) {
+        let unset = after["healthCheckNodePort"].as_i64().unwrap_or(0) == 0;
+        if needs_health_check(after) && unset {
+            after["healthCheckNodePort"] = before["healthCheckNodePort"].clone();
+        } else if !needs_health_check(after) && after["healthCheckNodePort"] == before["healthCheckNodePort"] {
+            remove(after, "healthCheckNodePort");
+        }
     }
     if before["type"] == json!("LoadBalancer") && after["type"] != json!("LoadBalancer") {
         remove(after, "allocateLoadBalancerNodePorts");
