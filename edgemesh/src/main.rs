@@ -4,7 +4,7 @@ mod agent;
 mod show;
 mod table;
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand, ValueEnum, error::ErrorKind};
 
@@ -69,9 +69,9 @@ enum Action {
     },
 }
 
-#[allow(clippy::print_stdout)]
 fn print(text: &str) {
-    println!("{}", text.trim_end());
+    // Whoever closed it has read enough.
+    drop(writeln!(std::io::stdout(), "{}", text.trim_end()));
 }
 
 #[allow(clippy::print_stderr)]
