@@ -309,13 +309,14 @@ impl Candidates {
     }
 
     /// The endpoint of a client (`sessionAffinity: ClientIP`): stays the same while that endpoint stays, whatever
-    /// happens to the others (rendezvous hashing), and is the same on every node.
-    pub fn pick_for_client(&self, client: IpAddr) -> Option<&Arc<Endpoint>> {
+    /// happens to the others (rendezvous hashing), and is the same on every node. With another `round` it is another choice:
+    /// for a client whose affinity has timed out.
+    pub fn pick_for_client(&self, client: IpAddr, round: u64) -> Option<&Arc<Endpoint>> {
         self.endpoints.iter().max_by_key(|endpoint| {
             // Fixed keys, so that every process agrees.
             #[allow(deprecated)]
             let mut hasher = std::hash::SipHasher::new();
-            (client, endpoint.address, endpoint.port).hash(&mut hasher);
+            (client, round, endpoint.address, endpoint.port).hash(&mut hasher);
             hasher.finish()
         })
     }

@@ -279,14 +279,14 @@ fn random_keys_spread_and_a_client_keeps_its_endpoint() {
     let mut used = HashSet::new();
     for last in 0..200 {
         let client = IpAddr::from([10, 244, 4, last]);
-        let before = all.pick_for_client(client).unwrap();
+        let before = all.pick_for_client(client, 0).unwrap();
         used.insert(before.address);
         // Only the clients of the endpoint that is gone move.
         if less.endpoints.contains(before) {
-            assert_eq!(less.pick_for_client(client).unwrap(), before);
+            assert_eq!(less.pick_for_client(client, 0).unwrap(), before);
         }
     }
     assert_eq!(used.len(), 4);
     let none = choose("cloud-1", json!({}), "");
-    assert!(none.pick(7).is_none() && none.pick_for_client(IpAddr::from([10, 0, 0, 1])).is_none());
+    assert!(none.pick(7).is_none() && none.pick_for_client(IpAddr::from([10, 0, 0, 1]), 0).is_none());
 }

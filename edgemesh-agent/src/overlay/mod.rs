@@ -3,6 +3,7 @@
 
 mod accept;
 mod access;
+mod affinity;
 mod metrics;
 mod proxied;
 mod proxied_udp;

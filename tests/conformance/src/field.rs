@@ -116,11 +116,15 @@ impl Field {
     fn populated(mut self) -> Result<Self> {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
         self.kubectl("apply -f -", &namespace.to_string())?;
+        for host in self.lab.topology()?.hosts() {
+            self.nodes.insert(host.name, host.address.to_string());
+        }
         let mut pods = Vec::new();
         for node in NODES {
             pods.push(manifests::pod(&format!("server-{node}"), node, &[("app", "server"), ("node", node)], &[]));
             pods.push(manifests::pod(&format!("client-{node}"), node, &[("app", "client")], &[]));
-            let ports = ["--http", "18080", "--tcp", "17000", "--udp", "17000"];
+            let address = self.address(node)?;
+            let ports = ["--http", "18080", "--tcp", "17000", "--udp", "17000", "--address", address];
             let mut host = manifests::pod(&format!("host-{node}"), node, &[("app", "host"), ("node", node)], &ports);
             host["spec"]["hostNetwork"] = json!(true);
             host["spec"]["dnsPolicy"] = json!("ClusterFirstWithHostNet");
@@ -140,9 +144,6 @@ impl Field {
             }
             ensure!(Instant::now() < deadline, "only {:?} are Ready", ready.keys());
             thread::sleep(Duration::from_millis(200));
-        }
-        for host in self.lab.topology()?.hosts() {
-            self.nodes.insert(host.name, host.address.to_string());
         }
         let names: Vec<_> = self.pods.keys().cloned().collect();
         for name in names {

@@ -1,8 +1,10 @@
 //! The lab's application: answers HTTP, plain TCP and UDP with the name of the pod and node that answered.
 //!
-//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS]     (8080, 7000, 7000 and 0 by default)
+//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]
+//!        (8080, 7000, 7000, 0 and all addresses by default)
 //!
-//! With `--linger` it serves on after SIGTERM for that long, as servers do that shut down slowly.
+//! A UDP server at all addresses of a host answers from the one that is nearest to the client, which need not be the one that was
+//! called: give it one there. With `--linger` it serves on after SIGTERM for that long, as servers do that shut down slowly.
 //!
 //! HTTP: any path gives a line of JSON; `/bytes/N` gives N bytes, `/slow/MS` answers after MS milliseconds. TCP: the first line is the greeting,
 //! then everything is echoed. UDP: each datagram comes back behind the greeting. The greeting is `POD NODE CLIENT`, the client as
@@ -51,20 +53,25 @@ fn main() -> std::io::Result<()> {
     signal(SIGALRM, end);
     let mut ports = [("--http", 8080_u16), ("--tcp", 7000), ("--udp", 7000), ("--linger", 0)];
     let mut arguments = std::env::args().skip(1);
+    let mut address = "0.0.0.0".to_owned();
     while let Some(flag) = arguments.next() {
+        if flag == "--address" {
+            address = arguments.next().unwrap_or_default();
+            continue;
+        }
         let port = arguments.next().and_then(|value| value.parse().ok());
         match (ports.iter_mut().find(|(name, _)| *name == flag), port) {
             (Some(entry), Some(port)) => entry.1 = port,
             _ => {
-                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS]");
+                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]");
                 std::process::exit(64);
             }
         }
     }
     LINGER.store(ports[3].1.into(), Ordering::Relaxed);
-    let http = TcpListener::bind(("0.0.0.0", ports[0].1))?;
-    let tcp = TcpListener::bind(("0.0.0.0", ports[1].1))?;
-    let udp = UdpSocket::bind(("0.0.0.0", ports[2].1))?;
+    let http = TcpListener::bind((address.as_str(), ports[0].1))?;
+    let tcp = TcpListener::bind((address.as_str(), ports[1].1))?;
+    let udp = UdpSocket::bind((address.as_str(), ports[2].1))?;
     thread::spawn(move || serve(http, answer_http));
     thread::spawn(move || serve(tcp, answer_tcp));
     let mut buffer = vec![0; 65536];

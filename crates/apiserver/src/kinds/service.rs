@@ -69,6 +69,9 @@ pub(crate) fn has_node_ports(spec: &Value) -> bool {
     }
 }
 
+/// Values of `trafficDistribution`: the two newer ones are of Kubernetes 1.34, and the mesh follows them.
+const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+
 /// Whether load balancers ask the nodes at a port of their own which of them has endpoints.
 pub(crate) fn needs_health_check(spec: &Value) -> bool {
     text(&spec["type"]) == "LoadBalancer" && text(&spec["externalTrafficPolicy"]) == "Local"
@@ -280,7 +283,7 @@ fn validate(object: &Value, errors: &mut Errors) {
             "may only be set for externally-accessible services",
         );
     }
-    errors.one_of("spec.trafficDistribution", &spec["trafficDistribution"], &["PreferClose"]);
+    errors.one_of("spec.trafficDistribution", &spec["trafficDistribution"], &DISTRIBUTIONS);
     errors.one_of(
         "spec.ipFamilyPolicy",
         &spec["ipFamilyPolicy"],

@@ -129,7 +129,9 @@ fn serves_both(case: &Case<'_>, service: &Service) -> Result<()> {
 fn same_number(case: &Case<'_>) -> Result<()> {
     let first = case.service("svc", json!({"type": "NodePort", "ports": [manifests::ports()[1]]}))?;
     let port = node_port_of(&first)?;
-    let both = case.service("svc", json!({"type": "NodePort", "ports": both_protocols(port)}))?;
+    // Not by apply: kubectl merges ports by their number alone, and takes the two for one.
+    case.patch(&format!("service/{}", first.name), &json!({"spec": {"ports": both_protocols(port)}}))?;
+    let both = case.now(&first)?;
     serves_both(case, &both)
 }
 
@@ -140,7 +142,9 @@ fn type_with_same_number(case: &Case<'_>) -> Result<()> {
     let free = case.service("free", json!({"type": "NodePort"}))?;
     let port = node_port_of(&free)?;
     case.field.kubectl(&format!("delete service {}", free.name), "")?;
-    let both = case.service("svc", json!({"type": "NodePort", "ports": both_protocols(port)}))?;
+    let spec = json!({"spec": {"type": "NodePort", "ports": both_protocols(port)}});
+    case.patch(&format!("service/{}", plain.name), &spec)?;
+    let both = case.now(&plain)?;
     serves_both(case, &both)
 }
 
