@@ -14,10 +14,11 @@ use crate::{
     config::Config,
     datapath::{
         Datapath,
-        ebpf::{EbpfDatapathError, Programs},
+        mode::{self, DatapathError},
     },
     dns,
     explain::Explainer,
+    health_check,
     metrics::{DatapathMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
     overlay::Overlay,
@@ -96,7 +97,11 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         shutdown,
         readiness.task("datapath"),
     )?;
-    registry.write().register_collector(Box::new(ProgramMetrics(datapath.counters())));
+    if let Some(counters) = datapath.counters() {
+        registry.write().register_collector(Box::new(ProgramMetrics(counters)));
+    }
+
+    shutdown.spawn(health_check::keep(config.node_name.clone(), Arc::clone(&catalog), shutdown.clone()));
 
     let debug_catalog = Arc::clone(&catalog);
     let pages = AdminRoutes::default()
@@ -126,16 +131,16 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     })
 }
 
-/// Removes what the agent of this configuration leaves in the kernel when it ends: the programs and their maps.
+/// Removes what the agent of this configuration leaves in the kernel when it ends: programs with their maps, rules and routes.
 ///
 /// # Errors
 /// When something can't be removed.
-pub fn uninstall(config: &Config) -> Result<(), EbpfDatapathError> {
-    Programs::uninstall(&config.cgroup, &config.bpffs)
+pub fn uninstall(config: &Config) -> Result<(), DatapathError> {
+    mode::uninstall(config)
 }
 
 impl Bound {
-    /// Stops: nothing new is accepted, and what is in flight may end within `drainSeconds`. The programs serve on, unless
+    /// Stops: nothing new is accepted, and what is in flight may end within `drainSeconds`. Programs and rules serve on, unless
     /// `detachOnStop` is set.
     pub async fn stop(self) {
         self.shutdown.drain(self.drain).await;
@@ -143,7 +148,7 @@ impl Bound {
         if self.config.detach_on_stop
             && let Err(error) = uninstall(&self.config)
         {
-            tracing::error!(%error, "the programs are still attached");
+            tracing::error!(%error, "programs or rules are still there");
         }
         if let Err(error) = self.admin_task.await {
             tracing::error!(%error, "the admin endpoint failed");

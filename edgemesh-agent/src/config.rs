@@ -62,7 +62,7 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DatapathMode {
-    /// The best that this kernel offers; today that is eBPF.
+    /// eBPF where its programs can be loaded, else nftables.
     #[default]
     Auto,
     /// eBPF programs at the cgroup.

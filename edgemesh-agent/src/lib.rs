@@ -1,10 +1,11 @@
-//! The per-node daemon: the catalog, DNS, socket load balancing in eBPF, and the way through the tunnel.
+//! The per-node daemon: the catalog, DNS, Service addresses, and the way through the tunnel.
 
 pub mod app;
 pub mod config;
 pub mod datapath;
 pub mod dns;
 pub mod explain;
+pub mod health_check;
 pub mod metrics;
 pub mod node_local;
 pub mod overlay;

@@ -24,6 +24,12 @@ struct TargetLabel {
     target: &'static str,
 }
 
+/// How Service addresses are translated, as a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModeLabel {
+    mode: &'static str,
+}
+
 /// The protocol of a socket, as a label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ProtocolLabel {
@@ -33,7 +39,9 @@ struct ProtocolLabel {
 /// The user side of the datapath.
 #[derive(Debug, Clone)]
 pub struct DatapathMetrics {
+    mode: Family<ModeLabel, Gauge>,
     frontends: Family<TargetLabel, Gauge>,
+    outside_frontends: Gauge,
     changes: Counter,
     failures: Counter,
     plan_seconds: Histogram,
@@ -47,7 +55,9 @@ impl DatapathMetrics {
     pub fn new(registry: &mut Registry) -> Self {
         let seconds = || Histogram::new(exponential_buckets(0.000_05, 4.0, 9));
         let metrics = Self {
+            mode: Family::default(),
             frontends: Family::default(),
+            outside_frontends: Gauge::default(),
             changes: Counter::default(),
             failures: Counter::default(),
             plan_seconds: seconds(),
@@ -56,6 +66,12 @@ impl DatapathMetrics {
             sweep_failures: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_datapath");
+        registry.register("mode", "How Service addresses are translated: 1 for the way in use", metrics.mode.clone());
+        registry.register(
+            "outside_frontends",
+            "Service addresses and node ports that are programmed for callers from outside",
+            metrics.outside_frontends.clone(),
+        );
         registry.register("frontends", "Service addresses that are programmed", metrics.frontends.clone());
         registry.register("changes", "Frontends that were written or removed", metrics.changes.clone());
         registry.register("failures", "Frontends that could not be written", metrics.failures.clone());
@@ -70,6 +86,16 @@ impl DatapathMetrics {
             failures,
         );
         metrics
+    }
+
+    /// The way in use.
+    pub(crate) fn mode(&self, mode: &'static str) {
+        self.mode.get_or_create(&ModeLabel { mode }).set(1);
+    }
+
+    /// How many frontends there are for callers from outside.
+    pub(crate) fn outside_frontends(&self, count: usize) {
+        self.outside_frontends.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     /// One round of programming.

@@ -66,6 +66,8 @@ pub struct Call {
     /// addresses only. `externalTrafficPolicy: Local` does not hold for callers on the nodes: it is there to keep the
     /// address of clients outside.
     pub external: bool,
+    /// The caller is neither on this node nor one of its pods: `externalTrafficPolicy: Local` holds.
+    pub from_outside: bool,
 }
 
 /// How near the chosen endpoints are.
@@ -200,7 +202,9 @@ impl Viewpoint {
         let of_family = |endpoint: &Endpoint| call.family.is_none_or(|family| family == endpoint.address.into());
         let service = catalog.service_named(&port.service);
         let publish_not_ready = service.is_some_and(|service| service.publish_not_ready);
-        let local_only = !call.external && service.is_some_and(|service| service.internal_traffic_local);
+        let local_only = service.is_some_and(|service| {
+            (!call.external && service.internal_traffic_local) || (call.from_outside && service.external_traffic_local)
+        });
         let distribution = service.map(|service| service.traffic_distribution).unwrap_or_default();
         let strict = service.is_some_and(|service| service.strict_spreading);
         let usable: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving && e.terminating];

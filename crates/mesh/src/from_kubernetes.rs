@@ -175,6 +175,7 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
     // Where the load balancer itself must see the traffic, it does.
     let passes_balancer = spec.load_balancer_source_ranges.as_ref().is_some_and(|ranges| !ranges.is_empty());
     let on_nodes = ingress.iter().filter(|entry| !passes_balancer && entry.ip_mode.as_deref() != Some("Proxy"));
+    let external_traffic_local = spec.external_traffic_policy.as_deref() == Some("Local");
     let labels = object.metadata.labels.as_ref();
     let has_label = |name: &str| labels.is_some_and(|labels| labels.contains_key(name));
     let no_proxy = labels.and_then(|labels| labels.get(NO_PROXY_LABEL.0)).is_some_and(|v| v == NO_PROXY_LABEL.1);
@@ -190,6 +191,11 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
         hosts: Vec::new(),
         client_ip_affinity: affinity,
         internal_traffic_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        external_traffic_local,
+        health_check_node_port: spec
+            .health_check_node_port
+            .and_then(port_number)
+            .filter(|_| external_traffic_local && spec.type_.as_deref() == Some("LoadBalancer")),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         proxy_protocol: wants_proxy_protocol(&object.metadata),
         traffic_distribution: match spec.traffic_distribution.as_deref() {

@@ -54,6 +54,10 @@ pub struct Service {
     pub client_ip_affinity: Option<Duration>,
     /// `internalTrafficPolicy: Local`.
     pub internal_traffic_local: bool,
+    /// `externalTrafficPolicy: Local`: callers from outside of the cluster get endpoints of the node that they called.
+    pub external_traffic_local: bool,
+    /// `healthCheckNodePort`, where it has a meaning: type LoadBalancer with `externalTrafficPolicy: Local`.
+    pub health_check_node_port: Option<u16>,
     /// `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
     /// Its servers want the client's address in a header of the PROXY protocol, version 2

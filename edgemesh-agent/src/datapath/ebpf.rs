@@ -278,7 +278,7 @@ pub(super) fn map_error(name: &'static str) -> impl Fn(MapError) -> EbpfDatapath
 }
 
 /// The folder of a cgroup that is given relative to the cgroup2 mount, wherever that is.
-fn cgroup_path(cgroup: &Path) -> Result<PathBuf, EbpfDatapathError> {
+pub(super) fn cgroup_path(cgroup: &Path) -> Result<PathBuf, EbpfDatapathError> {
     use std::io::Read;
     let path = PathBuf::from("/proc/self/mounts");
     let mut mounts = String::new();

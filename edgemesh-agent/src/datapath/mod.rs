@@ -1,9 +1,15 @@
 //! Keeps what sockets see equal to the catalog: plans it, and programs the differences.
 
+mod conntrack;
 mod counters;
 pub mod ebpf;
+pub mod flows;
 mod host;
+pub mod mode;
 mod namespaces;
+mod netlink;
+pub mod nftables;
+pub mod outside;
 mod pins;
 pub mod plan;
 pub mod planner;
@@ -22,17 +28,20 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, model::Protocol};
+use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr, model::Protocol};
 use edgemesh_telemetry::{ReadinessTask, Shutdown};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::{config::Config, metrics::DatapathMetrics, node_local::Allocator};
-use ebpf::{Counters, EbpfDatapathError, Programs};
+use ebpf::{Counters, Programs};
+use mode::{Chosen, DatapathError};
+use nftables::Rules;
+use outside::OutsidePlan;
 use parking_lot::RwLock;
 use plan::{Change, Frontend, Plan, Surroundings, Target};
 use planner::{Planner, Wanted};
-use stale::Reaper;
+use stale::{Reaper, Sweep};
 
 /// Changes that come close together are programmed together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
@@ -56,17 +65,25 @@ pub struct State {
 #[derive(Debug)]
 pub struct Datapath {
     state: Arc<ArcSwap<State>>,
-    counters: Arc<Counters>,
-    cgroup: PathBuf,
+    about: Arc<About>,
     task: JoinHandle<()>,
 }
 
+/// What stays the same while a datapath runs.
+#[derive(Debug)]
+struct About {
+    mode: &'static str,
+    reason: String,
+    cgroup: Option<PathBuf>,
+    counters: Option<Arc<Counters>>,
+}
+
 impl Datapath {
-    /// Attaches the programs and keeps them up to date until the shutdown is forced, because connections need them while the
-    /// agent drains. They are pinned and serve on after it. `dns` is where this node answers for the cluster DNS address. `readiness` is released when a complete catalog is programmed.
+    /// Attaches the programs, or readies the rules of nftables, and keeps them up to date until the shutdown is forced, because connections need them while the
+    /// agent drains. They serve on after it. `dns` is where this node answers for the cluster DNS address. `readiness` is released when a complete catalog is programmed.
     ///
     /// # Errors
-    /// When the kernel can't or may not run the programs.
+    /// When the kernel can't or may not do what the settings ask for.
     pub fn start(
         config: Arc<Config>,
         catalog: Arc<CatalogStore>,
@@ -75,20 +92,13 @@ impl Datapath {
         metrics: DatapathMetrics,
         shutdown: &Shutdown,
         readiness: ReadinessTask,
-    ) -> Result<Self, EbpfDatapathError> {
-        let (mut programs, counters) = match Programs::start_pinned(&config.cgroup, &config.bpffs) {
-            Err(error @ EbpfDatapathError::Pins { .. }) => {
-                tracing::warn!(%error, "nothing will be served while the agent is away");
-                Programs::start(&config.cgroup)?
-            }
-            started => started?,
-        };
-        let adopted = programs.take_adopted();
+    ) -> Result<Self, DatapathError> {
+        let Chosen { mut programs, counters, rules, cgroup, mode, reason } = mode::choose(&config)?;
+        metrics.mode(mode);
+        let adopted = programs.as_mut().map(Programs::take_adopted).unwrap_or_default();
         if !adopted.is_empty() {
             tracing::info!(frontends = adopted.len(), "serving on with what an earlier run programmed");
         }
-        let cgroup = programs.cgroup().to_owned();
-        tracing::info!(cgroup = %cgroup.display(), "eBPF programs attached");
         let state = Arc::<ArcSwap<State>>::default();
         let node_local = config.node_local_cidr;
         let is_ours = move |backend: SocketAddr| match backend.ip() {
@@ -96,13 +106,24 @@ impl Datapath {
             IpAddr::V4(ip) => node_local.contains(ip),
             IpAddr::V6(_) => false,
         };
-        let reaper = programs.take_sweeper().and_then(|sweeper| {
-            Reaper::start(sweeper, is_ours, metrics.clone())
-                .inspect_err(|error| tracing::error!(%error, "sockets of endpoints that are gone will not be ended"))
-                .ok()
-        });
+        let mut sweepers: Vec<Box<dyn Sweep>> = Vec::new();
+        if let Some(sweeper) = programs.as_mut().and_then(Programs::take_sweeper) {
+            sweepers.push(Box::new(sweeper));
+        }
+        match rules.sweeper(cgroup.clone()) {
+            Ok(sweeper) => sweepers.push(Box::new(sweeper)),
+            Err(error) => tracing::error!(%error, "flows to endpoints that are gone will not be ended"),
+        }
+        let reaper = Reaper::start(sweepers, is_ours, metrics.clone())
+            .inspect_err(|error| tracing::error!(%error, "sockets of endpoints that are gone will not be ended"))
+            .ok();
+        let about = About { mode, reason, cgroup, counters: counters.map(Arc::new) };
         let worker = Worker {
             programs,
+            rules,
+            outside: OutsidePlan::new(),
+            planned_outside: None,
+            outside_failed: false,
             reaper,
             swept: None,
             plan: Arc::new(RwLock::new(adopted)),
@@ -116,18 +137,18 @@ impl Datapath {
             has_external: false,
         };
         let task = tokio::spawn(worker.run(catalog, shutdown.clone(), readiness));
-        Ok(Self { state, counters: Arc::new(counters), cgroup, task })
+        Ok(Self { state, about: Arc::new(about), task })
     }
 
     /// What is programmed now, as JSON.
     pub fn debug_page(&self) -> impl Fn() -> Value + Send + Sync + 'static {
-        let (state, counters, cgroup) = (Arc::clone(&self.state), Arc::clone(&self.counters), self.cgroup.clone());
-        move || view(&state.load(), &counters, &cgroup)
+        let (state, about) = (Arc::clone(&self.state), Arc::clone(&self.about));
+        move || view(&state.load(), &about)
     }
 
-    /// What the programs count.
-    pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.counters)
+    /// What the programs count, where there are programs.
+    pub fn counters(&self) -> Option<Arc<Counters>> {
+        self.about.counters.clone()
     }
 
     /// Waits until nothing is programmed any more, after the shutdown was forced.
@@ -139,7 +160,16 @@ impl Datapath {
 }
 
 struct Worker {
-    programs: Programs,
+    /// The programs, in eBPF mode.
+    programs: Option<Programs>,
+    /// The rules: for everybody, or with programs for callers from outside only.
+    rules: Rules,
+    /// What is to be in force for callers from outside.
+    outside: OutsidePlan,
+    /// From which catalog it was planned, unless it has to be planned in full; or something is not in force.
+    planned_outside: Option<Arc<Catalog>>,
+    /// Whether the rules could not be written last: said once.
+    outside_failed: bool,
     reaper: Option<Reaper>,
     /// The complete catalog by which sockets were last looked at.
     swept: Option<Arc<Catalog>>,
@@ -215,17 +245,26 @@ impl Worker {
         let dns = self.dns.is_ipv4().then_some((cluster_dns, self.dns));
         self.has_external = catalog.services().any(|service| !service.external_ips.is_empty());
         let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
+        let allocator = Arc::clone(&self.allocator);
         let surroundings =
-            Surroundings { viewpoint: &viewpoint, allocator: &self.allocator, host_addresses: &host_addresses, dns };
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns };
         let wanted = self.planner.plan(catalog, surroundings);
         // Before sockets are sent there, so that an address means the same Service port after a crash.
         if let Err(error) = self.allocator.save() {
             tracing::warn!(%error, "node-local addresses can't be saved: after a restart they may be others");
         }
         let planned = started.elapsed();
-        let (written, failed) = match wanted {
-            Wanted::All(all) => self.write_all(all, catalog.is_synced()),
-            Wanted::Some(some) => self.write_some(some),
+        let synced = catalog.is_synced();
+        let (written, failed) = match self.programs.is_some() {
+            true => {
+                // Before callers on the node are served in another way, those from outside are in the same.
+                self.write_outside(catalog, surroundings, matches!(wanted, Wanted::All(_)));
+                match wanted {
+                    Wanted::All(all) => self.write_all(all, synced),
+                    Wanted::Some(some) => self.write_some(some),
+                }
+            }
+            false => self.write_rules(catalog, surroundings, wanted),
         };
         let took = started.elapsed() - planned;
         if written + failed > 0 {
@@ -233,17 +272,135 @@ impl Worker {
         }
         self.metrics.record(planned, took, written, failed);
         self.metrics.frontends(self.plan.read().values());
+        self.metrics.outside_frontends(self.outside.len());
         self.state.store(Arc::new(State {
             generation: catalog.generation(),
             viewpoint: Some(viewpoint),
             plan: Arc::clone(&self.plan),
         }));
-        if failed > 0 || !catalog.is_synced() {
+        if failed > 0 || !synced {
             self.planner.forget();
         } else if !std::mem::replace(&mut self.older_removed, true) {
-            self.programs.remove_older();
+            self.remove_older();
         }
         failed == 0
+    }
+
+    /// What another version, or another mode, left: it served until now.
+    fn remove_older(&self) {
+        match &self.programs {
+            Some(programs) => {
+                programs.remove_older();
+                nftables::remove_routes();
+            }
+            None => {
+                if let Err(error) = Programs::uninstall(&self.config.cgroup, &self.config.bpffs) {
+                    tracing::debug!(%error, "no eBPF programs of an earlier run to remove");
+                }
+            }
+        }
+    }
+
+    /// Brings the rules for callers from outside to what is planned, beside the programs. They are tried again with the next
+    /// change: the node's own sockets don't wait for them.
+    fn write_outside(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>, all: bool) {
+        if !catalog.is_synced() {
+            return;
+        }
+        let older = self.planned_outside.take().filter(|_| !all);
+        let changed = self.plan_outside(catalog, surroundings, older);
+        self.rules.set_pods(pod_ranges(catalog, &surroundings.viewpoint.node));
+        let is_local = |backend, protocol| is_local(catalog, surroundings.viewpoint, backend, protocol);
+        let written = match changed {
+            None => self.rules.replace(&Plan::new(), &self.outside, &is_local),
+            Some(outside) => self.rules.apply(nftables::Changes { inside: Vec::new(), outside }, &is_local),
+        };
+        match written {
+            Ok(_) => self.planned_outside = Some(Arc::clone(catalog)),
+            Err(error) => {
+                if !std::mem::replace(&mut self.outside_failed, true) {
+                    tracing::warn!(%error, "NodePorts and external addresses are not served to callers outside of this node");
+                }
+                return;
+            }
+        }
+        self.outside_failed = false;
+    }
+
+    /// Brings the plan for callers from outside up to date. Returns what changed, or nothing if that can be all.
+    fn plan_outside(
+        &mut self,
+        catalog: &Catalog,
+        surroundings: Surroundings<'_>,
+        older: Option<Arc<Catalog>>,
+    ) -> Option<Vec<(Frontend, Option<outside::OutsideTarget>)>> {
+        let Some(older) = older else {
+            self.outside = outside::plan(catalog, surroundings);
+            return None;
+        };
+        let changed = outside::changed(catalog, &older, surroundings);
+        for (frontend, target) in &changed {
+            match target {
+                Some(target) => drop(self.outside.insert(*frontend, target.clone())),
+                None => drop(self.outside.remove(frontend)),
+            }
+        }
+        Some(changed)
+    }
+
+    /// Brings the rules to what is wanted, where they are all there is. Returns as [`Worker::write_all`].
+    fn write_rules(
+        &mut self,
+        catalog: &Arc<Catalog>,
+        surroundings: Surroundings<'_>,
+        wanted: Wanted,
+    ) -> (usize, usize) {
+        if !catalog.is_synced() && Rules::is_present() {
+            // What an earlier run left holds until it is known what there is now.
+            return (0, 0);
+        }
+        let older = self.planned_outside.take().filter(|_| matches!(wanted, Wanted::Some(_)));
+        let outside = self.plan_outside(catalog, surroundings, older);
+        self.rules.set_pods(pod_ranges(catalog, &surroundings.viewpoint.node));
+        let is_local = |backend, protocol| is_local(catalog, surroundings.viewpoint, backend, protocol);
+        let (count, written) = match wanted {
+            Wanted::All(all) => {
+                let written = self.rules.replace(&all, &self.outside, &is_local);
+                let count = all.len();
+                if written.is_ok() {
+                    *self.plan.write() = all;
+                }
+                (count, written)
+            }
+            Wanted::Some(inside) => {
+                let (count, new) = (inside.len(), inside.clone());
+                let changes = nftables::Changes { inside, outside: outside.unwrap_or_default() };
+                let written = self.rules.apply(changes, &is_local);
+                if written.is_ok() {
+                    let mut plan = self.plan.write();
+                    for (frontend, target) in new {
+                        match target {
+                            Some(target) => drop(plan.insert(frontend, target)),
+                            None => drop(plan.remove(&frontend)),
+                        }
+                    }
+                }
+                (count, written)
+            }
+        };
+        match written {
+            Ok(written) => {
+                self.planned_outside = Some(Arc::clone(catalog));
+                self.outside_failed = false;
+                (written, 0)
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.outside_failed, true) {
+                    tracing::warn!(%error, "rules can't be written; trying again");
+                }
+                (0, count.max(1))
+            }
+        }
     }
 
     /// Brings the maps to a plan. Returns how many frontends were written, and how many could not be.
@@ -253,13 +410,14 @@ impl Worker {
             let new = std::mem::replace(&mut wanted, self.plan.read().clone());
             wanted.extend(new);
         }
+        let Some(programs) = &mut self.programs else { return (0, 0) };
         let mut failed = Vec::new();
         // Only this task writes: the plan stays as it is between the locks.
         let before = self.plan.read().clone();
         let changes = plan::changes(&before, &wanted);
         let count = changes.len();
         for change in changes {
-            if !apply(&mut self.programs, &change, failed.is_empty()) {
+            if !apply(programs, &change, failed.is_empty()) {
                 failed.push(change.frontend);
             }
         }
@@ -275,6 +433,7 @@ impl Worker {
 
     /// Brings some frontends to where they lead now. Returns as [`Worker::write_all`].
     fn write_some(&mut self, wanted: Vec<(Frontend, Option<Target>)>) -> (usize, usize) {
+        let Some(programs) = &mut self.programs else { return (0, 0) };
         let (mut written, mut failed) = (0, 0);
         for (frontend, target) in wanted {
             let same = match (self.plan.read().get(&frontend), &target) {
@@ -283,7 +442,7 @@ impl Worker {
                 _ => false,
             };
             if !same {
-                if !apply(&mut self.programs, &Change { frontend, target: target.as_ref() }, failed == 0) {
+                if !apply(programs, &Change { frontend, target: target.as_ref() }, failed == 0) {
                     failed += 1;
                     continue;
                 }
@@ -305,6 +464,21 @@ impl Worker {
         }
         self.swept = Some(catalog);
     }
+}
+
+/// Whether a backend is an endpoint on the node from which is looked.
+fn is_local(catalog: &Catalog, viewpoint: &Viewpoint, backend: SocketAddr, protocol: Protocol) -> bool {
+    let endpoint = catalog.endpoint_at(backend, protocol);
+    endpoint.and_then(|endpoint| catalog.node_of_endpoint(endpoint)).is_some_and(|node| node == viewpoint.node)
+}
+
+fn pod_ranges(catalog: &Catalog, node: &str) -> Vec<Cidr> {
+    catalog
+        .node(node)
+        .into_iter()
+        .flat_map(|node| node.pod_cidrs.iter())
+        .filter_map(|range| Cidr::parse(range))
+        .collect()
 }
 
 /// Writes one change. Returns whether it could be.
@@ -330,7 +504,7 @@ impl fmt::Display for Frontend {
     }
 }
 
-fn view(state: &State, counters: &Counters, cgroup: &std::path::Path) -> Value {
+fn view(state: &State, about: &About) -> Value {
     let frontends: Vec<Value> = state
         .plan
         .read()
@@ -349,9 +523,10 @@ fn view(state: &State, counters: &Counters, cgroup: &std::path::Path) -> Value {
         })
         .collect();
     json!({
-        "datapath": "ebpf",
-        "cgroup": cgroup,
-        "rememberedPeers": counters.remembered_peers(),
+        "datapath": about.mode,
+        "reason": about.reason,
+        "cgroup": about.cgroup,
+        "rememberedPeers": about.counters.as_ref().map(|counters| counters.remembered_peers()),
         "generation": state.generation,
         "network": state.viewpoint.as_ref().map(|viewpoint| &viewpoint.network),
         "frontends": frontends,

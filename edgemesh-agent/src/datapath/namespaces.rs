@@ -1,4 +1,4 @@
-//! The network namespaces of the processes in a cgroup and below.
+//! The network namespaces of the processes in a cgroup and below, or of all.
 
 use std::{
     collections::HashSet,
@@ -40,6 +40,28 @@ pub(super) fn of_cgroup(folder: &Path) -> Vec<File> {
         let below = fs::read_dir(&folder).into_iter().flatten().flatten();
         let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
         folders.extend(below.filter(is_folder).map(|entry| entry.path()).take(MAX_CGROUPS.saturating_sub(cgroups)));
+    }
+    found
+}
+
+/// Each network namespace of a process once, where no cgroup says which are concerned.
+pub(super) fn of_all() -> Vec<File> {
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten().take(MAX_THREADS) {
+        let is_process = process.file_name().to_str().is_some_and(|name| name.bytes().all(|b| b.is_ascii_digit()));
+        let path = process.path().join("ns/net");
+        if is_process
+            && let Ok(metadata) = fs::metadata(&path)
+            && seen.insert((metadata.dev(), metadata.ino()))
+            && let Ok(namespace) = File::open(&path)
+        {
+            found.push(namespace);
+            if found.len() >= MAX_NAMESPACES {
+                tracing::warn!(namespaces = found.len(), "too many to look at; the rest is left out");
+                break;
+            }
+        }
     }
     found
 }

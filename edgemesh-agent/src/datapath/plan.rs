@@ -9,7 +9,7 @@ use std::{
 
 use edgemesh_mesh::{
     catalog::Catalog,
-    choice::{Call, Tier, Viewpoint},
+    choice::{Call, IpFamily, Tier, Viewpoint},
     model::{Endpoint, Protocol, ServicePort},
 };
 
@@ -187,7 +187,11 @@ fn target(
     called: IpAddr,
     external: bool,
 ) -> Target {
-    let call = Call { family: Some(called.into()), external };
+    target_of(catalog, surroundings, port, Call { family: Some(called.into()), external, from_outside: false })
+}
+
+/// Where a Service port leads that is called in a certain way.
+pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port: &ServicePort, call: Call) -> Target {
     let candidates = surroundings.viewpoint.candidates_for(catalog, port, call);
     if candidates.endpoints.is_empty() {
         return Target::Refuse;
@@ -201,7 +205,7 @@ fn target(
             None => Target::Direct(backends),
         };
     }
-    if called.is_ipv6() {
+    if call.family == Some(IpFamily::V6) {
         // The agent's listener has IPv4 addresses only.
         return Target::Refuse;
     }

@@ -43,14 +43,20 @@ pub struct Sweeper {
     cgroup: PathBuf,
 }
 
+/// Ends what came through a Service to an endpoint that is gone.
+pub(super) trait Sweep: Send {
+    /// Ends what came to a backend for which `is_gone(service, backend, protocol)` holds.
+    fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept;
+}
+
 /// What a sweep did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Remembered sockets whose endpoint is gone.
+    /// Remembered sockets, or flows, whose endpoint is gone.
     pub suspects: usize,
     /// TCP sockets that were ended.
     pub tcp: usize,
-    /// UDP sockets that were ended.
+    /// UDP sockets, or flows, that were ended.
     pub udp: usize,
     /// Sockets and namespaces that could not be dealt with.
     pub failed: usize,
@@ -125,6 +131,21 @@ impl Sweeper {
     }
 }
 
+impl Sweep for Sweeper {
+    fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept {
+        Self::sweep(self, is_gone)
+    }
+}
+
+impl Swept {
+    fn add(&mut self, other: Self) {
+        self.suspects += other.suspects;
+        self.tcp += other.tcp;
+        self.udp += other.udp;
+        self.failed += other.failed;
+    }
+}
+
 /// Whether the endpoint behind a backend's address is gone for a socket that came through a Service.
 ///
 /// A UDP socket has lost it when it no longer serves, as kube-proxy forgets UDP flows then; a TCP connection, which would end
@@ -165,7 +186,7 @@ pub(super) struct Reaper {
 impl Reaper {
     /// Starts the thread. Backends for which `is_ours` holds are the agent's own listeners, and never gone.
     pub(super) fn start(
-        sweeper: Sweeper,
+        sweepers: Vec<Box<dyn Sweep>>,
         is_ours: impl Fn(SocketAddr) -> bool + Send + 'static,
         metrics: DatapathMetrics,
     ) -> io::Result<Self> {
@@ -174,7 +195,7 @@ impl Reaper {
         let mailbox = Arc::clone(&newest);
         thread::Builder::new()
             .name("stale-sockets".to_owned())
-            .spawn(move || run(sweeper, &mailbox, &woken, &is_ours, &metrics))?;
+            .spawn(move || run(sweepers, &mailbox, &woken, &is_ours, &metrics))?;
         Ok(Self { newest, wake })
     }
 
@@ -187,7 +208,7 @@ impl Reaper {
 }
 
 fn run(
-    mut sweeper: Sweeper,
+    mut sweepers: Vec<Box<dyn Sweep>>,
     mailbox: &ArcSwapOption<Catalog>,
     woken: &Receiver<()>,
     is_ours: &dyn Fn(SocketAddr) -> bool,
@@ -201,13 +222,18 @@ fn run(
         next = false;
         let Some(catalog) = mailbox.load_full() else { return };
         let gone = |service, backend, protocol| !is_ours(backend) && is_gone(&catalog, service, backend, protocol);
-        let first = sweeper.sweep(&gone);
+        let mut sweep = || {
+            let mut all = Swept::default();
+            sweepers.iter_mut().for_each(|sweeper| all.add(sweeper.sweep(&gone)));
+            all
+        };
+        let first = sweep();
         metrics.swept(first);
         if first.suspects > 0 {
             tracing::info!(?first, "sockets of endpoints that are gone");
             match woken.recv_timeout(SECOND_LOOK) {
                 Ok(()) => next = true,
-                Err(RecvTimeoutError::Timeout) => metrics.swept(sweeper.sweep(&gone)),
+                Err(RecvTimeoutError::Timeout) => metrics.swept(sweep()),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }

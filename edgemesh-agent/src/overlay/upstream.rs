@@ -307,7 +307,7 @@ impl Dialer {
         let viewpoint = self.standpoint.viewpoint(&catalog);
         // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. Node-local
         // addresses stand for Service addresses of IPv4.
-        let call = Call { family: Some(IpFamily::V4), external: true };
+        let call = Call { family: Some(IpFamily::V4), external: true, ..Call::default() };
         let candidates = viewpoint.candidates_for(&catalog, port, call);
         let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
         let candidates = Candidates { endpoints: usable, ..candidates };

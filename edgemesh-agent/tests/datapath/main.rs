@@ -4,8 +4,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
 mod affinity;
+mod health_check;
 mod host_routes;
+mod hosts;
 mod ipv6;
+mod nftables;
+mod outside;
 mod pinned;
 mod sandbox;
 mod scale;

@@ -12,8 +12,10 @@ use std::{
 
 use edgemesh_agent::datapath::{
     ebpf::{Counters, Programs},
+    nftables::{Changes, Rules},
     plan::{Change, Frontend, Target},
 };
+use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -67,6 +69,17 @@ impl Sandbox {
         Programs::start(&self.cgroup).unwrap()
     }
 
+    /// What translates Service addresses for this sandbox, in a mode.
+    pub(crate) fn datapath(&self, mode: Mode) -> Datapath {
+        match mode {
+            Mode::Ebpf => {
+                let (programs, counters) = self.programs();
+                Datapath::Ebpf(programs, counters)
+            }
+            Mode::Nftables => Datapath::Nftables(Rules::for_all().unwrap()),
+        }
+    }
+
     /// The eBPF programs, pinned, as an agent starts them.
     pub(crate) fn pinned_programs(&self) -> (Programs, Counters) {
         Programs::start_pinned(&self.cgroup, &self.bpffs).unwrap()
@@ -78,10 +91,78 @@ impl Sandbox {
         self.cgroup.join("child")
     }
 
+    /// The cgroup's folder.
+    pub(crate) fn cgroup_folder(&self) -> PathBuf {
+        self.folder()
+    }
+
     fn folder(&self) -> PathBuf {
         self.mount.join(self.cgroup.strip_prefix("/").unwrap())
     }
 }
+
+/// How Service addresses are translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Ebpf,
+    Nftables,
+}
+
+/// What translates them.
+pub(crate) enum Datapath {
+    Ebpf(Programs, Counters),
+    Nftables(Rules),
+}
+
+impl Datapath {
+    /// Checks what the programs counted; rules count nothing.
+    pub(crate) fn assert_counted(&self, counter: Counter, expected: u64) {
+        if let Self::Ebpf(_, counters) = self {
+            assert_eq!(counters.get(counter).unwrap(), expected, "{counter:?}");
+        }
+    }
+}
+
+/// What frontends can be programmed into.
+pub(crate) trait Apply {
+    fn apply_change(&mut self, change: &Change<'_>);
+}
+
+impl Apply for Programs {
+    fn apply_change(&mut self, change: &Change<'_>) {
+        self.apply(change).unwrap();
+    }
+}
+
+impl Apply for Rules {
+    fn apply_change(&mut self, change: &Change<'_>) {
+        let inside = vec![(change.frontend, change.target.cloned())];
+        // Pods that call themselves are those of the tests that have pods.
+        self.apply(Changes { inside, ..Changes::default() }, &|_, _| true).unwrap();
+    }
+}
+
+impl Apply for Datapath {
+    fn apply_change(&mut self, change: &Change<'_>) {
+        match self {
+            Self::Ebpf(programs, _) => programs.apply_change(change),
+            Self::Nftables(rules) => rules.apply_change(change),
+        }
+    }
+}
+
+/// Makes a test for each mode of functions that take one.
+macro_rules! in_both_modes {
+    ($($test:ident),+ $(,)?) => {
+        mod with_ebpf {
+            $(#[test] fn $test() { super::$test($crate::sandbox::Mode::Ebpf); })+
+        }
+        mod with_nftables {
+            $(#[test] fn $test() { super::$test($crate::sandbox::Mode::Nftables); })+
+        }
+    };
+}
+pub(crate) use in_both_modes;
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
@@ -141,13 +222,13 @@ pub(crate) fn at(text: &str) -> SocketAddr {
 }
 
 /// Programs one frontend, or takes it out with `None`.
-pub(crate) fn set(programs: &mut Programs, protocol: Protocol, frontend: &str, backends: Option<&[&str]>) {
+pub(crate) fn set(datapath: &mut impl Apply, protocol: Protocol, frontend: &str, backends: Option<&[&str]>) {
     let target = backends.map(|backends| match backends {
         [] => Target::Refuse,
         backends => Target::Direct(backends.iter().map(|backend| at(backend)).collect()),
     });
     let frontend = Frontend { address: at(frontend), protocol };
-    programs.apply(&Change { frontend, target: target.as_ref() }).unwrap();
+    datapath.apply_change(&Change { frontend, target: target.as_ref() });
 }
 
 /// A TCP server in the namespace that writes its own address to each connection and closes it.

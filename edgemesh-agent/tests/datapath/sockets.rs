@@ -13,7 +13,19 @@ use edgemesh_agent::datapath::plan::{Change, Frontend, Target};
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol::{Tcp, Udp};
 
-use crate::sandbox::{Sandbox, at, set, tcp_server, udp_server};
+use crate::sandbox::{Mode, Sandbox, at, in_both_modes, set, tcp_server, udp_server};
+
+in_both_modes! {
+    a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service,
+    ports_that_a_service_does_not_have_are_refused_at_once,
+    connections_spread_over_all_pods_of_a_service,
+    udp_answers_come_from_the_service_address,
+    a_service_without_endpoints_is_unreachable_at_once,
+    tcp_and_udp_of_one_address_and_port_are_apart,
+    a_reconnected_udp_socket_is_not_translated_any_more,
+    ipv6_sockets_reach_services_by_mapped_addresses,
+    endpoints_change_under_traffic_without_a_failed_connection,
+}
 
 const VIP: &str = "10.96.0.20:80";
 const PODS: [&str; 3] = ["10.244.1.5:8080", "10.244.1.6:8080", "10.244.2.7:8081"];
@@ -50,47 +62,44 @@ fn disconnect(socket: &UdpSocket) {
     assert_eq!(unsafe { libc::connect(socket.as_raw_fd(), &raw const address, length) }, 0);
 }
 
-#[test]
-fn a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service() {
+fn a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, counters) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     tcp_server(PODS[0]);
-    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut datapath, Tcp, VIP, Some(&PODS[..1]));
     let mut stream = TcpStream::connect(VIP).unwrap();
     assert_eq!(stream.peer_addr().unwrap(), VIP.parse().unwrap());
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert_eq!(answer, PODS[0]);
-    assert_eq!(counters.get(Counter::TcpConnects).unwrap(), 1);
+    datapath.assert_counted(Counter::TcpConnects, 1);
     // The Service may go; the connection keeps its name.
-    set(&mut programs, Tcp, VIP, None);
+    set(&mut datapath, Tcp, VIP, None);
     assert_eq!(stream.peer_addr().unwrap(), VIP.parse().unwrap());
     assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable, "no longer a Service address");
     assert_eq!(call_tcp(PODS[0]).unwrap(), PODS[0], "pods are reached by their own addresses");
     assert_eq!(TcpStream::connect(PODS[0]).unwrap().peer_addr().unwrap(), PODS[0].parse().unwrap());
 }
 
-#[test]
-fn ports_that_a_service_does_not_have_are_refused_at_once() {
+fn ports_that_a_service_does_not_have_are_refused_at_once(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, counters) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     tcp_server(PODS[0]);
-    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
-    set(&mut programs, Tcp, "10.96.0.20:0", Some(&[]));
+    set(&mut datapath, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut datapath, Tcp, "10.96.0.20:0", Some(&[]));
     assert_eq!(call_tcp("10.96.0.20:81").unwrap_err().kind(), ErrorKind::ConnectionRefused);
     assert_eq!(call_tcp(VIP).unwrap(), PODS[0]);
     assert_eq!(call_tcp("10.96.0.21:81").unwrap_err().kind(), ErrorKind::NetworkUnreachable, "no Service's address");
-    assert_eq!(counters.get(Counter::Refused).unwrap(), 1);
+    datapath.assert_counted(Counter::Refused, 1);
 }
 
-#[test]
-fn connections_spread_over_all_pods_of_a_service() {
+fn connections_spread_over_all_pods_of_a_service(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, _) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     for pod in PODS {
         tcp_server(pod);
     }
-    set(&mut programs, Tcp, VIP, Some(&PODS));
+    set(&mut datapath, Tcp, VIP, Some(&PODS));
     let mut answers: HashMap<String, usize> = HashMap::new();
     for _ in 0..600 {
         *answers.entry(call_tcp(VIP).unwrap()).or_default() += 1;
@@ -99,14 +108,13 @@ fn connections_spread_over_all_pods_of_a_service() {
     assert!(PODS.iter().all(|&pod| (150..250).contains(&answers[pod])), "{answers:?}");
 }
 
-#[test]
-fn udp_answers_come_from_the_service_address() {
+fn udp_answers_come_from_the_service_address(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, counters) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     for pod in PODS {
         udp_server(pod);
     }
-    set(&mut programs, Udp, VIP, Some(&PODS));
+    set(&mut datapath, Udp, VIP, Some(&PODS));
     let service: SocketAddr = VIP.parse().unwrap();
 
     let unconnected = udp_client();
@@ -136,44 +144,41 @@ fn udp_answers_come_from_the_service_address() {
     pods.sort();
     pods.dedup();
     assert_eq!(pods.len(), 3, "sockets spread over the pods");
-    assert_eq!(counters.get(Counter::UdpDatagrams).unwrap(), 80);
-    assert_eq!(counters.get(Counter::UdpConnects).unwrap(), 1);
+    datapath.assert_counted(Counter::UdpDatagrams, 80);
+    datapath.assert_counted(Counter::UdpConnects, 1);
 }
 
-#[test]
-fn a_service_without_endpoints_is_unreachable_at_once() {
+fn a_service_without_endpoints_is_unreachable_at_once(mode: Mode) {
     let sandbox = Sandbox::new(&[]);
-    let (mut programs, counters) = sandbox.programs();
-    set(&mut programs, Tcp, VIP, Some(&[]));
-    set(&mut programs, Udp, VIP, Some(&[]));
+    let mut datapath = sandbox.datapath(mode);
+    set(&mut datapath, Tcp, VIP, Some(&[]));
+    set(&mut datapath, Udp, VIP, Some(&[]));
     let started = Instant::now();
     assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
     assert_eq!(udp_client().connect(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
     assert_eq!(udp_client().send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
-    assert_eq!(counters.get(Counter::Refused).unwrap(), 3);
+    datapath.assert_counted(Counter::Refused, 3);
 }
 
-#[test]
-fn tcp_and_udp_of_one_address_and_port_are_apart() {
+fn tcp_and_udp_of_one_address_and_port_are_apart(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, _) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     tcp_server(PODS[0]);
     udp_server(PODS[1]);
-    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
-    set(&mut programs, Udp, VIP, Some(&PODS[1..2]));
+    set(&mut datapath, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut datapath, Udp, VIP, Some(&PODS[1..2]));
     assert_eq!(call_tcp(VIP).unwrap(), PODS[0]);
     let socket = udp_client();
     socket.send_to(b"?", VIP).unwrap();
     assert_eq!(receive(&socket).0, PODS[1]);
 }
 
-#[test]
-fn a_reconnected_udp_socket_is_not_translated_any_more() {
+fn a_reconnected_udp_socket_is_not_translated_any_more(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, _) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     let pod = udp_server(PODS[0]);
-    set(&mut programs, Udp, VIP, Some(&PODS[..1]));
+    set(&mut datapath, Udp, VIP, Some(&PODS[..1]));
     let socket = udp_client();
     socket.connect(VIP).unwrap();
     assert_eq!(socket.peer_addr().unwrap(), VIP.parse().unwrap());
@@ -190,14 +195,13 @@ fn a_reconnected_udp_socket_is_not_translated_any_more() {
     assert_eq!(receive(&unconnected).1, pod, "it sent to the pod itself");
 }
 
-#[test]
-fn ipv6_sockets_reach_services_by_mapped_addresses() {
+fn ipv6_sockets_reach_services_by_mapped_addresses(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, _) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     tcp_server(PODS[0]);
     udp_server(PODS[1]);
-    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
-    set(&mut programs, Udp, VIP, Some(&PODS[1..2]));
+    set(&mut datapath, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut datapath, Udp, VIP, Some(&PODS[1..2]));
     let mapped: SocketAddr = "[::ffff:10.96.0.20]:80".parse().unwrap();
     let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
     socket.set_only_v6(false).unwrap();
@@ -233,14 +237,13 @@ fn closed_sockets_leave_nothing_behind() {
     assert_eq!(counters.remembered_peers(), 0);
 }
 
-#[test]
-fn endpoints_change_under_traffic_without_a_failed_connection() {
+fn endpoints_change_under_traffic_without_a_failed_connection(mode: Mode) {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
-    let (mut programs, counters) = sandbox.programs();
+    let mut datapath = sandbox.datapath(mode);
     for pod in PODS {
         tcp_server(pod);
     }
-    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    set(&mut datapath, Tcp, VIP, Some(&PODS[..1]));
     let stop = AtomicBool::new(false);
     let connections = AtomicUsize::new(0);
     let own_netns = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
@@ -261,20 +264,22 @@ fn endpoints_change_under_traffic_without_a_failed_connection() {
             round += 1;
             let first = round % 3;
             let pods = &PODS[first..=first + round % (3 - first)];
-            set(&mut programs, Tcp, VIP, Some(pods));
+            set(&mut datapath, Tcp, VIP, Some(pods));
             // Other Services come and go, and take the slots that became free.
             let other = format!("10.96.1.{}:80", round % 200);
-            set(&mut programs, Tcp, &other, (!round.is_multiple_of(3)).then_some(&["10.244.9.9:9"]));
-            if round.is_multiple_of(100) {
+            set(&mut datapath, Tcp, &other, (!round.is_multiple_of(3)).then_some(&["10.244.9.9:9"]));
+            if round.is_multiple_of(if mode == Mode::Ebpf { 100 } else { 5 }) {
                 let answer = call_tcp(VIP).unwrap();
                 assert!(pods.contains(&answer.as_str()), "an update holds from the moment it is written");
             }
         }
         stop.store(true, Ordering::Relaxed);
-        assert!(round > 1000, "only {round} updates");
+        // Each change is a process of its own where `nft` makes it.
+        let expected = if mode == Mode::Ebpf { 1000 } else { 20 };
+        assert!(round > expected, "only {round} updates");
     });
     assert!(connections.load(Ordering::Relaxed) > 100);
-    assert_eq!(counters.get(Counter::Inconsistent).unwrap(), 0);
+    datapath.assert_counted(Counter::Inconsistent, 0);
 }
 
 #[test]

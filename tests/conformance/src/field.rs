@@ -38,7 +38,10 @@ pub struct Mode {
 }
 
 /// The modes.
-pub const MODES: &[Mode] = &[Mode { name: "ebpf", datapath: Datapath::Ebpf }];
+pub const MODES: &[Mode] = &[
+    Mode { name: "ebpf", datapath: Datapath::Ebpf },
+    Mode { name: "nftables", datapath: Datapath::Nftables },
+];
 
 /// A lab that is up.
 #[derive(Debug)]

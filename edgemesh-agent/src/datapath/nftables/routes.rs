@@ -1,0 +1,258 @@
+//! Routes of Service addresses for processes of this host: the table translates what they send, but only if the kernel has
+//! a route to begin with. A node that lost its uplink has no default route.
+//!
+//! Two routing tables of our own: one that is asked when no other has a route, and leads to the loopback interface; one
+//! that is asked first, and holds the addresses that are refused altogether, since an error on the way back of a packet
+//! that connect() is still sending would be lost.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use super::super::netlink::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Netlink, Request, attribute, attributes};
+use crate::routes::PROTOCOL;
+
+const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_TABLE: u16 = 15;
+const FRA_PRIORITY: u16 = 6;
+const FRA_TABLE: u16 = 15;
+const FRA_PROTOCOL: u16 = 21;
+const RTN_UNICAST: u8 = 1;
+const RTN_UNREACHABLE: u8 = 7;
+const SCOPE_LINK: u8 = 253;
+const TO_TABLE: u8 = 1;
+/// Length of `struct rtmsg` and of `struct fib_rule_hdr`.
+const FIXED: usize = 12;
+const LOOPBACK: u32 = 1;
+/// The kernel asks its own tables at 0 (local), 32766 (main) and 32767 (default).
+const REFUSED: OwnTable = OwnTable { id: 17_600, priority: 30_176 };
+const SERVED: OwnTable = OwnTable { id: 17_601, priority: 32_800 };
+const BRIDGE: &str = "/proc/sys/net/bridge";
+
+#[derive(Debug, Clone, Copy)]
+struct OwnTable {
+    id: u32,
+    priority: u32,
+}
+
+/// What a route says of a Service address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum State {
+    Served,
+    Refused,
+}
+
+impl State {
+    fn table(self) -> OwnTable {
+        match self {
+            Self::Served => SERVED,
+            Self::Refused => REFUSED,
+        }
+    }
+}
+
+/// The routes, and what asks for them.
+#[derive(Debug)]
+pub(super) struct ServiceRoutes {
+    netlink: Netlink,
+    /// For each address, how many of its frontends are served and how many refused.
+    frontends: HashMap<IpAddr, (usize, usize)>,
+    /// What is in the kernel.
+    present: HashSet<(IpAddr, State)>,
+    /// What may differ.
+    touched: HashSet<IpAddr>,
+}
+
+impl ServiceRoutes {
+    /// Has the tables asked, and knows what an earlier agent left in them.
+    pub(super) fn open() -> io::Result<Self> {
+        let mut netlink = Netlink::open(libc::NETLINK_ROUTE)?;
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        let requests: Vec<Request> = rules().map(|body| Request { kind: RTM_NEWRULE, flags, body }).collect();
+        for outcome in netlink.send(&requests)? {
+            match outcome {
+                Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
+                _ => {}
+            }
+        }
+        let present = list(&mut netlink)?;
+        let touched = present.iter().map(|(address, _)| *address).collect();
+        Ok(Self { netlink, frontends: HashMap::new(), present, touched })
+    }
+
+    /// A frontend of an address was or is served (`true`), refused (`false`), or absent.
+    pub(super) fn exchange(&mut self, address: IpAddr, old: Option<bool>, new: Option<bool>) {
+        let counts = self.frontends.entry(address).or_default();
+        let count = |counts: &mut (usize, usize), served: bool, by: isize| {
+            let one = if served { &mut counts.0 } else { &mut counts.1 };
+            *one = one.saturating_add_signed(by);
+        };
+        if let Some(served) = old {
+            count(counts, served, -1);
+        }
+        if let Some(served) = new {
+            count(counts, served, 1);
+        }
+        if *counts == (0, 0) {
+            self.frontends.remove(&address);
+        }
+        self.touched.insert(address);
+    }
+
+    /// Brings the kernel's routes to what was exchanged.
+    pub(super) fn write(&mut self) -> io::Result<()> {
+        let (mut requests, mut effects) = (Vec::new(), Vec::new());
+        for address in self.touched.drain() {
+            let wanted = self.frontends.get(&address).map(|counts| match counts {
+                (0, _) => State::Refused,
+                _ => State::Served,
+            });
+            for state in [State::Served, State::Refused] {
+                let (is, shall) = (self.present.contains(&(address, state)), wanted == Some(state));
+                if is != shall {
+                    let flags = if shall { NLM_F_CREATE | NLM_F_REPLACE } else { 0 };
+                    let kind = if shall { RTM_NEWROUTE } else { RTM_DELROUTE };
+                    requests.push(Request { kind, flags, body: route(address, state) });
+                    effects.push(((address, state), shall));
+                }
+            }
+        }
+        let mut failed = Ok(());
+        for (outcome, (entry, shall)) in self.netlink.send(&requests)?.into_iter().zip(effects) {
+            match outcome {
+                Err(error) if shall => {
+                    self.touched.insert(entry.0);
+                    failed = Err(error);
+                }
+                // A route that vanished by itself is as good as removed.
+                _ if shall => drop(self.present.insert(entry)),
+                _ => drop(self.present.remove(&entry)),
+            }
+        }
+        failed
+    }
+}
+
+/// Removes all routes and rules of ours that are for Service addresses.
+pub(super) fn remove_all() -> io::Result<()> {
+    let mut netlink = Netlink::open(libc::NETLINK_ROUTE)?;
+    let routes = list(&mut netlink)?;
+    let gone = routes.into_iter().map(|(address, state)| (RTM_DELROUTE, route(address, state)));
+    let requests: Vec<Request> = gone
+        .chain(rules().map(|body| (RTM_DELRULE, body)))
+        .map(|(kind, body)| Request { kind, flags: 0, body })
+        .collect();
+    for outcome in netlink.send(&requests)? {
+        match outcome {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Our rules, as bodies of requests.
+fn rules() -> impl Iterator<Item = Vec<u8>> {
+    [libc::AF_INET as u8, libc::AF_INET6 as u8].into_iter().flat_map(|family| {
+        [REFUSED, SERVED].map(|table| {
+            let mut body = vec![family, 0, 0, 0, 0, 0, 0, TO_TABLE, 0, 0, 0, 0];
+            attribute(&mut body, FRA_PRIORITY, &table.priority.to_ne_bytes());
+            attribute(&mut body, FRA_TABLE, &table.id.to_ne_bytes());
+            attribute(&mut body, FRA_PROTOCOL, &[PROTOCOL.into()]);
+            body
+        })
+    })
+}
+
+fn route(address: IpAddr, state: State) -> Vec<u8> {
+    let (family, octets): (_, Vec<u8>) = match address {
+        IpAddr::V4(address) => (libc::AF_INET as u8, address.octets().to_vec()),
+        IpAddr::V6(address) => (libc::AF_INET6 as u8, address.octets().to_vec()),
+    };
+    let (scope, kind) = match (state, address) {
+        (State::Served, IpAddr::V4(_)) => (SCOPE_LINK, RTN_UNICAST),
+        (State::Served, IpAddr::V6(_)) => (0, RTN_UNICAST),
+        (State::Refused, _) => (0, RTN_UNREACHABLE),
+    };
+    let mut body = vec![family, (octets.len() * 8) as u8, 0, 0, 0, PROTOCOL.into(), scope, kind, 0, 0, 0, 0];
+    attribute(&mut body, RTA_DST, &octets);
+    attribute(&mut body, RTA_TABLE, &state.table().id.to_ne_bytes());
+    if state == State::Served {
+        attribute(&mut body, RTA_OIF, &LOOPBACK.to_ne_bytes());
+    }
+    body
+}
+
+/// The routes in our tables.
+fn list(netlink: &mut Netlink) -> io::Result<HashSet<(IpAddr, State)>> {
+    let mut found = HashSet::new();
+    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+        let mut body = [0; FIXED];
+        body[0] = family;
+        netlink.dump(RTM_GETROUTE, &body, |body| found.extend(read(body)))?;
+    }
+    Ok(found)
+}
+
+fn read(body: &[u8]) -> Option<(IpAddr, State)> {
+    let (mut address, mut state) = (None, None);
+    for (kind, value) in attributes(body.get(FIXED..)?) {
+        match kind {
+            RTA_DST => {
+                let four = <[u8; 4]>::try_from(value).map(|octets| IpAddr::V4(Ipv4Addr::from(octets)));
+                address = four.ok().or_else(|| Some(Ipv6Addr::from(<[u8; 16]>::try_from(value).ok()?).into()));
+            }
+            RTA_TABLE => {
+                let id = u32::from_ne_bytes(value.try_into().ok()?);
+                state = [State::Served, State::Refused].into_iter().find(|state| state.table().id == id);
+            }
+            _ => {}
+        }
+    }
+    Some((address?, state?))
+}
+
+/// Has bridged packets pass the hooks of the addresses' families. Returns whether they do.
+pub(super) fn let_bridged_answers_pass() -> bool {
+    if !Path::new(BRIDGE).exists() {
+        // It may be built in, or loaded by another program's user only.
+        let _ = Command::new("modprobe").arg("br_netfilter").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    }
+    ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"].iter().all(|name| {
+        let path = Path::new(BRIDGE).join(name);
+        let is_on = || fs::read_to_string(&path).is_ok_and(|value| value.trim() == "1");
+        is_on() || (fs::write(&path, "1").is_ok() && is_on()) || {
+            tracing::info!(path = %path.display(), "not on: pods of this node that call one another through a Service seem to be the node");
+            false
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_is_read_as_it_is_written() {
+        for entry in [
+            ("10.96.0.20", State::Served),
+            ("10.96.0.21", State::Refused),
+            ("fd00::1", State::Served),
+            ("fd00::2", State::Refused),
+        ] {
+            let (address, state) = (entry.0.parse().unwrap(), entry.1);
+            assert_eq!(read(&route(address, state)), Some((address, state)));
+        }
+        assert_eq!(read(&[0; FIXED]), None);
+    }
+}

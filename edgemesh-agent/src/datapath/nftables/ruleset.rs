@@ -1,0 +1,412 @@
+//! The text of the table: maps that hold what is planned, and a few chains that look there. Nothing in the chains depends on
+//! how many Services there are, so that a change is one of elements only.
+
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use edgemesh_mesh::model::Protocol;
+
+/// The table that belongs to the agent, of family `inet`.
+pub const TABLE: &str = "edgemesh_services";
+/// An empty chain by which an agent knows a table that it can take over: the number grows with every change of the maps.
+pub(super) const LAYOUT: &str = "layout_1";
+/// Bit of the packet mark between the hooks, of the first packet of a flow that was sent to a backend. Those of
+/// kube-proxy (0x4000, 0x8000) and of the CNI port mappings (0x2000) are others.
+const MARK: u32 = 0x1000;
+/// Clients that session affinity remembers at one time, for each kind of frontend and family.
+const CLIENTS: u32 = 65_536;
+/// Before kube-proxy's and others' chains at the same hook (-100), so that an address that both know is ours.
+const BEFORE_OTHERS: i32 = -101;
+
+/// Where packets come from for which a frontend holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Place {
+    /// This node and its pods; others too, where nothing else is said for them.
+    Inside,
+    /// Outside of this node, to an address that is not a NodePort's.
+    Outside,
+    /// Outside of this node, to a port of any of the host's addresses.
+    NodePort,
+}
+
+impl Place {
+    pub(super) const ALL: [Self; 3] = [Self::Inside, Self::Outside, Self::NodePort];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Inside => "services",
+            Self::Outside => "outside",
+            Self::NodePort => "nodeports",
+        }
+    }
+}
+
+/// An address family of the maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(super) const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// As nft names the header and the statement.
+    fn ip(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+        }
+    }
+
+    /// The type of its addresses.
+    fn address(self) -> &'static str {
+        match self {
+            Self::V4 => "ipv4_addr",
+            Self::V6 => "ipv6_addr",
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Self::V4 => 4,
+            Self::V6 => 6,
+        }
+    }
+}
+
+impl From<IpAddr> for Family {
+    fn from(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// A map or set of elements that are planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Map {
+    /// Frontend to the chain for its number of backends.
+    Frontends(Place, Family),
+    /// Frontend and index to a backend.
+    Backends(Place, Family),
+    /// Frontend and index to the number of a backend that clients keep.
+    Choices(Place, Family),
+    /// Frontend and number of a backend to the backend.
+    Kept(Place, Family),
+    /// Frontend and number of a backend: those that are still there.
+    Live(Place, Family),
+    /// Service address and protocol whose other ports are refused.
+    Closed(Family),
+    /// Backends on this node.
+    Local(Family),
+    /// Backends on this node, as source and destination: a pod that calls itself.
+    Hairpin(Family),
+    /// Ranges of this node's pods.
+    Pods(Family),
+}
+
+impl Map {
+    /// All of them.
+    pub(super) fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for family in Family::ALL {
+            for place in Place::ALL {
+                all.extend(
+                    [Self::Frontends, Self::Backends, Self::Choices, Self::Kept, Self::Live]
+                        .map(|of| of(place, family)),
+                );
+            }
+            all.extend([Self::Closed, Self::Local, Self::Hairpin, Self::Pods].map(|of| of(family)));
+        }
+        all
+    }
+
+    fn is_map(self) -> bool {
+        matches!(self, Self::Frontends(..) | Self::Backends(..) | Self::Choices(..) | Self::Kept(..))
+    }
+
+    /// What its elements are, as nft declares it. Indexes and numbers have the type of the packet's priority, which carries them
+    /// from one lookup to the next: an index has no type that nft 1.0.6 could name in a map.
+    fn declaration(self) -> String {
+        match self {
+            Self::Frontends(place, family) => format!("type {} : verdict", key_type(place, family)),
+            Self::Choices(place, family) => format!("type {} . classid : classid", key_type(place, family)),
+            Self::Backends(place, family) | Self::Kept(place, family) => {
+                format!("type {} . classid : {} . inet_service", key_type(place, family), family.address())
+            }
+            Self::Live(place, family) => format!("type {} . classid", key_type(place, family)),
+            Self::Closed(family) => format!("type {} . inet_proto", family.address()),
+            Self::Local(family) => format!("type {}", family.address()),
+            Self::Hairpin(family) => format!("type {0} . {0}", family.address()),
+            Self::Pods(family) => format!("type {}; flags interval; auto-merge", family.address()),
+        }
+    }
+}
+
+impl std::fmt::Display for Map {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (place, family, what) = match *self {
+            Self::Frontends(place, family) => (place.name(), family, ""),
+            Self::Backends(place, family) => (place.name(), family, "_backends"),
+            Self::Choices(place, family) => (place.name(), family, "_choices"),
+            Self::Kept(place, family) => (place.name(), family, "_kept"),
+            Self::Live(place, family) => (place.name(), family, "_live"),
+            Self::Closed(family) => ("closed", family, ""),
+            Self::Local(family) => ("local", family, ""),
+            Self::Hairpin(family) => ("hairpin", family, ""),
+            Self::Pods(family) => ("pods", family, ""),
+        };
+        write!(f, "{place}{}{what}", family.number())
+    }
+}
+
+/// A chain that frontends lead to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Chain {
+    /// To one of so many backends.
+    Direct(Place, Family, usize),
+    /// The same, and clients keep theirs until they have not called for the time.
+    Sticky(Place, Family, usize, Duration),
+    /// Refuses as unreachable.
+    Refuse,
+    /// Drops.
+    Drop,
+}
+
+impl std::fmt::Display for Chain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::Direct(place, family, count) => write!(f, "{}{}_of_{count}", place.name(), family.number()),
+            Self::Sticky(place, family, count, timeout) => {
+                write!(f, "{}{}_of_{count}_for_{}s", place.name(), family.number(), timeout.as_secs())
+            }
+            Self::Refuse => f.write_str("refuse"),
+            Self::Drop => f.write_str("discard"),
+        }
+    }
+}
+
+impl Chain {
+    /// Whether it is made when a frontend first needs it.
+    pub(super) fn is_made_on_demand(self) -> bool {
+        matches!(self, Self::Direct(..) | Self::Sticky(..))
+    }
+
+    /// Makes it, or makes it anew.
+    pub(super) fn write(self, script: &mut String) {
+        let _ = writeln!(script, "add chain inet {TABLE} {self}\nflush chain inet {TABLE} {self}");
+        let (Self::Direct(place, family, _) | Self::Sticky(place, family, ..)) = self else { return };
+        let mut rule = |text: &str| {
+            let _ = writeln!(script, "add rule inet {TABLE} {self} {text}");
+        };
+        let (key, ip) = (key(place, family), family.ip());
+        rule(&format!("meta mark set meta mark | {MARK:#x}"));
+        match self {
+            Self::Direct(_, _, count) => {
+                let backends = Map::Backends(place, family);
+                let to = |count| {
+                    format!(
+                        "meta priority set numgen random mod {count} dnat {ip} to {key} . meta priority map @{backends}"
+                    )
+                };
+                rule(&to(count));
+                // A change can come between the two lookups, and leave fewer backends: the first is there if any is.
+                rule(&to(1));
+            }
+            Self::Sticky(_, _, count, timeout) => {
+                let (choices, kept) = (Map::Choices(place, family), Map::Kept(place, family));
+                let (live, clients) = (Map::Live(place, family), clients(place, family));
+                let client = client(place, family).0;
+                let remember =
+                    format!("update @{clients} {{ {client} timeout {}s : meta priority }}", timeout.as_secs().max(1));
+                let go = format!("dnat {ip} to {key} . meta priority map @{kept}");
+                let choose = |count| {
+                    format!(
+                        "meta priority set numgen random mod {count} meta priority set {key} . meta priority map @{choices}"
+                    )
+                };
+                rule(&format!(
+                    "meta priority set {client} map @{clients} {key} . meta priority @{live} {remember} {go}"
+                ));
+                // What is remembered is gone, and an update would not replace it.
+                rule(&format!("delete @{clients} {{ {client} : meta priority }}"));
+                rule(&format!("{} {remember} {go}", choose(count)));
+                // No room for more clients, or fewer backends since.
+                rule(&format!("{} {go}", choose(1)));
+            }
+            Self::Refuse | Self::Drop => {}
+        }
+    }
+}
+
+/// The map that remembers clients: its elements come from packets.
+fn clients(place: Place, family: Family) -> String {
+    format!("{}{}_clients", place.name(), family.number())
+}
+
+/// What a packet is looked up by.
+fn key(place: Place, family: Family) -> String {
+    match place {
+        Place::Inside | Place::Outside => format!("{} daddr . meta l4proto . th dport", family.ip()),
+        Place::NodePort => "meta l4proto . th dport".to_owned(),
+    }
+}
+
+/// The type of [`key`].
+fn key_type(place: Place, family: Family) -> String {
+    match place {
+        Place::Inside | Place::Outside => format!("{} . inet_proto . inet_service", family.address()),
+        Place::NodePort => "inet_proto . inet_service".to_owned(),
+    }
+}
+
+/// A client of a frontend, with the type by which it is remembered. nft 1.0.6 takes no more than 16 bytes where a rule adds
+/// to a map, so of IPv6 ones it is 64 bits of hashes.
+fn client(place: Place, family: Family) -> (String, String) {
+    let (ip, key) = (family.ip(), key(place, family));
+    let whole = format!("{ip} saddr . {key}");
+    match family {
+        Family::V4 => (whole, format!("type {} . {} : classid", family.address(), key_type(place, family))),
+        Family::V6 => {
+            let hash = |seed| format!("jhash {whole} mod 0xffffffff seed {seed}");
+            let types = "typeof numgen random mod 2 . numgen random mod 2 : meta priority".to_owned();
+            (format!("{} . {}", hash(1), hash(2)), types)
+        }
+    }
+}
+
+/// A frontend as the key of an element.
+pub(super) fn element_key(place: Place, address: SocketAddr, protocol: Protocol) -> String {
+    let (protocol, port) = (protocol_number(protocol), address.port());
+    match place {
+        Place::Inside | Place::Outside => format!("{} . {protocol} . {port}", address.ip()),
+        Place::NodePort => format!("{protocol} . {port}"),
+    }
+}
+
+pub(super) fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => edgemesh_ebpf_abi::TCP,
+        Protocol::Udp => edgemesh_ebpf_abi::UDP,
+    }
+}
+
+/// What the chains do beside looking up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Scope {
+    /// Whether the node's own sockets and its pods are served here, or only callers from outside.
+    pub(super) inside: bool,
+    /// Whether answers between two pods of this node pass these hooks (`br_netfilter`): if not, callers are masqueraded,
+    /// since answers that go from pod to pod would come from an address that was not called.
+    pub(super) bridged_answers: bool,
+}
+
+/// Writes the table without the elements that are planned. `anew` replaces whatever table there is; else what is there is
+/// kept with the clients that it remembers, and all of its planned elements are removed.
+pub(super) fn write_base(script: &mut String, scope: Scope, anew: bool) {
+    let _ = writeln!(script, "add table inet {TABLE}");
+    if anew {
+        let _ = writeln!(script, "delete table inet {TABLE}\nadd table inet {TABLE}");
+    }
+    for map in Map::all() {
+        let kind = if map.is_map() { "map" } else { "set" };
+        let _ = writeln!(script, "add {kind} inet {TABLE} {map} {{ {}; }}", map.declaration());
+        let _ = writeln!(script, "flush {kind} inet {TABLE} {map}");
+    }
+    for family in Family::ALL {
+        for place in Place::ALL {
+            let (types, clients) = (client(place, family).1, clients(place, family));
+            let _ = writeln!(
+                script,
+                "add map inet {TABLE} {clients} {{ {types}; flags dynamic,timeout; size {CLIENTS}; }}"
+            );
+        }
+    }
+    let _ = writeln!(script, "add chain inet {TABLE} {LAYOUT}");
+    let mut chain = |name: &str, hook: &str, rules: &[&str]| {
+        let _ = writeln!(script, "add chain inet {TABLE} {name} {hook}\nflush chain inet {TABLE} {name}");
+        for rule in rules {
+            let _ = writeln!(script, "add rule inet {TABLE} {name} {rule}");
+        }
+    };
+    chain(
+        "refuse",
+        "",
+        &[
+            // Sockets that are not told how they want errors learn of no other code.
+            "meta l4proto udp reject with icmpx port-unreachable",
+            // From this host: an error that comes while connect() sends would be lost.
+            "meta iif 0 reject with tcp reset",
+            "reject with icmpx host-unreachable",
+        ],
+    );
+    chain("discard", "", &["drop"]);
+    chain("close", "", &["meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable"]);
+    chain(
+        "inside",
+        "",
+        &[
+            &format!("{} vmap @services4", key(Place::Inside, Family::V4)),
+            &format!("{} vmap @services6", key(Place::Inside, Family::V6)),
+            "ip daddr . meta l4proto @closed4 goto close",
+            "ip6 daddr . meta l4proto @closed6 goto close",
+        ],
+    );
+    let node_ports = key(Place::NodePort, Family::V4);
+    chain(
+        "outside",
+        "",
+        &[
+            "ip saddr @pods4 return",
+            "ip6 saddr @pods6 return",
+            &format!("{} vmap @outside4", key(Place::Outside, Family::V4)),
+            &format!("{} vmap @outside6", key(Place::Outside, Family::V6)),
+            "fib daddr type != local return",
+            &format!("ip daddr != 127.0.0.0/8 {node_ports} vmap @nodeports4"),
+            &format!("ip6 daddr != ::1 {node_ports} vmap @nodeports6"),
+        ],
+    );
+    let carried = "meta l4proto != { tcp, udp } return";
+    let hook = |hook: &str| format!("{{ type nat hook {hook} priority {BEFORE_OTHERS}; policy accept; }}");
+    let inside: &[&str] = if scope.inside { &["jump inside"] } else { &[] };
+    chain("prerouting", &hook("prerouting"), &[&[carried, "jump outside"], inside].concat());
+    // Without inside, nothing is looked up here; the chain stays so that the table has one form.
+    chain("output", &hook("output"), &[&[carried], inside].concat());
+    let unbridged: &[&str] = if scope.inside && !scope.bridged_answers {
+        &["ip saddr @pods4 ip daddr @local4 masquerade", "ip6 saddr @pods6 ip6 daddr @local6 masquerade"]
+    } else {
+        &[]
+    };
+    let unmarked = format!("meta mark & {MARK:#x} == 0 return");
+    let unmark = format!("meta mark set meta mark & {:#x}", !MARK);
+    let rules = [
+        &[
+            unmarked.as_str(),
+            &unmark,
+            "meta priority set 0",
+            "ip saddr . ip daddr @hairpin4 masquerade",
+            "ip6 saddr . ip6 daddr @hairpin6 masquerade",
+            // A host process chose its source address by the route to the Service address: where the endpoint's route
+            // leaves by another interface, a connection to the endpoint itself would have that one's.
+            "fib saddr type local oifname != \"lo\" fib saddr . oif type != local masquerade",
+            "fib saddr type local return",
+        ],
+        unbridged,
+        &[
+            "ip saddr @pods4 return",
+            "ip6 saddr @pods6 return",
+            "ip daddr @local4 return",
+            "ip6 daddr @local6 return",
+            // From outside to another node: its answer must come back through this one.
+            "masquerade",
+        ],
+    ];
+    chain("postrouting", "{ type nat hook postrouting priority 99; policy accept; }", &rules.concat());
+}
+
+/// Removes the table, whether there is one or not.
+pub(super) fn removal() -> String {
+    format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")
+}

@@ -1,0 +1,289 @@
+//! Pods and processes of a node where rules of nftables translate: what passes a bridge, what is refused, routes, and the
+//! end of flows whose endpoint is gone.
+
+use std::{
+    io::{ErrorKind, Read},
+    net::{SocketAddr, TcpStream, UdpSocket},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use edgemesh_agent::datapath::{
+    nftables::{Changes, Rules},
+    outside::OutsideTarget,
+    plan::{Frontend, Target},
+    stale::Swept,
+};
+use edgemesh_mesh::model::Protocol::{self, Tcp, Udp};
+
+use crate::{
+    hosts::{Host, node, other_node, pod, who_calls},
+    outside::{call, call_udp, direct, is_local, rules},
+    sandbox::{Mode, Sandbox, at, ip, tcp_server},
+};
+
+const VIP: &str = "10.96.0.20:80";
+const VIP6: &str = "[fd00:96::20]:80";
+
+/// Has frontends lead to backends, for this node and its pods.
+fn serve(rules: &mut Rules, protocol: Protocol, frontend: &str, backends: Option<&[&str]>) {
+    let frontend = Frontend { address: at(frontend), protocol };
+    let inside = vec![(frontend, backends.map(direct))];
+    rules.apply(Changes { inside, ..Changes::default() }, &is_local).unwrap();
+}
+
+fn sweep(rules: &Rules, sandbox: &Sandbox, gone: &[&str]) -> Swept {
+    let mut sweeper = rules.sweeper(Some(sandbox.cgroup_folder())).unwrap();
+    let gone: Vec<SocketAddr> = gone.iter().map(|backend| at(backend)).collect();
+    thread::scope(|scope| scope.spawn(|| sweeper.sweep(&|_, backend, _| gone.contains(&backend))).join().unwrap())
+}
+
+fn pods<const N: usize>(numbers: [u8; N]) -> [Host; N] {
+    numbers.map(|number| {
+        let host = pod(number);
+        host.run(move || {
+            who_calls(&format!("10.244.1.{number}:8080"));
+            who_calls(&format!("[fd00:1::{number}]:8080"));
+        });
+        host
+    })
+}
+
+#[test]
+fn pods_behind_one_bridge_call_one_another_and_themselves_through_a_service() {
+    let _node = node();
+    let [pod5, pod6] = pods([5, 6]);
+    let mut rules = rules(Mode::Nftables);
+    for protocol in [Tcp, Udp] {
+        serve(&mut rules, protocol, VIP, Some(&["10.244.1.5:8080"]));
+        serve(&mut rules, protocol, VIP6, Some(&["[fd00:1::5]:8080"]));
+    }
+    for (address, server, caller, itself) in
+        [(VIP, "10.244.1.5:8080", "10.244.1.6", "10.244.1.1"), (VIP6, "[fd00:1::5]:8080", "fd00:1::6", "fd00:1::1")]
+    {
+        assert_eq!(pod6.run(move || call(address)).unwrap(), format!("{server} {caller}"), "its address is kept");
+        assert_eq!(pod6.run(move || call_udp(address)).unwrap(), format!("{server} {caller}"));
+        assert_eq!(pod5.run(move || call(address)).unwrap(), format!("{server} {itself}"), "a pod that calls itself");
+        assert_eq!(pod5.run(move || call_udp(address)).unwrap(), format!("{server} {itself}"));
+        assert_eq!(call(address).unwrap(), format!("{server} {itself}"), "a process of the host");
+        assert_eq!(call_udp(address).unwrap(), format!("{server} {itself}"));
+    }
+    pod6.run(|| assert_eq!(TcpStream::connect(VIP).unwrap().peer_addr().unwrap(), at(VIP)));
+}
+
+#[test]
+fn pods_and_the_host_reach_endpoints_on_another_node() {
+    let _node = node();
+    let (pod6, other) = (pod(6), other_node());
+    other.run(|| who_calls("10.244.2.5:8080"));
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Tcp, VIP, Some(&["10.244.2.5:8080"]));
+    assert_eq!(pod6.run(|| call(VIP)).unwrap(), "10.244.2.5:8080 10.244.1.6");
+    // The first address that the host has is another interface's: the endpoint sees the one of the way to it.
+    assert_eq!(call(VIP).unwrap(), "10.244.2.5:8080 192.168.1.11");
+}
+
+#[test]
+fn a_pod_is_told_that_a_service_has_no_endpoint_or_no_such_port() {
+    let _node = node();
+    let pod6 = pod(6);
+    let mut rules = rules(Mode::Nftables);
+    for vip in [VIP, VIP6] {
+        serve(&mut rules, Tcp, vip, Some(&[]));
+        serve(&mut rules, Udp, vip, Some(&[]));
+        serve(&mut rules, Tcp, &vip.replace(":80", ":0"), Some(&[]));
+    }
+    for (vip, closed) in [(VIP, "10.96.0.20:81"), (VIP6, "[fd00:96::20]:81")] {
+        assert_eq!(pod6.run(move || call(vip)).unwrap_err().kind(), ErrorKind::HostUnreachable, "{vip}");
+        assert_eq!(pod6.run(move || call_udp(vip)).unwrap_err().kind(), ErrorKind::ConnectionRefused, "{vip}");
+        assert_eq!(pod6.run(move || call(closed)).unwrap_err().kind(), ErrorKind::ConnectionRefused, "{closed}");
+    }
+}
+
+#[test]
+fn pods_of_the_node_are_not_outside_of_it() {
+    let _node = node();
+    let [pod5, pod6] = pods([5, 6]);
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Tcp, "192.168.1.11:30080", Some(&["10.244.1.5:8080"]));
+    let frontend = Frontend { address: at("0.0.0.0:30080"), protocol: Tcp };
+    let outside = vec![(frontend, Some(OutsideTarget::Drop))];
+    rules.apply(Changes { outside, ..Changes::default() }, &is_local).unwrap();
+    assert_eq!(pod6.run(|| call("192.168.1.11:30080")).unwrap(), "10.244.1.5:8080 10.244.1.6");
+    assert!(call("192.168.1.11:30080").unwrap().starts_with("10.244.1.5:8080"), "nor is the host");
+    drop(pod5);
+}
+
+#[test]
+fn a_listener_of_the_agent_serves_pods_and_the_host() {
+    let _node = node();
+    let pod6 = pod(6);
+    ip("route add local 169.254.64.0/18 dev lo");
+    tcp_server("169.254.77.12:15001");
+    let mut rules = rules(Mode::Nftables);
+    for address in [VIP, "127.0.0.1:30080"] {
+        let target = Target::Listener(at("169.254.77.12:15001"));
+        let inside = vec![(Frontend { address: at(address), protocol: Tcp }, Some(target))];
+        rules.apply(Changes { inside, ..Changes::default() }, &is_local).unwrap();
+        assert_eq!(call(address).unwrap(), "169.254.77.12:15001", "{address}");
+    }
+    assert_eq!(pod6.run(|| call(VIP)).unwrap(), "169.254.77.12:15001");
+}
+
+#[test]
+fn udp_that_was_sent_before_a_service_was_there_reaches_it_once_it_is() {
+    let _node = node();
+    let [pod5, pod6] = pods([5, 6]);
+    // Its packets leave the node, untranslated, and the kernel remembers their flow as such.
+    ip("route add 10.96.0.0/16 via 192.168.1.12");
+    let mut rules = rules(Mode::Nftables);
+    // The chains that follow flows come with the first frontend.
+    serve(&mut rules, Udp, "10.96.0.99:80", Some(&["10.244.1.9:8080"]));
+    let socket = pod6.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        socket.send_to(b"?", VIP).unwrap();
+        socket
+    });
+    serve(&mut rules, Udp, VIP, Some(&["10.244.1.5:8080"]));
+    let from = pod6.run(move || {
+        socket.send_to(b"?", VIP).unwrap();
+        socket.recv_from(&mut [0; 64]).unwrap().1
+    });
+    assert_eq!(from, at(VIP));
+    drop(pod5);
+}
+
+#[test]
+fn udp_flows_move_on_from_an_endpoint_that_is_gone_and_direct_ones_stay() {
+    let sandbox = node();
+    let [pod5, pod6, pod7] = pods([5, 6, 7]);
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Udp, VIP, Some(&["10.244.1.5:8080"]));
+    let ask = |socket: &UdpSocket, to: &str| {
+        socket.send_to(b"?", to).unwrap();
+        let mut buffer = [0; 64];
+        let (length, from) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!(from, at(to));
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    let socket = pod7.run(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        assert_eq!(ask(&socket, VIP), "10.244.1.5:8080 10.244.1.7");
+        assert_eq!(ask(&socket, "10.244.1.5:8080"), "10.244.1.5:8080 10.244.1.7");
+        socket
+    });
+    serve(&mut rules, Udp, VIP, Some(&["10.244.1.6:8080"]));
+    let swept = sweep(&rules, &sandbox, &["10.244.1.5:8080"]);
+    assert_eq!((swept.suspects, swept.udp, swept.failed), (1, 1, 0), "{swept:?}");
+    pod7.run(move || {
+        assert_eq!(ask(&socket, VIP), "10.244.1.6:8080 10.244.1.7");
+        assert_eq!(ask(&socket, "10.244.1.5:8080"), "10.244.1.5:8080 10.244.1.7");
+    });
+    drop((pod5, pod6));
+}
+
+#[test]
+fn tcp_connections_to_an_endpoint_that_is_gone_are_ended_in_the_pod_that_holds_them() {
+    let sandbox = node();
+    let (pod5, pod7) = (pod(5), pod(7));
+    // It accepts and says nothing.
+    let (listener, listener6) = pod5.run(|| {
+        let bind = |address: &str| std::net::TcpListener::bind(address).unwrap();
+        (bind("10.244.1.5:8080"), bind("[fd00:1::5]:8080"))
+    });
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    serve(&mut rules, Tcp, VIP6, Some(&["[fd00:1::5]:8080"]));
+    let (through, direct) = pod7.run(|| {
+        let through = [VIP, VIP6].map(|vip| TcpStream::connect(vip).unwrap());
+        (through, TcpStream::connect("10.244.1.5:8080").unwrap())
+    });
+    let of_host = TcpStream::connect(VIP).unwrap();
+    let swept = sweep(&rules, &sandbox, &["10.244.1.5:8080", "[fd00:1::5]:8080"]);
+    assert_eq!((swept.tcp, swept.udp, swept.failed), (3, 0, 0), "{swept:?}");
+    for mut stream in through.into_iter().chain([of_host]) {
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        assert_eq!(stream.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionAborted);
+    }
+    direct.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert_eq!((&direct).read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock, "it called the pod itself");
+    drop((listener, listener6));
+}
+
+#[test]
+fn the_next_agent_takes_over_the_table_with_the_clients_that_it_remembers() {
+    let _node = node();
+    let [pod5, pod6, pod7, client] = pods([5, 6, 7, 9]);
+    let target =
+        Target::Sticky(["5", "6", "7"].map(|n| at(&format!("10.244.1.{n}:8080"))).to_vec(), Duration::from_secs(60));
+    let frontend = Frontend { address: at(VIP), protocol: Tcp };
+    let plan = || [(frontend, target.clone())].into_iter().collect();
+    assert!(!Rules::is_present());
+    rules(Mode::Nftables).replace(&plan(), &Default::default(), &is_local).unwrap();
+    assert!(Rules::is_present());
+    let kept = client.run(|| call(VIP)).unwrap();
+    let held = client.run(|| TcpStream::connect("10.244.1.5:8080").unwrap());
+    for _ in 0..5 {
+        let mut next = rules(Mode::Nftables);
+        next.replace(&plan(), &Default::default(), &is_local).unwrap();
+        assert_eq!(next.len(), 1);
+        for _ in 0..5 {
+            assert_eq!(client.run(|| call(VIP)).unwrap(), kept);
+        }
+    }
+    // What is no longer planned goes with it.
+    rules(Mode::Nftables).replace(&Default::default(), &Default::default(), &is_local).unwrap();
+    assert_eq!(
+        client.run(|| TcpStream::connect_timeout(&at(VIP), Duration::from_millis(300))).unwrap_err().kind(),
+        ErrorKind::TimedOut
+    );
+    drop((held, pod5, pod6, pod7));
+}
+
+#[test]
+fn a_table_that_somebody_else_removed_is_written_again() {
+    let _node = node();
+    let [pod5] = pods([5]);
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    assert!(Command::new("nft").args(["flush", "ruleset"]).status().unwrap().success());
+    let change = || Changes {
+        inside: vec![(Frontend { address: at("10.96.0.21:80"), protocol: Tcp }, Some(direct(&["10.244.1.5:8080"])))],
+        ..Changes::default()
+    };
+    let error = rules.apply(change(), &is_local).unwrap_err();
+    println!("{error}");
+    rules.apply(change(), &is_local).unwrap();
+    for address in [VIP, "10.96.0.21:80"] {
+        assert!(call(address).is_ok());
+    }
+    drop(pod5);
+}
+
+#[test]
+fn host_processes_reach_services_without_a_default_route_and_lose_them_with_the_service() {
+    let _node = node();
+    let [pod5] = pods([5]);
+    let routes = || {
+        let output = Command::new("ip").args(["route", "show", "table", "all", "proto", "176"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    assert!(call(VIP).is_ok());
+    serve(&mut rules, Udp, VIP, Some(&[]));
+    assert!(call(VIP).is_ok(), "another port is refused");
+    serve(&mut rules, Tcp, VIP, Some(&[]));
+    let started = Instant::now();
+    assert_eq!(call(VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert!(started.elapsed() < Duration::from_millis(500));
+    assert!(routes().contains("unreachable 10.96.0.20"), "{}", routes());
+    serve(&mut rules, Tcp, VIP, None);
+    serve(&mut rules, Udp, VIP, None);
+    assert_eq!(routes(), "");
+    assert_eq!(call(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+    drop(pod5);
+}

@@ -1,0 +1,296 @@
+//! Callers from outside of the node, with either datapath for the node's own sockets.
+
+use std::{
+    io::{ErrorKind, Read},
+    net::{SocketAddr, TcpStream, UdpSocket},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use edgemesh_agent::datapath::{
+    nftables::{Changes, Rules, TABLE},
+    outside::OutsideTarget,
+    plan::{Frontend, Target},
+};
+use edgemesh_mesh::{
+    cidr::Cidr,
+    model::Protocol::{self, Tcp, Udp},
+};
+
+use crate::{
+    hosts::{client, node, other_node, pod, who_calls},
+    sandbox::{Mode, at, in_both_modes},
+};
+
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a packet that is dropped is waited for: what is answered is so within a millisecond.
+const DROPPED: Duration = Duration::from_millis(300);
+
+in_both_modes! {
+    node_ports_serve_tcp_and_udp_at_every_address_of_the_host_and_local_endpoints_see_who_calls,
+    an_endpoint_on_another_node_is_reached_through_this_one,
+    without_a_local_endpoint_the_local_policy_drops_and_the_cluster_policy_refuses,
+    external_and_load_balancer_addresses_are_served_to_callers_from_outside,
+    ipv6_callers_from_outside_reach_node_ports,
+    clients_from_outside_keep_their_endpoint,
+    it_works_beside_kube_proxy_whoever_came_first,
+    uninstall_leaves_nothing,
+    connections_from_outside_go_on_while_agents_come_and_go,
+}
+
+pub(crate) fn rules(mode: Mode) -> Rules {
+    let mut rules = match mode {
+        Mode::Ebpf => Rules::for_outside(),
+        Mode::Nftables => Rules::for_all().unwrap(),
+    };
+    rules.set_pods(["10.244.1.0/24", "fd00:1::/64"].iter().filter_map(|range| Cidr::parse(range)).collect());
+    rules
+}
+
+pub(crate) fn is_local(backend: SocketAddr, _: Protocol) -> bool {
+    ["10.244.1.0/24", "fd00:1::/64"].iter().any(|range| Cidr::parse(range).unwrap().contains(backend.ip()))
+}
+
+pub(crate) fn direct(backends: &[&str]) -> Target {
+    match backends {
+        [] => Target::Refuse,
+        backends => Target::Direct(backends.iter().map(|backend| at(backend)).collect()),
+    }
+}
+
+fn frontend(address: &str, protocol: Protocol) -> Frontend {
+    Frontend { address: at(address), protocol }
+}
+
+/// Has TCP and UDP at an address lead to backends.
+fn serve(rules: &mut Rules, address: &str, backends: &[&str]) {
+    let target = OutsideTarget::Target(direct(backends));
+    let outside = [Tcp, Udp].map(|protocol| (frontend(address, protocol), Some(target.clone()))).into();
+    rules.apply(Changes { outside, ..Changes::default() }, &is_local).unwrap();
+}
+
+pub(crate) fn call(address: &str) -> std::io::Result<String> {
+    call_within(address, PATIENCE)
+}
+
+fn call_within(address: &str, patience: Duration) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&at(address), patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+pub(crate) fn call_udp(address: &str) -> std::io::Result<String> {
+    let any = if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = UdpSocket::bind(any)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect(address)?;
+    socket.send(b"?")?;
+    let mut buffer = [0; 128];
+    let length = socket.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+fn shown(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn nft(script: &str) {
+    let output = Command::new("nft").arg(script).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn node_ports_serve_tcp_and_udp_at_every_address_of_the_host_and_local_endpoints_see_who_calls(mode: Mode) {
+    let _node = node();
+    let (pod5, client) = (pod(5), client());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    client.run(|| crate::sandbox::ip("route add 10.244.1.0/24 via 192.168.1.11"));
+    let mut rules = rules(mode);
+    serve(&mut rules, "0.0.0.0:30080", &["10.244.1.5:8080"]);
+    for address in ["192.168.1.11:30080", "10.244.1.1:30080"] {
+        assert_eq!(client.run(|| call(address)).unwrap(), "10.244.1.5:8080 192.168.1.50", "{address}");
+        assert_eq!(client.run(|| call_udp(address)).unwrap(), "10.244.1.5:8080 192.168.1.50", "{address}");
+    }
+    assert_eq!(
+        client.run(|| call("192.168.1.11:30081")).unwrap_err().kind(),
+        ErrorKind::ConnectionRefused,
+        "the host's own"
+    );
+}
+
+fn an_endpoint_on_another_node_is_reached_through_this_one(mode: Mode) {
+    let _node = node();
+    let (other, client) = (other_node(), client());
+    other.run(|| who_calls("10.244.2.5:8080"));
+    let mut rules = rules(mode);
+    serve(&mut rules, "0.0.0.0:30080", &["10.244.2.5:8080"]);
+    assert_eq!(client.run(|| call("192.168.1.11:30080")).unwrap(), "10.244.2.5:8080 192.168.1.11");
+    assert_eq!(client.run(|| call_udp("192.168.1.11:30080")).unwrap(), "10.244.2.5:8080 192.168.1.11");
+}
+
+fn without_a_local_endpoint_the_local_policy_drops_and_the_cluster_policy_refuses(mode: Mode) {
+    let _node = node();
+    let client = client();
+    let mut rules = rules(mode);
+    let outside = vec![
+        (frontend("0.0.0.0:30080", Tcp), Some(OutsideTarget::Drop)),
+        (frontend("0.0.0.0:30081", Tcp), Some(OutsideTarget::Target(Target::Refuse))),
+    ];
+    rules.apply(Changes { outside, ..Changes::default() }, &is_local).unwrap();
+    let dropped = client.run(|| call_within("192.168.1.11:30080", DROPPED)).unwrap_err();
+    assert!(matches!(dropped.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{dropped}");
+    let refused = client.run(|| call("192.168.1.11:30081")).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::HostUnreachable, "{refused}");
+}
+
+fn external_and_load_balancer_addresses_are_served_to_callers_from_outside(mode: Mode) {
+    let _node = node();
+    let (pod5, client) = (pod(5), client());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let mut rules = rules(mode);
+    for address in ["192.168.1.11:80", "203.0.113.7:80"] {
+        serve(&mut rules, address, &["10.244.1.5:8080"]);
+        assert_eq!(client.run(|| call(address)).unwrap(), "10.244.1.5:8080 192.168.1.50");
+        assert_eq!(client.run(|| call_udp(address)).unwrap(), "10.244.1.5:8080 192.168.1.50");
+    }
+}
+
+fn ipv6_callers_from_outside_reach_node_ports(mode: Mode) {
+    let _node = node();
+    let (pod5, other, client) = (pod(5), other_node(), client());
+    pod5.run(|| who_calls("[fd00:1::5]:8080"));
+    other.run(|| who_calls("[fd00:2::5]:8080"));
+    let mut rules = rules(mode);
+    serve(&mut rules, "[::]:30080", &["[fd00:1::5]:8080"]);
+    serve(&mut rules, "[::]:30081", &["[fd00:2::5]:8080"]);
+    for (port, answer) in [(30080, "[fd00:1::5]:8080 fd00:a::50"), (30081, "[fd00:2::5]:8080 fd00:a::11")] {
+        let address: &'static str = format!("[fd00:a::11]:{port}").leak();
+        assert_eq!(client.run(|| call(address)).unwrap(), answer);
+        assert_eq!(client.run(|| call_udp(address)).unwrap(), answer);
+    }
+}
+
+fn clients_from_outside_keep_their_endpoint(mode: Mode) {
+    let _node = node();
+    let client = client();
+    let pods = [5, 6, 7].map(|number| {
+        let host = pod(number);
+        host.run(move || who_calls(&format!("10.244.1.{number}:8080")));
+        host
+    });
+    let mut rules = rules(mode);
+    let all = ["10.244.1.5:8080", "10.244.1.6:8080", "10.244.1.7:8080"].map(at).to_vec();
+    let set = |rules: &mut Rules, backends: Vec<SocketAddr>| {
+        let target = OutsideTarget::Target(Target::Sticky(backends, Duration::from_secs(60)));
+        let outside = vec![(frontend("0.0.0.0:30080", Tcp), Some(target))];
+        rules.apply(Changes { outside, ..Changes::default() }, &is_local).unwrap();
+    };
+    set(&mut rules, all.clone());
+    let answer = || client.run(|| call("192.168.1.11:30080")).unwrap();
+    let kept = answer();
+    assert!((0..20).all(|_| answer() == kept));
+    set(&mut rules, all.into_iter().filter(|backend| !kept.starts_with(&backend.to_string())).collect());
+    let next = answer();
+    assert_ne!(next, kept);
+    assert!((0..20).all(|_| answer() == next));
+    drop(pods);
+}
+
+fn it_works_beside_kube_proxy_whoever_came_first(mode: Mode) {
+    // What kube-proxy does, in short: its chain at the same hook sends the same node port elsewhere, and it marks and
+    // masquerades what it sent.
+    let kube_proxy = "table ip kube-proxy {
+        chain services { tcp dport { 30080, 30090 } meta mark set meta mark | 0x4000 dnat to 10.244.1.6:8080; }
+        chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+        chain nat-output { type nat hook output priority -100; jump services; }
+        chain nat-postrouting { type nat hook postrouting priority srcnat; meta mark & 0x4000 != 0 masquerade; }
+    }";
+    for kube_proxy_first in [true, false] {
+        let _node = node();
+        let (pod5, pod6, client) = (pod(5), pod(6), client());
+        pod5.run(|| who_calls("10.244.1.5:8080"));
+        pod6.run(|| who_calls("10.244.1.6:8080"));
+        if kube_proxy_first {
+            nft(kube_proxy);
+        }
+        let mut rules = rules(mode);
+        serve(&mut rules, "0.0.0.0:30080", &["10.244.1.5:8080"]);
+        if !kube_proxy_first {
+            nft(kube_proxy);
+        }
+        let before = shown("nft", &["list", "table", "ip", "kube-proxy"]);
+        assert_eq!(client.run(|| call("192.168.1.11:30080")).unwrap(), "10.244.1.5:8080 192.168.1.50");
+        assert_eq!(
+            client.run(|| call("192.168.1.11:30090")).unwrap(),
+            "10.244.1.6:8080 10.244.1.1",
+            "its own works on"
+        );
+        serve(&mut rules, "0.0.0.0:30080", &[]);
+        assert_eq!(client.run(|| call("192.168.1.11:30080")).unwrap_err().kind(), ErrorKind::HostUnreachable);
+        Rules::uninstall().unwrap();
+        assert_eq!(shown("nft", &["list", "table", "ip", "kube-proxy"]), before);
+        assert_eq!(client.run(|| call("192.168.1.11:30080")).unwrap(), "10.244.1.6:8080 10.244.1.1", "its turn");
+    }
+}
+
+fn uninstall_leaves_nothing(mode: Mode) {
+    let _node = node();
+    let state = || {
+        let commands: [(&str, &[&str]); 5] = [
+            ("nft", &["list", "ruleset"]),
+            ("ip", &["rule"]),
+            ("ip", &["-6", "rule"]),
+            ("ip", &["route", "show", "table", "all", "proto", "176"]),
+            ("ip", &["-6", "route", "show", "table", "all", "proto", "176"]),
+        ];
+        commands.map(|(program, arguments)| shown(program, arguments)).concat()
+    };
+    let before = state();
+    let mut rules = rules(mode);
+    serve(&mut rules, "0.0.0.0:30080", &["10.244.1.5:8080"]);
+    let inside = ["10.96.0.20:80", "10.96.0.20:0", "[fd00:96::20]:80"]
+        .map(|address| (frontend(address, Tcp), Some(Target::Refuse)))
+        .into();
+    rules.apply(Changes { inside, ..Changes::default() }, &is_local).unwrap();
+    assert!(state().contains(TABLE));
+    drop(rules);
+    Rules::uninstall().unwrap();
+    assert_eq!(state(), before);
+    Rules::uninstall().unwrap();
+}
+
+fn connections_from_outside_go_on_while_agents_come_and_go(mode: Mode) {
+    let _node = node();
+    let (pod5, client) = (pod(5), client());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let plan = || {
+        let target = OutsideTarget::Target(direct(&["10.244.1.5:8080"]));
+        [(frontend("0.0.0.0:30080", Tcp), target)].into_iter().collect()
+    };
+    rules(mode).replace(&Default::default(), &plan(), &is_local).unwrap();
+    let calls = std::thread::scope(|scope| {
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let calls = scope.spawn(move || {
+            client.run(move || {
+                let mut calls = 0;
+                while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                    assert_eq!(call("192.168.1.11:30080").unwrap(), "10.244.1.5:8080 192.168.1.50");
+                    calls += 1;
+                }
+                calls
+            })
+        });
+        let until = Instant::now() + Duration::from_secs(2);
+        let mut agents = 0;
+        while Instant::now() < until || agents < 3 {
+            rules(mode).replace(&Default::default(), &plan(), &is_local).unwrap();
+            agents += 1;
+        }
+        stop.send(()).unwrap();
+        println!("{agents} agents");
+        calls.join().unwrap()
+    });
+    assert!(calls > 50, "{calls} calls");
+}
