@@ -19,6 +19,7 @@ const THREADS: usize = 4;
 
 type Up = OnceLock<Result<Field, String>>;
 
+#[allow(clippy::print_stderr)]
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);

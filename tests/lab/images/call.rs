@@ -164,6 +164,7 @@ fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> 
     };
     let message = message(options);
     let mut answer = vec![0; 65536];
+    let mut refused = None;
     // Datagrams may be lost: who needs an answer asks again.
     for _ in 0..4 {
         socket.send(&message)?;
@@ -180,9 +181,12 @@ fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> 
             }
             Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
             // Said about an earlier datagram, perhaps: the next one finds out.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => thread::sleep(options.deadline / 8),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                thread::sleep(options.deadline / 16);
+                refused = Some(error);
+            }
             Err(error) => return Err(error.into()),
         }
     }
-    Err("no answer".into())
+    Err(refused.map_or_else(|| "no answer".into(), Into::into))
 }
