@@ -141,7 +141,9 @@ impl Explainer {
         let caller = self.caller(parameters).await?;
         let steps = self.steps(name, kind, &caller).await?;
         let found = steps.last().is_some_and(|(_, said)| !said.records.is_empty());
-        Ok(json!({"name": name, "type": kind.to_uppercase(), "client": caller.view, "steps": view_of(&steps), "found": found}))
+        Ok(
+            json!({"name": name, "type": kind.to_uppercase(), "client": caller.view, "steps": view_of(&steps), "found": found}),
+        )
     }
 
     /// What a program in the pod is told, name by name, until there is an answer.
@@ -183,7 +185,8 @@ impl Explainer {
                         self.config.node_name
                     )));
                 }
-                let address = pod.status.as_ref().and_then(|status| status.pod_ip.as_deref()).and_then(|ip| ip.parse().ok());
+                let address =
+                    pod.status.as_ref().and_then(|status| status.pod_ip.as_deref()).and_then(|ip| ip.parse().ok());
                 if address.is_none() {
                     view["note"] = "the pod has no address yet".into();
                 }
@@ -222,7 +225,8 @@ impl Explainer {
             false => format!("{}.{}", service.name.name, service.name.namespace),
         };
         let dns = self.steps(&name, "A", &caller).await?;
-        let ports: Vec<_> = ports.iter().map(|port| self.explain(&catalog, &viewpoint, &programmed, &service, port)).collect();
+        let ports: Vec<_> =
+            ports.iter().map(|port| self.explain(&catalog, &viewpoint, &programmed, &service, port)).collect();
         Ok(json!({
             "node": viewpoint.node, "network": viewpoint.network, "zone": viewpoint.zone,
             "client": caller.view, "service": describe(&service),
@@ -247,7 +251,8 @@ impl Explainer {
         let now = Instant::now();
         let health = self.overlay.health();
         let usable = health.sort(&explanation.candidates.endpoints, port.protocol, now).usable;
-        let ejected: HashMap<_, _> = health.ejected(now).into_iter().map(|ejected| (ejected.endpoint, ejected)).collect();
+        let ejected: HashMap<_, _> =
+            health.ejected(now).into_iter().map(|ejected| (ejected.endpoint, ejected)).collect();
         let endpoints = explanation.endpoints.iter().take(MAX_ENDPOINTS).map(|explained| {
             let endpoint = &explained.endpoint;
             let ejected = ejected.get(&EndpointKey::of(endpoint, port.protocol));
@@ -295,7 +300,9 @@ impl Explainer {
         let mut addresses = Vec::new();
         for ip in &service.cluster_ips {
             let frontend = frontend(*ip, port.port, port.protocol);
-            addresses.push(programmed.get(&frontend).cloned().unwrap_or_else(|| json!({"frontend": frontend, "target": "none"})));
+            addresses.push(
+                programmed.get(&frontend).cloned().unwrap_or_else(|| json!({"frontend": frontend, "target": "none"})),
+            );
         }
         json!({
             "name": port.name, "protocol": port.protocol, "port": port.port, "nodePort": port.node_port,
@@ -417,7 +424,10 @@ fn ports(service: &Service, wanted: Option<&str>) -> Result<Vec<Arc<ServicePort>
     if found.is_empty() {
         let ServiceName { namespace, name } = &service.name;
         let known: Vec<_> = service.ports.iter().map(|port| format!("{} ({})", port.port, port.name)).collect();
-        return Err(PageError::NotFound(format!("port: {name}.{namespace} has no port {wanted}; it has {}", known.join(", "))));
+        return Err(PageError::NotFound(format!(
+            "port: {name}.{namespace} has no port {wanted}; it has {}",
+            known.join(", ")
+        )));
     }
     Ok(found)
 }

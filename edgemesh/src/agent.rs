@@ -23,7 +23,9 @@ pub(crate) enum AgentError {
     #[error("{0}")]
     Agent(String),
     /// The agent can't be asked.
-    #[error("no agent answers at {url}: {reason}; --agent URL (or EDGEMESH_AGENT) says where it is, admin.listen of its settings is that address")]
+    #[error(
+        "no agent answers at {url}: {reason}; --agent URL (or EDGEMESH_AGENT) says where it is, admin.listen of its settings is that address"
+    )]
     Unreachable {
         /// Where.
         url: String,
@@ -44,9 +46,12 @@ impl Agent {
         let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/'));
         let valid = authority.filter(|authority| !authority.is_empty() && !authority.contains('/'));
         let Some(authority) = valid else {
-            return Err(AgentError::Usage(format!("--agent {url:?}: must be http://HOST:PORT, as http://127.0.0.1:9442")));
+            return Err(AgentError::Usage(format!(
+                "--agent {url:?}: must be http://HOST:PORT, as http://127.0.0.1:9442"
+            )));
         };
-        let port = if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) { "" } else { ":80" };
+        let port =
+            if authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) { "" } else { ":80" };
         Ok(Self { url: url.to_owned(), authority: format!("{authority}{port}") })
     }
 
@@ -64,12 +69,14 @@ impl Agent {
         let answer = self.exchange(&request).map_err(|error| self.unreachable(error.to_string()))?;
         let (status, body) = read(&answer).ok_or_else(|| self.unreachable("that is no HTTP".to_owned()))?;
         match status {
-            200 => serde_json::from_slice(body).map_err(|error| self.unreachable(format!("a page that is no JSON: {error}"))),
+            200 => serde_json::from_slice(body)
+                .map_err(|error| self.unreachable(format!("a page that is no JSON: {error}"))),
             400 => Err(AgentError::Usage(String::from_utf8_lossy(body).into_owned())),
             // An agent without this page answers with the list of those that it has.
-            404 if body.starts_with(b"try /") => {
-                Err(AgentError::Agent(format!("the agent at {} has no page {path}: it is of another version", self.url)))
-            }
+            404 if body.starts_with(b"try /") => Err(AgentError::Agent(format!(
+                "the agent at {} has no page {path}: it is of another version",
+                self.url
+            ))),
             404 | 503 => Err(AgentError::Agent(String::from_utf8_lossy(body).into_owned())),
             status => Err(self.unreachable(format!("status {status}"))),
         }

@@ -217,7 +217,10 @@ mod tests {
         let shown = services(&page);
         let lines: Vec<_> = shown.lines().collect();
         assert_eq!(lines.len(), 5);
-        assert!(lines[1].contains("80/TCP http") && lines[1].contains("2/3") && lines[1].ends_with("1 node  direct"), "{shown}");
+        assert!(
+            lines[1].contains("80/TCP http") && lines[1].contains("2/3") && lines[1].ends_with("1 node  direct"),
+            "{shown}"
+        );
         assert!(lines[2].ends_with("refuse") && lines[3].starts_with("default/alias"), "{shown}");
         assert_eq!(lines[4], "and 4 more Services");
     }

@@ -88,7 +88,13 @@ fn an_explanation_names_the_rule_that_removed_each_endpoint() {
     let all = "edge-a1:1:r edge-a2:2:r edge-b1:3:r edge-a1:4:n edge-a2:5:t";
     assert_eq!(
         explain("edge-a1", nothing.clone(), all, call),
-        [(1, None), (4, Some(Rule::Condition)), (2, Some(Rule::Tier)), (5, Some(Rule::Condition)), (3, Some(Rule::Tier))]
+        [
+            (1, None),
+            (4, Some(Rule::Condition)),
+            (2, Some(Rule::Tier)),
+            (5, Some(Rule::Condition)),
+            (3, Some(Rule::Tier))
+        ]
     );
     assert_eq!(
         explain("cloud-1", local.clone(), "edge-a1:1:r cloud-1:2:t", call),

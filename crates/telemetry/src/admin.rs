@@ -105,10 +105,13 @@ impl AdminRoutes {
     #[must_use]
     pub fn page(mut self, path: &'static str, build: impl Fn() -> serde_json::Value + Send + Sync + 'static) -> Self {
         let build = Arc::new(build);
-        self.0.insert(path, Box::new(move |_| {
-            let build = Arc::clone(&build);
-            Box::pin(async move { Ok(build()) })
-        }));
+        self.0.insert(
+            path,
+            Box::new(move |_| {
+                let build = Arc::clone(&build);
+                Box::pin(async move { Ok(build()) })
+            }),
+        );
         self
     }
 

@@ -79,7 +79,11 @@ impl Asker {
         ends.extend(resolv_conf::read(&self.resolv_conf).map(|host| host.searches).unwrap_or_default());
         let mut names: Vec<_> = ends.into_iter().map(|end| format!("{name}.{end}.")).collect();
         let as_it_is = format!("{name}.");
-        if name.matches('.').count() >= 5 { names.insert(0, as_it_is) } else { names.push(as_it_is) }
+        if name.matches('.').count() >= 5 {
+            names.insert(0, as_it_is)
+        } else {
+            names.push(as_it_is)
+        }
         names
     }
 

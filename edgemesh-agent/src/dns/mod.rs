@@ -17,6 +17,6 @@ mod upstreams;
 mod wire;
 mod zone;
 
-pub use asker::{Asker, Said};
 pub use address::{NoUpstream, UpstreamAddress};
+pub use asker::{Asker, Said};
 pub use server::{DnsError, Server};

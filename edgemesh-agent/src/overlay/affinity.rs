@@ -79,7 +79,12 @@ mod tests {
     fn the_client_that_is_silent_for_longest_is_forgotten_first() {
         let (affinity, begin) = (Affinity::default(), Instant::now());
         for number in 0..=MAX_CLIENTS as u32 {
-            affinity.round(IpAddr::V4(number.into()), &port("web"), TIMEOUT, begin + Duration::from_millis(number.into()));
+            affinity.round(
+                IpAddr::V4(number.into()),
+                &port("web"),
+                TIMEOUT,
+                begin + Duration::from_millis(number.into()),
+            );
         }
         let clients = affinity.clients.lock();
         assert_eq!(clients.len(), MAX_CLIENTS);

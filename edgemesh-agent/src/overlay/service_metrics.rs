@@ -153,7 +153,11 @@ impl ServiceMetrics {
     pub(super) fn view(&self, service: &ServiceName) -> serde_json::Value {
         let counters = self.known.lock().get(service).cloned().unwrap_or_default();
         let named = |names: &[&str], counters: &[Counter]| -> serde_json::Value {
-            names.iter().zip(counters).map(|(name, counter)| ((*name).to_owned(), serde_json::Value::from(counter.get()))).collect()
+            names
+                .iter()
+                .zip(counters)
+                .map(|(name, counter)| ((*name).to_owned(), serde_json::Value::from(counter.get())))
+                .collect()
         };
         serde_json::json!({
             "connections": named(&PATHS, &counters.connections),

@@ -38,10 +38,8 @@ pub struct Mode {
 }
 
 /// The modes.
-pub const MODES: &[Mode] = &[
-    Mode { name: "ebpf", datapath: Datapath::Ebpf },
-    Mode { name: "nftables", datapath: Datapath::Nftables },
-];
+pub const MODES: &[Mode] =
+    &[Mode { name: "ebpf", datapath: Datapath::Ebpf }, Mode { name: "nftables", datapath: Datapath::Nftables }];
 
 /// A lab that is up.
 #[derive(Debug)]

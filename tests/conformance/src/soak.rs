@@ -74,7 +74,11 @@ impl Report {
             if load.calls == 0 {
                 all.push(format!("{name}: nothing was called"));
             }
-            all.extend(load.failures.iter().map(|(reason, count)| format!("{name}: {count} of {} calls failed: {reason}", load.calls)));
+            all.extend(
+                load.failures
+                    .iter()
+                    .map(|(reason, count)| format!("{name}: {count} of {} calls failed: {reason}", load.calls)),
+            );
         }
         for (node, (before, after)) in &self.held {
             let mut check = |what: &str, before: u64, after: u64, growth: u64| {
@@ -272,7 +276,11 @@ fn warm_up(case: &Case<'_>) -> Result<()> {
     let service = case.service("warm", json!({}))?;
     for client in NODES.map(|node| format!("client-{node}")) {
         for port in ["http", "udp"] {
-            case.reaches(From::Pod(&client), &service.url(port), &NODES.map(|node| format!("server-{node}")).each_ref().map(String::as_str))?;
+            case.reaches(
+                From::Pod(&client),
+                &service.url(port),
+                &NODES.map(|node| format!("server-{node}")).each_ref().map(String::as_str),
+            )?;
         }
     }
     case.delete(&format!("service {}", service.name))

@@ -17,20 +17,40 @@ const ALL: [&str; 4] = ["server-cloud-1", "server-cloud-2", "server-edge-a1", "s
 
 pub(super) const ROWS: &[Row] = &[
     Row::new(
+        "Networking Granular Checks: Pods should function for intra-pod communication: http [Conformance] (in a network)",
+        |case| pods(case, "http"),
+    ),
+    Row::awaiting(
+        OTHER_NETWORKS,
         "Networking Granular Checks: Pods should function for intra-pod communication: http [Conformance]",
-        pods_http,
+        |case| from_pods_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "http"),
     ),
     Row::new(
+        "Networking Granular Checks: Pods should function for intra-pod communication: udp [Conformance] (in a network)",
+        |case| pods(case, "udp"),
+    ),
+    Row::awaiting(
+        OTHER_NETWORKS,
         "Networking Granular Checks: Pods should function for intra-pod communication: udp [Conformance]",
-        pods_udp,
+        |case| from_pods_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "udp"),
     ),
     Row::new(
+        "Networking Granular Checks: Pods should function for node-pod communication: http [Conformance] (in a network)",
+        |case| node_pod(case, "http"),
+    ),
+    Row::awaiting(
+        OTHER_NETWORKS,
         "Networking Granular Checks: Pods should function for node-pod communication: http [Conformance]",
-        node_pod_http,
+        |case| from_nodes_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "http"),
     ),
     Row::new(
+        "Networking Granular Checks: Pods should function for node-pod communication: udp [Conformance] (in a network)",
+        |case| node_pod(case, "udp"),
+    ),
+    Row::awaiting(
+        OTHER_NETWORKS,
         "Networking Granular Checks: Pods should function for node-pod communication: udp [Conformance]",
-        node_pod_udp,
+        |case| from_nodes_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "udp"),
     ),
     Row::new("Networking Granular Checks: Services should function for pod-Service: http", |case| {
         from_pods(case, "http")
@@ -75,31 +95,41 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("Networking Granular Checks: Services should be able to handle large requests: udp", large_udp),
 ];
 
-/// Every shared server at its own address.
-fn every_pod(case: &Case<'_>, from: From<'_>, scheme: &str) -> Result<()> {
-    for server in ALL {
-        let port = if scheme == "http" { manifests::HTTP } else { manifests::ECHO };
-        let end = if scheme == "http" { "/" } else { "" };
-        let url = format!("{scheme}://{}:{port}{end}", case.field.pod_ip(server)?);
-        case.reaches(from, &url, &[server])?;
+/// Every shared server of some nodes at its own address, from every caller of some nodes.
+fn every_pod(case: &Case<'_>, callers: &[From<'_>], nodes: &[&str], scheme: &str) -> Result<()> {
+    for from in callers {
+        for node in nodes {
+            let server = format!("server-{node}");
+            let port = if scheme == "http" { manifests::HTTP } else { manifests::ECHO };
+            let end = if scheme == "http" { "/" } else { "" };
+            let url = format!("{scheme}://{}:{port}{end}", case.field.pod_ip(&server)?);
+            case.reaches(*from, &url, &[&server])?;
+        }
     }
     Ok(())
 }
 
-fn pods_http(case: &Case<'_>) -> Result<()> {
-    NODES.iter().try_for_each(|node| every_pod(case, Pod(&format!("client-{node}")), "http"))
+/// Nodes of one network each.
+const NETWORKS: [&[&str]; 3] = [&["cloud-1", "cloud-2"], &["edge-a1"], &["edge-b1"]];
+const OTHER_NETWORKS: &str = "pod addresses of other networks";
+
+fn from_pods_of(case: &Case<'_>, network: &[&str], nodes: &[&str], scheme: &str) -> Result<()> {
+    let names: Vec<_> = network.iter().map(|node| format!("client-{node}")).collect();
+    let callers: Vec<_> = names.iter().map(|name| Pod(name)).collect();
+    every_pod(case, &callers, nodes, scheme)
 }
 
-fn pods_udp(case: &Case<'_>) -> Result<()> {
-    NODES.iter().try_for_each(|node| every_pod(case, Pod(&format!("client-{node}")), "udp"))
+fn from_nodes_of(case: &Case<'_>, network: &[&str], nodes: &[&str], scheme: &str) -> Result<()> {
+    let callers: Vec<_> = network.iter().map(|node| Node(node)).collect();
+    every_pod(case, &callers, nodes, scheme)
 }
 
-fn node_pod_http(case: &Case<'_>) -> Result<()> {
-    NODES.iter().try_for_each(|node| every_pod(case, Node(node), "http"))
+fn pods(case: &Case<'_>, scheme: &str) -> Result<()> {
+    NETWORKS.iter().try_for_each(|network| from_pods_of(case, network, network, scheme))
 }
 
-fn node_pod_udp(case: &Case<'_>) -> Result<()> {
-    NODES.iter().try_for_each(|node| every_pod(case, Node(node), "udp"))
+fn node_pod(case: &Case<'_>, scheme: &str) -> Result<()> {
+    NETWORKS.iter().try_for_each(|network| from_nodes_of(case, network, network, scheme))
 }
 
 /// The Service at its cluster address, and at the ports of the caller's node.

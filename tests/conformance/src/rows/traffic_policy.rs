@@ -51,7 +51,10 @@ pub(super) const ROWS: &[Row] = &[
         "LoadBalancers should not have connectivity disruption during rolling update with externalTrafficPolicy=Local",
         rolling_local,
     ),
-    Row::new("LoadBalancers should only allow access from service loadbalancer source ranges (nodes leave the address to the balancer)", source_ranges),
+    Row::new(
+        "LoadBalancers should only allow access from service loadbalancer source ranges (nodes leave the address to the balancer)",
+        source_ranges,
+    ),
 ];
 
 /// A Service with its only endpoint on cloud-1.
@@ -291,7 +294,10 @@ fn source_ranges(case: &Case<'_>) -> Result<()> {
     let service = case.service("svc", json!({"type": "LoadBalancer"}))?;
     let url = balanced(case, &service, "198.18.0.5", "cloud-1")?;
     case.reaches(Outside, &url, &all)?;
-    case.patch(&format!("service/{}", service.name), &json!({"spec": {"loadBalancerSourceRanges": ["198.51.100.0/24"]}}))?;
+    case.patch(
+        &format!("service/{}", service.name),
+        &json!({"spec": {"loadBalancerSourceRanges": ["198.51.100.0/24"]}}),
+    )?;
     case.silent(Outside, &url)?;
     case.patch(&format!("service/{}", service.name), &json!({"spec": {"loadBalancerSourceRanges": null}}))?;
     case.reaches(Outside, &url, &all)
