@@ -118,7 +118,8 @@ impl Stream {
     /// When the program can't be started.
     pub fn start(field: &Field, from: From<'_>, options: &[&str], url: &str) -> Result<Self> {
         let words = [&["call", "--count", "1000000"], options, &[url]].concat();
-        let mut child = command(field, from, &words)?.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let mut child =
+            command(field, from, &words)?.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
         let output = child.stdout.take().context("its output is piped")?;
         let seen = Arc::<Mutex<Vec<(Outcome, Instant)>>>::default();
         let written = seen.clone();

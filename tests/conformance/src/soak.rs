@@ -133,6 +133,7 @@ pub fn run(field: &Field, duration: Duration) -> Result<Report> {
     let mut report = Report::default();
     warm_up(&case)?;
     for node in NODES {
+        forget_soon(field, node)?;
         report.held.insert(node.to_owned(), (held(field, node)?, Held::default()));
     }
     let replaced = Group::start(&case, "replaced", &[LINGER])?;
@@ -162,11 +163,7 @@ pub fn run(field: &Field, duration: Duration) -> Result<Report> {
         report.loads.insert(load, count(name, &stream, &kills));
     }
     clean_up(&case)?;
-    for node in NODES {
-        let before = report.held[node].0.clone();
-        let after = settled(&case, node, &before)?;
-        report.held.insert(node.to_owned(), (before, after));
-    }
+    settle(&case, &mut report)?;
     Ok(report)
 }
 
@@ -293,18 +290,36 @@ fn clean_up(case: &Case<'_>) -> Result<()> {
     case.field.kubectl(&format!("delete endpointslice {} --ignore-not-found", case.name("rewritten")), "").map(drop)
 }
 
-/// Waits until a node holds no more than before, for some time; gives what it holds then.
-fn settled(case: &Case<'_>, node: &str, before: &Held) -> Result<Held> {
+/// Waits until no node holds more than before, for some time; puts down what they hold then.
+fn settle(case: &Case<'_>, report: &mut Report) -> Result<()> {
     let begin = Instant::now();
     loop {
-        let now = held(case.field, node)?;
-        let pair = (before.clone(), now.clone());
-        let report = Report { held: BTreeMap::from([(node.to_owned(), pair)]), ..Report::default() };
-        if report.violations().is_empty() || begin.elapsed() > SETTLE {
-            return Ok(now);
+        for (node, (_, after)) in &mut report.held {
+            *after = held(case.field, node)?;
+        }
+        let growth = Report { held: report.held.clone(), ..Report::default() };
+        if growth.violations().is_empty() || begin.elapsed() > SETTLE {
+            return Ok(());
         }
         std::thread::sleep(Duration::from_millis(500));
     }
+}
+
+/// Lets the kernel forget connections that have ended in seconds, not minutes: what is left later was not let go.
+fn forget_soon(field: &Field, node: &str) -> Result<()> {
+    let times = [
+        "tcp_timeout_time_wait",
+        "tcp_timeout_close",
+        "tcp_timeout_close_wait",
+        "tcp_timeout_fin_wait",
+        "tcp_timeout_last_ack",
+    ];
+    for name in times.into_iter().chain(["udp_timeout", "udp_timeout_stream", "tcp_timeout_syn_sent"]) {
+        let line = format!("echo 10 > /proc/sys/net/netfilter/nf_conntrack_{name}");
+        let words = ["sh", "-c", &line].map(str::to_owned);
+        command::finish(&mut field.lab.namespace(node).command("shell", &words)?)?;
+    }
+    Ok(())
 }
 
 fn held(field: &Field, node: &str) -> Result<Held> {
