@@ -21,7 +21,7 @@ pub enum DatapathError {
     #[error("datapath: neither eBPF ({ebpf}) nor nftables ({nftables}) can be used")]
     Neither {
         /// Why not by eBPF.
-        ebpf: EbpfDatapathError,
+        ebpf: Box<EbpfDatapathError>,
         /// Why not by nftables.
         nftables: NftError,
     },
@@ -53,7 +53,8 @@ pub(super) fn choose(config: &Config) -> Result<Chosen, DatapathError> {
             Err(error @ EbpfDatapathError::Io { .. }) => return Err(error.into()),
             Err(ebpf) => {
                 let reason = format!("no eBPF: {ebpf}");
-                nftables(config, reason).map_err(|nftables| DatapathError::Neither { ebpf, nftables })?
+                nftables(config, reason)
+                    .map_err(|nftables| DatapathError::Neither { ebpf: Box::new(ebpf), nftables })?
             }
         },
     };

@@ -31,6 +31,8 @@ impl Host {
         let id = host.run(nix::unistd::gettid);
         ip(&format!("link add {name} type veth peer name eth0 netns {id}"));
         ip(&format!("link set {name} master {bridge} up"));
+        // As the CNI configuration has it (`hairpinMode`): a pod that calls itself comes back by the same port.
+        ip(&format!("link set {name} type bridge_slave hairpin on"));
         let owned = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<String>>();
         let (addresses, gateways) = (owned(addresses), owned(gateways));
         host.run(move || {

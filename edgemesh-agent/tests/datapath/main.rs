@@ -2,6 +2,7 @@
 //! namespace of its own.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
+#![allow(clippy::print_stdout, reason = "what was measured is for who runs a test by hand")]
 
 mod affinity;
 mod health_check;
@@ -11,6 +12,7 @@ mod ipv6;
 mod nftables;
 mod outside;
 mod pinned;
+mod process;
 mod sandbox;
 mod scale;
 mod sockets;

@@ -74,7 +74,7 @@ impl Sandbox {
         match mode {
             Mode::Ebpf => {
                 let (programs, counters) = self.programs();
-                Datapath::Ebpf(programs, counters)
+                Datapath::Ebpf(Box::new(programs), counters)
             }
             Mode::Nftables => Datapath::Nftables(Rules::for_all().unwrap()),
         }
@@ -110,7 +110,7 @@ pub(crate) enum Mode {
 
 /// What translates them.
 pub(crate) enum Datapath {
-    Ebpf(Programs, Counters),
+    Ebpf(Box<Programs>, Counters),
     Nftables(Rules),
 }
 
@@ -170,6 +170,7 @@ impl Drop for Sandbox {
         if self.bpffs.exists() {
             // Whatever a test left there ends here, though a thread may still hold the namespace.
             let _ = Programs::uninstall(&self.cgroup, &self.bpffs);
+            let _ = Programs::uninstall(&self.cgroup.join("child"), &self.bpffs);
             let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
             let _ = fs::remove_dir(&self.bpffs);
         }

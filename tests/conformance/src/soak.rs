@@ -24,7 +24,7 @@ const LINGER: &str = "6";
 const AFTER_A_KILL: Duration = Duration::from_secs(5);
 /// How long flows, sockets and remembered peers may take to go after the load has ended; a proxied UDP flow ends after 60 s.
 const SETTLE: Duration = Duration::from_secs(90);
-/// What an agent's memory may grow by: caches fill and allocators keep some.
+/// What an agent's memory may grow by from the middle of the time to its end.
 const MEMORY_GROWTH_KIB: u64 = 12 * 1024;
 /// What counts of descriptors and connections may differ by: the cluster goes on living.
 const COUNT_GROWTH: u64 = 16;
@@ -64,6 +64,8 @@ pub struct Report {
     pub changes: [usize; 3],
     /// By node: before and after.
     pub held: BTreeMap<String, (Held, Held)>,
+    /// By node: the agent's memory at each turn, under load.
+    pub memory: BTreeMap<String, Vec<u64>>,
 }
 
 impl Report {
@@ -86,11 +88,19 @@ impl Report {
                     all.push(format!("{node}: {what} grew from {before} to {after}"));
                 }
             };
-            check("agent memory (KiB)", before.rss_kib, after.rss_kib, MEMORY_GROWTH_KIB);
             check("agent descriptors", before.descriptors, after.descriptors, COUNT_GROWTH);
             check("frontends", before.frontends, after.frontends, 0);
             check("remembered sockets", before.peers, after.peers, COUNT_GROWTH);
             check("tracked connections", before.conntrack, after.conntrack, 8 * COUNT_GROWTH);
+        }
+        for (node, samples) in &self.memory {
+            // The first third fills caches and starts what is started once; a leak goes on after it.
+            let third = samples.len() / 3;
+            let most = |part: &[u64]| part.iter().max().copied().unwrap_or_default();
+            let (middle, last) = (most(&samples[third..2 * third]), most(&samples[2 * third..]));
+            if third > 0 && last > middle + MEMORY_GROWTH_KIB {
+                all.push(format!("{node}: agent memory (KiB) under load grew from {middle} to {last}"));
+            }
         }
         all
     }
@@ -245,6 +255,10 @@ fn churn(
         replaced.replace(case, turn, "--grace-period=20")?;
         report.changes[0] += 1;
         let at = Instant::now();
+        for node in NODES {
+            let held = held(case.field, node)?;
+            report.memory.entry(node.to_owned()).or_default().push(held.rss_kib);
+        }
         killed.replace(case, turn, "--grace-period=0 --force")?;
         kills.extend([at, Instant::now()]);
         report.changes[1] += 1;

@@ -14,13 +14,18 @@ use super::{
     ruleset::{Chain, Family, Map, Place, element_key, protocol_number},
 };
 
-/// Elements by map and key, with their value if the map is no set.
-pub(super) type Elements = BTreeMap<(Map, String), Option<String>>;
+/// An element: its key, and its value if the map is no set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Element {
+    pub(super) map: Map,
+    pub(super) key: String,
+    pub(super) value: Option<String>,
+}
 
 /// What one frontend needs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    pub(super) elements: Elements,
+    pub(super) elements: Vec<Element>,
     /// The chain that it leads to.
     pub(super) chain: Option<Chain>,
 }
@@ -32,7 +37,7 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
     let family = Family::from(address.ip());
     if address.port() == 0 {
         let key = format!("{} . {}", address.ip(), protocol_number(protocol));
-        needs.elements.insert((Map::Closed(family), key), None);
+        needs.elements.push(Element { map: Map::Closed(family), key, value: None });
         return needs;
     }
     // A packet from 127.0.0.1 can't leave the host, and one that is sent to a pod would have to. What nobody listens on is
@@ -42,7 +47,7 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
         return needs;
     }
     let key = element_key(place, address, protocol);
-    let mut add = |map: Map, key: String, value: Option<String>| drop(needs.elements.insert((map, key), value));
+    let mut add = |map, key, value| needs.elements.push(Element { map, key, value });
     let chain = match target {
         OutsideTarget::Drop => Chain::Drop,
         OutsideTarget::Target(target) if target.backends().is_empty() => Chain::Refuse,
@@ -112,7 +117,7 @@ mod tests {
 
     fn elements(place: Place, frontend: Frontend, target: Target) -> Vec<String> {
         let needs = of(place, frontend, &OutsideTarget::Target(target));
-        let text = |((map, key), value): ((Map, String), Option<String>)| match value {
+        let text = |Element { map, key, value }: Element| match value {
             Some(value) => format!("{map} {key} : {value}"),
             None => format!("{map} {key}"),
         };
@@ -127,14 +132,14 @@ mod tests {
     fn a_frontend_leads_to_the_chain_for_its_number_of_backends() {
         let target = Target::Direct(backends(&["10.244.1.5:8080", "10.244.1.6:8080"]));
         let expected = [
-            "services4 10.96.0.20 . 6 . 80 : goto services4_of_2",
             "services4_backends 10.96.0.20 . 6 . 80 . 0:0 : 10.244.1.5 . 8080",
             "services4_backends 10.96.0.20 . 6 . 80 . 0:1 : 10.244.1.6 . 8080",
+            "services4 10.96.0.20 . 6 . 80 : goto services4_of_2",
         ];
         assert_eq!(elements(Place::Inside, tcp("10.96.0.20:80"), target), expected);
         let six = Target::Direct(backends(&["[fd00::5]:8080"]));
         let expected =
-            ["nodeports6 6 . 30080 : goto nodeports6_of_1", "nodeports6_backends 6 . 30080 . 0:0 : fd00::5 . 8080"];
+            ["nodeports6_backends 6 . 30080 . 0:0 : fd00::5 . 8080", "nodeports6 6 . 30080 : goto nodeports6_of_1"];
         assert_eq!(elements(Place::NodePort, tcp("[::]:30080"), six), expected);
         let udp = Frontend { protocol: Udp, ..tcp("10.96.0.20:80") };
         assert_eq!(elements(Place::Inside, udp, Target::Refuse), ["services4 10.96.0.20 . 17 . 80 : goto refuse"]);
@@ -156,7 +161,7 @@ mod tests {
             elements(Place::Inside, tcp("10.96.0.20:80"), target)
         };
         let (one, two) = (sticky(&["10.244.1.5:8080"]), sticky(&["10.244.1.6:8080", "10.244.1.5:8080"]));
-        assert_eq!(one[0], "services4 10.96.0.20 . 6 . 80 : goto services4_of_1_for_7s");
+        assert_eq!(one[3], "services4 10.96.0.20 . 6 . 80 : goto services4_of_1_for_7s");
         let kept = |all: &[String]| all.iter().find(|text| text.ends_with("10.244.1.5 . 8080")).cloned().unwrap();
         assert_eq!(kept(&one), kept(&two));
         assert_eq!(two.len(), 1 + 3 * 2);

@@ -7,7 +7,7 @@ mod routes;
 mod ruleset;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt::Write as _,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -24,7 +24,7 @@ use super::{
     outside::{OutsidePlan, OutsideTarget},
     plan::{Frontend, Plan, Target},
 };
-use elements::{Elements, Needs};
+use elements::{Element, Needs};
 pub use nft::NftError;
 use routes::ServiceRoutes;
 pub use ruleset::TABLE;
@@ -252,7 +252,7 @@ impl Rules {
             }
             for range in &self.pods {
                 let map = Map::Pods(range.network().into());
-                next.add.insert((map, format!("{}/{}", range.network(), range.prefix())), None);
+                next.add.push(map, &format!("{}/{}", range.network(), range.prefix()), None);
             }
             present = Self::is_present();
             ruleset::write_base(&mut script, self.scope, !present);
@@ -348,10 +348,37 @@ fn remove_if_present() -> Result<(), NftError> {
 /// What a transaction is about to bring.
 #[derive(Debug, Default)]
 struct Next {
-    add: Elements,
-    delete: Elements,
+    delete: Commands,
+    add: Commands,
     chains: HashSet<Chain>,
     local: HashMap<IpAddr, usize>,
+    /// Backends that begin to be on this node, and that cease to be.
+    arrived: BTreeSet<IpAddr>,
+    departed: BTreeSet<IpAddr>,
+}
+
+/// Elements as nft reads them, by map.
+#[derive(Debug, Default)]
+struct Commands(BTreeMap<Map, String>);
+
+impl Commands {
+    fn push(&mut self, map: Map, key: &str, value: Option<&str>) {
+        let text = self.0.entry(map).or_default();
+        if !text.is_empty() {
+            text.push_str(", ");
+        }
+        text.push_str(key);
+        if let Some(value) = value {
+            text.push_str(" : ");
+            text.push_str(value);
+        }
+    }
+
+    fn write(&self, script: &mut String, command: &str) {
+        for (map, elements) in &self.0 {
+            let _ = writeln!(script, "{command} element inet {TABLE} {map} {{ {elements} }}");
+        }
+    }
 }
 
 impl Next {
@@ -360,26 +387,33 @@ impl Next {
         let needs = |programmed: Option<&Programmed>| {
             programmed.map(|programmed| elements::of(place, frontend, &programmed.target)).unwrap_or_default()
         };
-        let Needs { elements: old_elements, .. } = needs(old);
-        let Needs { elements: mut new_elements, chain } = needs(new);
-        for (key, value) in old_elements {
-            if new_elements.get(&key) == Some(&value) {
-                new_elements.remove(&key);
-            } else {
-                self.delete.insert(key, value);
+        let (Needs { elements: old_elements, .. }, Needs { elements: new_elements, chain }) = (needs(old), needs(new));
+        {
+            let by_key = |elements: &'_ [Element]| -> HashMap<(Map, String), Option<String>> {
+                elements.iter().map(|e| ((e.map, e.key.clone()), e.value.clone())).collect()
+            };
+            let (before, after) = match old {
+                Some(_) => (by_key(&old_elements), by_key(&new_elements)),
+                None => Default::default(),
+            };
+            // A value is no part of what is deleted.
+            for Element { map, key, value } in old_elements {
+                if after.get(&(map, key.clone())) != Some(&value) {
+                    self.delete.push(map, &key, None);
+                }
+            }
+            for Element { map, key, value } in new_elements {
+                if before.is_empty() || before.get(&(map, key.clone())) != Some(&value) {
+                    self.add.push(map, &key, value.as_deref());
+                }
             }
         }
-        self.add.extend(new_elements);
         self.chains.extend(chain.filter(|chain| chain.is_made_on_demand()));
         for &address in new.iter().flat_map(|new| &new.local) {
             let uses = self.local.entry(address).or_default();
             *uses += 1;
-            if *uses == 1 {
-                for key in local_elements(address) {
-                    if self.delete.remove(&key).is_none() {
-                        self.add.insert(key, None);
-                    }
-                }
+            if *uses == 1 && !self.departed.remove(&address) {
+                self.arrived.insert(address);
             }
         }
         for &address in old.iter().flat_map(|old| &old.local) {
@@ -387,58 +421,31 @@ impl Next {
             *uses -= 1;
             if *uses == 0 {
                 self.local.remove(&address);
-                for key in local_elements(address) {
-                    if self.add.remove(&key).is_none() {
-                        self.delete.insert(key, None);
-                    }
+                if !self.arrived.remove(&address) {
+                    self.departed.insert(address);
                 }
             }
         }
     }
 
-    fn write(&self, script: &mut String, known: &HashSet<Chain>, in_force: bool) {
+    fn write(&self, script: &mut String, known: &HashSet<Chain>, kept: bool) {
         for chain in &self.chains {
-            if !in_force || !known.contains(chain) {
+            if !kept || !known.contains(chain) {
                 chain.write(script);
             }
         }
-        // A value is no part of what is deleted: the kernel would compare it.
-        write_elements(script, "delete", self.delete.keys().map(|key| (key, &None)));
-        write_elements(script, "add", self.add.iter());
-    }
-}
-
-/// One command for each map.
-fn write_elements<'a>(
-    script: &mut String,
-    command: &str,
-    elements: impl Iterator<Item = (&'a (Map, String), &'a Option<String>)>,
-) {
-    let mut current = None;
-    for ((map, key), value) in elements {
-        if current == Some(*map) {
-            script.push_str(", ");
-        } else {
-            if current.is_some() {
-                script.push_str(" }\n");
+        self.delete.write(script, "delete");
+        self.add.write(script, "add");
+        for (addresses, command) in [(&self.departed, "delete"), (&self.arrived, "add")] {
+            let mut local = Commands::default();
+            for &address in addresses {
+                let (family, text) = (Family::from(address), address.to_string());
+                local.push(Map::Local(family), &text, None);
+                local.push(Map::Hairpin(family), &format!("{text} . {text}"), None);
             }
-            let _ = write!(script, "{command} element inet {TABLE} {map} {{ ");
-            current = Some(*map);
-        }
-        script.push_str(key);
-        if let Some(value) = value {
-            script.push_str(" : ");
-            script.push_str(value);
+            local.write(script, command);
         }
     }
-    if current.is_some() {
-        script.push_str(" }\n");
-    }
-}
-
-fn local_elements(address: IpAddr) -> [(Map, String); 2] {
-    let family = Family::from(address);
-    [(Map::Local(family), address.to_string()), (Map::Hairpin(family), format!("{address} . {address}"))]
 }
 
 fn place_of(frontend: Frontend) -> Place {

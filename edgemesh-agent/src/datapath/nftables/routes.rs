@@ -111,7 +111,7 @@ impl ServiceRoutes {
 
     /// Brings the kernel's routes to what was exchanged.
     pub(super) fn write(&mut self) -> io::Result<()> {
-        let (mut requests, mut effects) = (Vec::new(), Vec::new());
+        let mut changes = Vec::new();
         for address in self.touched.drain() {
             let wanted = self.frontends.get(&address).map(|counts| match counts {
                 (0, _) => State::Refused,
@@ -120,15 +120,22 @@ impl ServiceRoutes {
             for state in [State::Served, State::Refused] {
                 let (is, shall) = (self.present.contains(&(address, state)), wanted == Some(state));
                 if is != shall {
-                    let flags = if shall { NLM_F_CREATE | NLM_F_REPLACE } else { 0 };
-                    let kind = if shall { RTM_NEWROUTE } else { RTM_DELROUTE };
-                    requests.push(Request { kind, flags, body: route(address, state) });
-                    effects.push(((address, state), shall));
+                    changes.push(((address, state), shall));
                 }
             }
         }
+        // What is new comes first: an address that is served, or refused, has a route at any moment.
+        changes.sort_by_key(|(_, shall)| !shall);
+        let requests: Vec<Request> = changes
+            .iter()
+            .map(|&((address, state), shall)| {
+                let (kind, flags) =
+                    if shall { (RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE) } else { (RTM_DELROUTE, 0) };
+                Request { kind, flags, body: route(address, state) }
+            })
+            .collect();
         let mut failed = Ok(());
-        for (outcome, (entry, shall)) in self.netlink.send(&requests)?.into_iter().zip(effects) {
+        for (outcome, (entry, shall)) in self.netlink.send(&requests)?.into_iter().zip(changes) {
             match outcome {
                 Err(error) if shall => {
                     self.touched.insert(entry.0);

@@ -1,0 +1,145 @@
+//! The agent as a process of its own: which datapath it takes with what the kernel allows it, and what stays when it is killed.
+
+use std::{
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use edgemesh_agent::datapath::nftables::Rules;
+
+use crate::{
+    hosts::{client, node, pod, who_calls},
+    outside::call,
+    sandbox::Sandbox,
+    whole_agent::{admin, catalog},
+};
+
+/// What an agent needs for eBPF and not for rules.
+const WITHOUT_BPF: &str = "-bpf,-sys_admin,-perfmon";
+
+/// An agent that ends with the test.
+struct Agent(Child);
+
+impl Agent {
+    /// Kills it, as a crash would end it.
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn command(sandbox: &Sandbox, data: &Path, port: u16, capabilities: &str, settings: &[&str]) -> Command {
+    std::fs::write(data.join("catalog.json"), catalog().to_string()).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args([&format!("--bounding-set={capabilities}"), env!("CARGO_BIN_EXE_edgemesh-agent")]);
+    let settings = settings.iter().map(|&text| text.to_owned());
+    let own = [
+        format!("dataDir={}", data.display()),
+        "nodeName=edge-a1".to_owned(),
+        "apiServer=http://127.0.0.1:1".to_owned(),
+        format!("cgroup={}", sandbox.cgroup.display()),
+        format!("bpffs={}", sandbox.bpffs.display()),
+        format!("admin.listen=127.0.0.1:{port}"),
+    ];
+    for setting in own.into_iter().chain(settings) {
+        command.args(["--set", &setting]);
+    }
+    command
+}
+
+/// Starts an agent and waits until it is ready.
+fn start(mut command: Command, port: u16) -> Agent {
+    let agent = Agent(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let until = Instant::now() + Duration::from_secs(30);
+    while TcpStream::connect(address).is_err() || !admin(address, "/readyz").starts_with("HTTP/1.1 200") {
+        assert!(Instant::now() < until, "not ready");
+    }
+    agent
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn output(mut command: Command) -> Output {
+    command.output().unwrap()
+}
+
+#[test]
+fn auto_takes_nftables_where_the_programs_can_not_be_loaded_and_what_was_written_outlives_the_agent() {
+    let sandbox = node();
+    let (pod5, client, data, port) = (pod(5), client(), tempfile::tempdir().unwrap(), free_port());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let command = |settings: &[&str]| command(&sandbox, data.path(), port, WITHOUT_BPF, settings);
+    let agent = start(command(&[]), port);
+    let page = admin(SocketAddr::from(([127, 0, 0, 1], port)), "/debug/datapath");
+    let page: serde_json::Value = serde_json::from_str(page.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(page["datapath"], "nftables");
+    assert!(page["reason"].as_str().unwrap().starts_with("no eBPF: "), "{}", page["reason"]);
+    let serves = || {
+        assert_eq!(call("10.96.0.20:80").unwrap(), "10.244.1.5:8080 10.244.1.1");
+        assert_eq!(client.run(|| call("192.168.1.11:30080")).unwrap(), "10.244.1.5:8080 192.168.1.50");
+    };
+    serves();
+    agent.kill();
+    serves();
+    let agent = start(command(&[]), port);
+    serves();
+    agent.kill();
+    let mut uninstall = command(&[]);
+    assert!(
+        output({
+            uninstall.arg("uninstall");
+            uninstall
+        })
+        .status
+        .success()
+    );
+    assert!(!Rules::is_present());
+    assert!(call("10.96.0.20:80").is_err());
+}
+
+#[test]
+fn ebpf_that_is_asked_for_and_not_to_be_had_is_an_error_that_says_so() {
+    let sandbox = node();
+    let data = tempfile::tempdir().unwrap();
+    let output = output(command(&sandbox, data.path(), free_port(), WITHOUT_BPF, &["datapath=ebpf"]));
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(!output.status.success());
+    assert!(text.contains("datapath: ebpf: ") && !Rules::is_present(), "{text}");
+}
+
+#[test]
+fn with_ebpf_callers_from_outside_are_served_by_rules_that_go_when_nothing_is_to_be_served() {
+    let sandbox = node();
+    let (pod5, client, data, port) = (pod(5), client(), tempfile::tempdir().unwrap(), free_port());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    // The client is a thread of this process: its sockets must not be those of the node.
+    let elsewhere = format!("cgroup={}", sandbox.child_cgroup().display());
+    let command = || command(&sandbox, data.path(), port, "+all", &["datapath=ebpf", &elsewhere]);
+    let agent = start(command(), port);
+    for address in ["192.168.1.11:30080", "203.0.113.7:80", "192.168.1.11:80"] {
+        assert_eq!(client.run(move || call(address)).unwrap(), "10.244.1.5:8080 192.168.1.50", "{address}");
+    }
+    assert!(Rules::is_present());
+    agent.kill();
+    // Another catalog: without the Service that outside callers reach, there is nothing to track packets for.
+    let command = command();
+    let mut items = catalog();
+    items["items"].as_array_mut().unwrap().retain(|item| item["metadata"]["name"] != "here");
+    std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
+    let agent = start(command, port);
+    assert!(!Rules::is_present());
+    agent.kill();
+}
