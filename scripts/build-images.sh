@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the lab's container images as archives that `ctr images import` takes: there is no registry at hand.
-# usage: scripts/build-images.sh FOLDER     writes FOLDER/{pause,demo}.tar; does nothing when they are up to date
+# usage: scripts/build-images.sh FOLDER     writes FOLDER/{pause,demo}.tar, and the lab's client FOLDER/call for use on hosts;
+#                                           does nothing when they are up to date
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:?usage: build-images.sh FOLDER}
@@ -35,6 +36,7 @@ mkdir -p "$work/pause/bin" "$work/demo/bin" "$work/demo/tmp" "$work/demo/etc" "$
 compile pause.rs "$work/pause/bin/pause"
 compile demo_server.rs "$work/demo/bin/demo-server"
 compile call.rs "$work/demo/bin/call"
+cp "$work/demo/bin/call" "$out/call"
 cp /bin/busybox "$work/demo/bin/busybox"
 for applet in $(/bin/busybox --list | grep -vx busybox); do ln -sf busybox "$work/demo/bin/$applet"; done
 image edgemesh.dev/pause:1 "$work/pause" "$out/pause.tar" /bin/pause

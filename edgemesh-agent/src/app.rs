@@ -17,7 +17,9 @@ use crate::{
         Datapath,
         mode::{self, DatapathError},
     },
-    dns, health_check,
+    dns,
+    explain::Explainer,
+    health_check,
     island::Island,
     metrics::{CaptureMetrics, DatapathMetrics, IslandMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
@@ -86,7 +88,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let allocator = Arc::new(allocator);
     let dns = dns::Server::bind(config.dns_listen(), Arc::clone(&catalog), &config.dns, &registry)?;
     let dns_address = dns.address();
-    dns.serve(shutdown);
+    let asker = dns.serve(shutdown);
     if config.routes {
         enable_forwarding();
         let metrics = RouteMetrics::new(&mut registry.write());
@@ -95,6 +97,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
 
     let metrics = IslandMetrics::new(&mut registry.write());
     let island = Island::start(Arc::clone(&config), Arc::clone(&catalog), client.clone(), metrics, shutdown);
+    let pods = client.clone();
     let overlay = Overlay::start(&config, Arc::clone(&catalog), client, Arc::clone(&allocator), &registry, shutdown)?;
     tracing::info!(peer = %overlay.tunnel().peer_id(), proxied = %overlay.proxied_address(), "overlay started");
 
@@ -125,6 +128,15 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         .page("/debug/proxied", overlay.debug_page())
         .page("/debug/capture", capture.debug_page())
         .page("/debug/island", island.debug_page());
+    let explainer = Explainer {
+        config: Arc::clone(&config),
+        catalog: Arc::clone(&catalog),
+        overlay: overlay.clone(),
+        dns: asker,
+        client: pods,
+        datapath: Box::new(datapath.debug_page()),
+    };
+    let pages = Arc::new(explainer).pages(pages);
     let address = admin.address();
     let admin_task = tokio::spawn(admin.serve(registry, readiness.clone(), pages, shutdown.clone()));
     Ok(Bound {

@@ -5,6 +5,7 @@ pub mod capture;
 pub mod config;
 pub mod datapath;
 pub mod dns;
+pub mod explain;
 pub mod health_check;
 pub mod island;
 pub mod metrics;

@@ -92,6 +92,48 @@ pub struct Candidates {
     pub endpoints: Vec<Arc<Endpoint>>,
 }
 
+/// What removes an endpoint from a choice, in the order in which the rules are applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Rule {
+    /// The address that is called is of the other family.
+    Family,
+    /// It is not ready, or terminating while others are ready.
+    Condition,
+    /// It is on another node, and the traffic policy is `Local`.
+    TrafficPolicy,
+    /// Topology hints keep it for other zones.
+    Hints,
+    /// `trafficDistribution` prefers others.
+    Distribution,
+    /// Others are nearer.
+    Tier,
+    /// Its node is not `Ready`, and those of others are.
+    NodeNotReady,
+}
+
+/// An endpoint, and what became of it in a choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Explained {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// How it would be reached.
+    pub reach: Reach,
+    /// How near it is.
+    pub tier: Tier,
+    /// What removed it; nothing if it was chosen.
+    pub removed: Option<Rule>,
+}
+
+/// A choice and its reasons.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Explanation {
+    /// All endpoints of the port, in the catalog's order.
+    pub endpoints: Vec<Explained>,
+    /// Those chosen.
+    pub candidates: Candidates,
+}
+
 impl Viewpoint {
     /// The viewpoint of a node as the catalog knows it; a node that it doesn't know is in the default network.
     pub fn of(catalog: &Catalog, node: &str) -> Self {
@@ -126,6 +168,37 @@ impl Viewpoint {
     /// node first, and strict spreading takes every endpoint that they leave. Among those chosen, endpoints on nodes that
     /// are `Ready` come first: the rest is used when there are no others.
     pub fn candidates_for(&self, catalog: &Catalog, port: &ServicePort, call: Call) -> Candidates {
+        self.choose(catalog, port, call, |_, _| {})
+    }
+
+    /// The same choice, with the rule that removed each endpoint that was not chosen.
+    pub fn explain(&self, catalog: &Catalog, port: &ServicePort, call: Call) -> Explanation {
+        let mut removed: Vec<Option<Rule>> = vec![None; port.endpoints.len()];
+        let candidates = self.choose(catalog, port, call, |endpoint, rule| {
+            let Some(at) = port.endpoints.iter().position(|known| Arc::ptr_eq(known, endpoint)) else { return };
+            // An endpoint that had no place among the ready ones has one among the terminating, where another rule may remove
+            // it. One that a rule removed keeps it.
+            if removed[at].is_none_or(|rule| rule == Rule::Condition) {
+                removed[at] = Some(rule);
+            }
+        });
+        let chosen = |endpoint: &Arc<Endpoint>| candidates.endpoints.iter().any(|other| Arc::ptr_eq(other, endpoint));
+        let endpoints = port.endpoints.iter().zip(removed).map(|(endpoint, removed)| Explained {
+            endpoint: Arc::clone(endpoint),
+            reach: self.reach(catalog, endpoint),
+            tier: self.see(catalog, endpoint).tier,
+            removed: removed.filter(|_| !chosen(endpoint)),
+        });
+        Explanation { endpoints: endpoints.collect(), candidates }
+    }
+
+    fn choose(
+        &self,
+        catalog: &Catalog,
+        port: &ServicePort,
+        call: Call,
+        mut removed: impl FnMut(&Arc<Endpoint>, Rule),
+    ) -> Candidates {
         let of_family = |endpoint: &Endpoint| call.family.is_none_or(|family| family == endpoint.address.into());
         let service = catalog.service_named(&port.service);
         let publish_not_ready = service.is_some_and(|service| service.publish_not_ready);
@@ -136,28 +209,42 @@ impl Viewpoint {
         let strict = service.is_some_and(|service| service.strict_spreading);
         let usable: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving && e.terminating];
         for may_use in usable {
-            let may_use = |e: &&Arc<Endpoint>| of_family(e) && (publish_not_ready || may_use(e));
-            let seen = port.endpoints.iter().filter(may_use).map(|endpoint| self.see(catalog, endpoint));
-            let mut found: Vec<Seen<'_>> = seen.filter(|seen| !local_only || seen.tier == Tier::Node).collect();
+            let mut found: Vec<Seen<'_>> = Vec::new();
+            for endpoint in &port.endpoints {
+                if !of_family(endpoint) {
+                    removed(endpoint, Rule::Family);
+                } else if !(publish_not_ready || may_use(endpoint)) {
+                    removed(endpoint, Rule::Condition);
+                } else {
+                    let seen = self.see(catalog, endpoint);
+                    if local_only && seen.tier != Tier::Node {
+                        removed(endpoint, Rule::TrafficPolicy);
+                    } else {
+                        found.push(seen);
+                    }
+                }
+            }
             if found.is_empty() {
                 continue;
             }
-            self.follow_hints(&mut found);
+            self.follow_hints(&mut found, &mut removed);
             let in_preferred_place = match distribution {
                 TrafficDistribution::Unset => false,
-                TrafficDistribution::PreferSameZone => keep_if_any(&mut found, |seen| seen.same_zone),
+                TrafficDistribution::PreferSameZone => {
+                    keep_if_any(&mut found, |seen| seen.same_zone, Rule::Distribution, &mut removed)
+                }
                 TrafficDistribution::PreferSameNode => {
-                    keep_if_any(&mut found, |seen| seen.tier == Tier::Node)
-                        || keep_if_any(&mut found, |seen| seen.same_zone)
+                    keep_if_any(&mut found, |seen| seen.tier == Tier::Node, Rule::Distribution, &mut removed)
+                        || keep_if_any(&mut found, |seen| seen.same_zone, Rule::Distribution, &mut removed)
                 }
             };
             if !in_preferred_place
                 && !strict
                 && let Some(nearest) = found.iter().map(|seen| seen.tier).min()
             {
-                found.retain(|seen| seen.tier == nearest);
+                keep_if_any(&mut found, |seen| seen.tier == nearest, Rule::Tier, &mut removed);
             }
-            keep_if_any(&mut found, |seen| seen.alive);
+            keep_if_any(&mut found, |seen| seen.alive, Rule::NodeNotReady, &mut removed);
             let tier = found.iter().map(|seen| seen.tier).max().unwrap_or(Tier::Remote);
             return Candidates { tier, endpoints: found.into_iter().map(|seen| Arc::clone(seen.endpoint)).collect() };
         }
@@ -180,11 +267,11 @@ impl Viewpoint {
 
     /// Hints hold when every endpoint has some, and at least one is for this zone (Kubernetes, "Topology Aware Routing":
     /// safeguards).
-    fn follow_hints(&self, found: &mut Vec<Seen<'_>>) {
+    fn follow_hints(&self, found: &mut Vec<Seen<'_>>, removed: &mut impl FnMut(&Arc<Endpoint>, Rule)) {
         let Some(zone) = &self.zone else { return };
         if found.iter().all(|seen| seen.endpoint.zone_hints.as_ref().is_some_and(|hints| !hints.is_empty())) {
             let for_this_zone = |seen: &Seen<'_>| seen.endpoint.zone_hints.as_ref().is_some_and(|h| h.contains(zone));
-            keep_if_any(found, for_this_zone);
+            keep_if_any(found, for_this_zone, Rule::Hints, removed);
         }
     }
 }
@@ -198,11 +285,22 @@ struct Seen<'a> {
     alive: bool,
 }
 
-/// Keeps what is preferred, if there is any. Returns whether there was.
-fn keep_if_any(found: &mut Vec<Seen<'_>>, preferred: impl Fn(&Seen<'_>) -> bool) -> bool {
+/// Keeps what is preferred, if there is any, and tells which rule removed the others. Returns whether there was any.
+fn keep_if_any(
+    found: &mut Vec<Seen<'_>>,
+    preferred: impl Fn(&Seen<'_>) -> bool,
+    rule: Rule,
+    removed: &mut impl FnMut(&Arc<Endpoint>, Rule),
+) -> bool {
     let any = found.iter().any(&preferred);
     if any {
-        found.retain(preferred);
+        found.retain(|seen| {
+            let keep = preferred(seen);
+            if !keep {
+                removed(seen.endpoint, rule);
+            }
+            keep
+        });
     }
     any
 }
@@ -215,13 +313,14 @@ impl Candidates {
     }
 
     /// The endpoint of a client (`sessionAffinity: ClientIP`): stays the same while that endpoint stays, whatever
-    /// happens to the others (rendezvous hashing), and is the same on every node.
-    pub fn pick_for_client(&self, client: IpAddr) -> Option<&Arc<Endpoint>> {
+    /// happens to the others (rendezvous hashing), and is the same on every node. With another `round` it is another choice:
+    /// for a client whose affinity has timed out.
+    pub fn pick_for_client(&self, client: IpAddr, round: u64) -> Option<&Arc<Endpoint>> {
         self.endpoints.iter().max_by_key(|endpoint| {
             // Fixed keys, so that every process agrees.
             #[allow(deprecated)]
             let mut hasher = std::hash::SipHasher::new();
-            (client, endpoint.address, endpoint.port).hash(&mut hasher);
+            (client, round, endpoint.address, endpoint.port).hash(&mut hasher);
             hasher.finish()
         })
     }

@@ -31,13 +31,13 @@ pub const PROXY_PROTOCOL_ANNOTATION: &str = "edgemesh.dev/proxy-protocol";
 pub const ENDPOINT_CHOICE_ANNOTATION: &str = "edgemesh.dev/endpoint-choice";
 /// Labels of Services that kube-proxy, or EdgeMesh, leaves to others, whatever their value (Kubernetes, "Well-Known
 /// Labels"; EdgeMesh, "Hybrid proxy").
-const ELSEWHERE_LABELS: [&str; 3] = [
+pub const ELSEWHERE_LABELS: [&str; 3] = [
     "service.kubernetes.io/service-proxy-name",
     "service.kubernetes.io/headless",
     "service.edgemesh.kubeedge.io/service-proxy-name",
 ];
 /// The label with which earlier versions of EdgeMesh left a Service out, and its value.
-const NO_PROXY_LABEL: (&str, &str) = ("noproxy", "edgemesh");
+pub const NO_PROXY_LABEL: (&str, &str) = ("noproxy", "edgemesh");
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const DEFAULT_AFFINITY: Duration = Duration::from_secs(10_800);
 /// The API allows 1000 endpoints in a slice and 100 ports; these bounds only stop objects that bypassed it.

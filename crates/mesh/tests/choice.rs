@@ -1,9 +1,13 @@
 //! Endpoint choice as a table: where the caller is, what the endpoints are like, and which it gets.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
-use std::{collections::HashSet, net::IpAddr};
+use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
-use edgemesh_mesh::{Call, Candidates, CatalogStore, Reach, Tier, Viewpoint, model::Protocol};
+use edgemesh_mesh::{
+    Call, Candidates, Catalog, CatalogStore, IpFamily, Reach, Tier, Viewpoint,
+    choice::Rule,
+    model::{Protocol, ServicePort},
+};
 use serde_json::{Value, json};
 
 /// The nodes of the lab: two in one network, one in another, one without a network; `edge-a3` isn't ready.
@@ -59,11 +63,75 @@ fn endpoint(short: &str) -> Value {
     endpoint
 }
 
+/// What removed each endpoint: its last byte, and the rule in its short form; nothing for those chosen.
+fn explain(viewpoint: &str, policy: Value, endpoints: &str, call: Call) -> Vec<(u8, Option<Rule>)> {
+    let (catalog, port) = catalog(policy, json!({}), endpoints);
+    let from = Viewpoint::of(&catalog, viewpoint);
+    let explanation = from.explain(&catalog, &port, call);
+    assert_eq!(explanation.candidates, from.candidates_for(&catalog, &port, call), "it is the same choice");
+    let chosen = explanation.endpoints.iter().filter(|explained| explained.removed.is_none());
+    let chosen: Vec<_> = chosen.map(|explained| explained.endpoint.clone()).collect();
+    assert_eq!(chosen, explanation.candidates.endpoints, "what no rule removed was chosen");
+    let last = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => ip.octets()[3],
+        IpAddr::V6(_) => 0,
+    };
+    explanation.endpoints.iter().map(|explained| (last(explained.endpoint.address), explained.removed)).collect()
+}
+
+#[test]
+fn an_explanation_names_the_rule_that_removed_each_endpoint() {
+    let call = Call::default();
+    let nothing = json!({});
+    let local = json!({"internalTrafficPolicy": "Local"});
+    let same_zone = json!({"trafficDistribution": "PreferSameZone"});
+    let all = "edge-a1:1:r edge-a2:2:r edge-b1:3:r edge-a1:4:n edge-a2:5:t";
+    assert_eq!(
+        explain("edge-a1", nothing.clone(), all, call),
+        [
+            (1, None),
+            (4, Some(Rule::Condition)),
+            (2, Some(Rule::Tier)),
+            (5, Some(Rule::Condition)),
+            (3, Some(Rule::Tier))
+        ]
+    );
+    assert_eq!(
+        explain("cloud-1", local.clone(), "edge-a1:1:r cloud-1:2:t", call),
+        [(1, Some(Rule::TrafficPolicy)), (2, None)],
+        "the own node's terminating endpoint is used, and what keeps the ready one away is the policy"
+    );
+    assert_eq!(
+        explain("cloud-1", local, "edge-a1:1:t edge-a1:2:n", call),
+        [(1, Some(Rule::TrafficPolicy)), (2, Some(Rule::Condition))],
+        "nothing is chosen"
+    );
+    assert_eq!(
+        explain("edge-a2", same_zone, "edge-a1:1:r edge-a2:2:r", call),
+        [(1, Some(Rule::Distribution)), (2, None)]
+    );
+    assert_eq!(
+        explain("edge-a1", nothing.clone(), "edge-a2:1:r:z2 edge-a2:2:r:z1", call),
+        [(1, Some(Rule::Hints)), (2, None)]
+    );
+    assert_eq!(
+        explain("edge-a1", nothing.clone(), "edge-a2:1:r edge-a3:2:r", call),
+        [(1, None), (2, Some(Rule::NodeNotReady))]
+    );
+    let of_v6 = Call { family: Some(IpFamily::V6), ..call };
+    assert_eq!(explain("edge-a1", nothing, "edge-a2:1:r", of_v6), [(1, Some(Rule::Family))]);
+}
+
 fn choose(viewpoint: &str, policy: Value, endpoints: &str) -> Candidates {
     choose_for(viewpoint, policy, json!({}), endpoints, Call::default())
 }
 
 fn choose_for(viewpoint: &str, policy: Value, annotations: Value, endpoints: &str, call: Call) -> Candidates {
+    let (catalog, port) = catalog(policy, annotations, endpoints);
+    Viewpoint::of(&catalog, viewpoint).candidates_for(&catalog, &port, call)
+}
+
+fn catalog(policy: Value, annotations: Value, endpoints: &str) -> (Arc<Catalog>, Arc<ServicePort>) {
     let store = CatalogStore::new();
     nodes(&store);
     let mut spec = json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]});
@@ -84,8 +152,8 @@ fn choose_for(viewpoint: &str, policy: Value, annotations: Value, endpoints: &st
     );
     store.publish();
     let catalog = store.snapshot();
-    let port = catalog.port_at("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp).unwrap();
-    Viewpoint::of(&catalog, viewpoint).candidates_for(&catalog, port, call)
+    let port = catalog.port_at("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp).unwrap().clone();
+    (catalog, port)
 }
 
 /// Third and last bytes of the endpoints' addresses.
@@ -217,14 +285,14 @@ fn random_keys_spread_and_a_client_keeps_its_endpoint() {
     let mut used = HashSet::new();
     for last in 0..200 {
         let client = IpAddr::from([10, 244, 4, last]);
-        let before = all.pick_for_client(client).unwrap();
+        let before = all.pick_for_client(client, 0).unwrap();
         used.insert(before.address);
         // Only the clients of the endpoint that is gone move.
         if less.endpoints.contains(before) {
-            assert_eq!(less.pick_for_client(client).unwrap(), before);
+            assert_eq!(less.pick_for_client(client, 0).unwrap(), before);
         }
     }
     assert_eq!(used.len(), 4);
     let none = choose("cloud-1", json!({}), "");
-    assert!(none.pick(7).is_none() && none.pick_for_client(IpAddr::from([10, 0, 0, 1])).is_none());
+    assert!(none.pick(7).is_none() && none.pick_for_client(IpAddr::from([10, 0, 0, 1]), 0).is_none());
 }

@@ -1,9 +1,9 @@
 //! The admin endpoint of every daemon: `/metrics` (OpenMetrics), `/readyz`, `/livez` and the daemon's own debug pages.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE, request::Parts};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -18,7 +18,83 @@ const MAX_CONNECTIONS: usize = 32;
 /// How long a client may take to send its request head.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Page = Box<dyn Fn() -> serde_json::Value + Send + Sync>;
+/// How long a page may take.
+const PAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bounds of what comes behind the `?`.
+const MAX_QUERY: usize = 1024;
+const MAX_PARAMETERS: usize = 8;
+
+type Answer = Pin<Box<dyn Future<Output = Result<serde_json::Value, PageError>> + Send>>;
+type Page = Box<dyn Fn(Parameters) -> Answer + Send + Sync>;
+
+/// Why a page isn't shown; the text names the parameter and says what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PageError {
+    /// A parameter is missing or can't be used: 400.
+    #[error("{0}")]
+    Parameter(String),
+    /// What it names doesn't exist: 404.
+    #[error("{0}")]
+    NotFound(String),
+    /// It can't be said now: 503.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// The parameters of a page: `?name=value&...`, at most 8 in 1024 bytes, of characters that need no escapes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Parameters(BTreeMap<String, String>);
+
+impl Parameters {
+    fn read(query: Option<&str>) -> Result<Self, PageError> {
+        let query = query.unwrap_or_default();
+        let bad = |reason: String| Err(PageError::Parameter(reason));
+        if query.len() > MAX_QUERY {
+            return bad(format!("the query has {} bytes; at most {MAX_QUERY} are read", query.len()));
+        }
+        let mut all = BTreeMap::new();
+        for part in query.split('&').filter(|part| !part.is_empty()) {
+            let Some((name, value)) = part.split_once('=') else {
+                return bad(format!("parameter {part:?}: write NAME=VALUE"));
+            };
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
+            if !value.chars().all(plain) {
+                return bad(format!("parameter {name:?}: only letters, digits and - _ . / : are taken, as they are"));
+            }
+            all.insert(name.to_owned(), value.to_owned());
+        }
+        if all.len() > MAX_PARAMETERS {
+            return bad(format!("at most {MAX_PARAMETERS} parameters are taken"));
+        }
+        Ok(Self(all))
+    }
+
+    /// A parameter's value, if it is given and not empty.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// A parameter that must be given.
+    ///
+    /// # Errors
+    /// When it isn't.
+    pub fn required(&self, name: &str) -> Result<&str, PageError> {
+        self.get(name).ok_or_else(|| PageError::Parameter(format!("parameter {name:?} is missing: add ?{name}=...")))
+    }
+
+    /// Refuses parameters that a page doesn't know: a mistyped one would change its meaning in silence.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn only(&self, known: &[&str]) -> Result<(), PageError> {
+        match self.0.keys().find(|name| !known.contains(&name.as_str())) {
+            Some(name) => {
+                Err(PageError::Parameter(format!("parameter {name:?} is not known; there are: {}", known.join(", "))))
+            }
+            None => Ok(()),
+        }
+    }
+}
 
 /// The daemon's own pages: a path to what builds its JSON.
 #[derive(Default)]
@@ -28,7 +104,28 @@ impl AdminRoutes {
     /// Adds a page, for example `/debug/catalog`.
     #[must_use]
     pub fn page(mut self, path: &'static str, build: impl Fn() -> serde_json::Value + Send + Sync + 'static) -> Self {
-        self.0.insert(path, Box::new(build));
+        let build = Arc::new(build);
+        self.0.insert(
+            path,
+            Box::new(move |_| {
+                let build = Arc::clone(&build);
+                Box::pin(async move { Ok(build()) })
+            }),
+        );
+        self
+    }
+
+    /// Adds a page that takes parameters.
+    #[must_use]
+    pub fn page_of<Answering>(
+        mut self,
+        path: &'static str,
+        build: impl Fn(Parameters) -> Answering + Send + Sync + 'static,
+    ) -> Self
+    where
+        Answering: Future<Output = Result<serde_json::Value, PageError>> + Send + 'static,
+    {
+        self.0.insert(path, Box::new(move |parameters| Box::pin(build(parameters))));
         self
     }
 }
@@ -90,9 +187,9 @@ impl Admin {
             let state = Arc::clone(&state);
             let forced = shutdown.forced().clone();
             tokio::spawn(async move {
-                let service = hyper::service::service_fn(move |request| {
-                    let response = state.answer(&request);
-                    async move { Ok::<_, std::convert::Infallible>(response) }
+                let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+                    let (state, (head, _)) = (Arc::clone(&state), request.into_parts());
+                    async move { Ok::<_, std::convert::Infallible>(state.answer(&head).await) }
                 });
                 let connection = hyper::server::conn::http1::Builder::new()
                     .timer(TokioTimer::new())
@@ -111,11 +208,11 @@ impl Admin {
 }
 
 impl State {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if request.method() != Method::GET {
+    async fn answer(&self, request: &Parts) -> Response<Full<Bytes>> {
+        if request.method != Method::GET {
             return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n".to_owned());
         }
-        match request.uri().path() {
+        match request.uri.path() {
             "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
             "/readyz" => {
                 let pending = self.readiness.pending();
@@ -133,12 +230,32 @@ impl State {
                 }
             }
             path => match self.routes.0.get(path) {
-                Some(page) => answer(StatusCode::OK, "application/json", format!("{:#}\n", page())),
+                Some(page) => shown(page, request.uri.query()).await,
                 None => {
                     let own: Vec<_> = self.routes.0.keys().copied().collect();
                     text(StatusCode::NOT_FOUND, format!("try /metrics, /readyz, /livez {}\n", own.join(", ")))
                 }
             },
+        }
+    }
+}
+
+async fn shown(page: &Page, query: Option<&str>) -> Response<Full<Bytes>> {
+    let built = match Parameters::read(query) {
+        Ok(parameters) => tokio::time::timeout(PAGE_TIMEOUT, page(parameters))
+            .await
+            .unwrap_or_else(|_| Err(PageError::Unavailable(format!("not ready after {} s", PAGE_TIMEOUT.as_secs())))),
+        Err(error) => Err(error),
+    };
+    match built {
+        Ok(page) => answer(StatusCode::OK, "application/json", format!("{page:#}\n")),
+        Err(error) => {
+            let status = match error {
+                PageError::Parameter(_) => StatusCode::BAD_REQUEST,
+                PageError::NotFound(_) => StatusCode::NOT_FOUND,
+                PageError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            text(status, format!("{error}\n"))
         }
     }
 }
@@ -185,6 +302,40 @@ mod tests {
         assert!(get(address, "/debug/x").await.contains("\"x\": 1"));
         assert!(get(address, "/nothing").await.starts_with("HTTP/1.1 404"));
         assert!(get(address, "/metrics").await.contains("# EOF"));
+        shutdown.drain(Duration::from_secs(1)).await;
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_page_gets_its_parameters_and_says_which_one_is_wrong() {
+        let admin = Admin::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = admin.address();
+        let shutdown = Shutdown::default();
+        let routes = AdminRoutes::default().page_of("/debug/trace", |parameters| async move {
+            parameters.only(&["pod"])?;
+            match parameters.required("pod")? {
+                "none" => Err(PageError::NotFound("there is no such pod".to_owned())),
+                pod => Ok(serde_json::json!({ "pod": pod })),
+            }
+        });
+        let server = tokio::spawn(admin.serve(Arc::default(), Readiness::default(), routes, shutdown.clone()));
+        let answer = get(address, "/debug/trace?pod=default/web-1").await;
+        assert!(answer.contains("\"pod\": \"default/web-1\""), "{answer}");
+        let long = format!("/debug/trace?pod={}", "x".repeat(MAX_QUERY));
+        let many: String = (0..=MAX_PARAMETERS).map(|n| format!("p{n}=1&")).collect();
+        let many = format!("/debug/trace?{many}");
+        for (path, status, word) in [
+            ("/debug/trace", "400", "pod"),
+            ("/debug/trace?pot=x", "400", "pot"),
+            ("/debug/trace?pod", "400", "NAME=VALUE"),
+            ("/debug/trace?pod=a%20b", "400", "letters"),
+            ("/debug/trace?pod=none", "404", "no such pod"),
+            (long.as_str(), "400", "1024"),
+            (many.as_str(), "400", "at most 8"),
+        ] {
+            let answer = get(address, path).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(word), "{path}: {answer}");
+        }
         shutdown.drain(Duration::from_secs(1)).await;
         server.await.unwrap();
     }

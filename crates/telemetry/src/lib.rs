@@ -7,7 +7,7 @@ pub mod drain;
 pub mod logging;
 pub mod readiness;
 
-pub use admin::{Admin, AdminRoutes};
+pub use admin::{Admin, AdminRoutes, PageError, Parameters};
 pub use config::{ConfigError, Problems, Validate};
 pub use daemon::{AdminConfig, LogConfig};
 pub use drain::{DrainToken, Shutdown};

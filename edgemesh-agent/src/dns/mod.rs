@@ -1,6 +1,7 @@
 //! DNS on the node: the cluster's names from the catalog, all others from upstream servers through a cache.
 
 mod address;
+mod asker;
 mod cache;
 mod completion;
 mod datagrams;
@@ -18,4 +19,5 @@ mod wire;
 mod zone;
 
 pub use address::{NoUpstream, UpstreamAddress};
+pub use asker::{Asker, Said};
 pub use server::{DnsError, Server};

@@ -21,6 +21,7 @@ use tokio::{
 
 use super::{
     address::{NoUpstream, UpstreamAddress},
+    asker::Asker,
     cache::Lifetimes,
     completion::Completion,
     datagrams::{Answers, BATCH, Received},
@@ -118,8 +119,8 @@ impl Server {
         self.address
     }
 
-    /// Answers queries until shutdown, in tasks of the shutdown's.
-    pub fn serve(self, shutdown: &Shutdown) {
+    /// Answers queries until shutdown, in tasks of the shutdown's. What is returned asks without a socket.
+    pub fn serve(self, shutdown: &Shutdown) -> Asker {
         let lifetimes = Lifetimes { positive: MAX_POSITIVE, negative: MAX_NEGATIVE, stale: STALE };
         let limits = forward::Limits {
             lifetimes,
@@ -143,8 +144,10 @@ impl Server {
             shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
         }
         let stop = shutdown.clone();
+        let asker = Asker::new(Arc::clone(&resolver), self.config.resolv_conf);
         shutdown.spawn(async move { serve_tcp(self.tcp, resolver, queries, stop).await });
         tracing::info!(address = %self.address, "DNS is served");
+        asker
     }
 }
 

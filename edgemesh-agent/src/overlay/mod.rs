@@ -3,6 +3,7 @@
 
 mod accept;
 mod access;
+mod affinity;
 mod called;
 mod metrics;
 mod proxied;
@@ -24,6 +25,7 @@ use edgemesh_mesh::{
     Catalog, CatalogStore, Viewpoint,
     cidr::Cidr,
     health::{Health, HealthSettings},
+    model::ServiceName,
 };
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
@@ -64,6 +66,7 @@ pub struct Overlay {
     pods: Arc<Vec<SocketAddr>>,
     pod_sockets: Arc<Mutex<Vec<PodSockets>>>,
     health: Arc<Health>,
+    services: service_metrics::ServiceMetrics,
 }
 
 /// The sockets of one family to which calls of pods are to be handed.
@@ -128,7 +131,7 @@ impl Overlay {
         let dialer = Arc::new(dialer);
         let services = service_metrics::ServiceMetrics::register(&mut registry.write(), catalog.clone());
         spawn_until_stopping(shutdown, services.clone().follow());
-        let accounts = access::Accounts { services, catalog: catalog.clone() };
+        let accounts = access::Accounts { services: services.clone(), catalog: catalog.clone() };
         let parts = |listening, metrics| {
             Arc::new(proxied::Parts {
                 dialer: dialer.clone(),
@@ -139,14 +142,14 @@ impl Overlay {
                 shutdown: shutdown.clone(),
             })
         };
-        let services = called::Listening::Services(allocator.clone());
-        let listener = proxied::Proxied::bind(proxied, parts(services.clone(), metrics.clone()))
+        let listening = called::Listening::Services(allocator.clone());
+        let listener = proxied::Proxied::bind(proxied, parts(listening.clone(), metrics.clone()))
             .with_context(|| format!("listening on {proxied} for proxied Service ports"))?;
         let proxied = listener.address();
         listener.start();
         let any6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, proxied.port()));
         if allocator.range_of(any6.ip()).is_some() {
-            let listener = proxied::Proxied::bind(any6, parts(services, metrics))
+            let listener = proxied::Proxied::bind(any6, parts(listening, metrics))
                 .with_context(|| format!("listening on {any6} for proxied Service ports"))?;
             listener.start();
         }
@@ -171,7 +174,14 @@ impl Overlay {
         let publisher = Publisher::new(COMPONENT, node, config.tunnel.relay, catalog, client, &tunnel);
         spawn_until_stopping(shutdown, publisher.run());
         let addresses = pods.iter().map(|sockets| sockets.address).collect();
-        Ok(Self { tunnel, proxied, pods: Arc::new(addresses), pod_sockets: Arc::new(Mutex::new(pods)), health })
+        Ok(Self {
+            tunnel,
+            proxied,
+            pods: Arc::new(addresses),
+            pod_sockets: Arc::new(Mutex::new(pods)),
+            health,
+            services,
+        })
     }
 
     /// The sockets for calls of pods, by family; they can be taken once.
@@ -192,6 +202,16 @@ impl Overlay {
     /// Where proxied Service ports are listened for, TCP and UDP.
     pub fn proxied_address(&self) -> SocketAddr {
         self.proxied
+    }
+
+    /// Which endpoints could not be reached lately.
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// What the proxied connections of a Service came to, for pages.
+    pub fn counters_of(&self, service: &ServiceName) -> serde_json::Value {
+        self.services.view(service)
     }
 
     /// `/debug/proxied`: the endpoints that are passed over, and for how long.

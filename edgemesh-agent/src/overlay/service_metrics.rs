@@ -149,6 +149,23 @@ impl ServiceMetrics {
         counters
     }
 
+    /// The counters of a Service as JSON; all are zero before its first connection.
+    pub(super) fn view(&self, service: &ServiceName) -> serde_json::Value {
+        let counters = self.known.lock().get(service).cloned().unwrap_or_default();
+        let named = |names: &[&str], counters: &[Counter]| -> serde_json::Value {
+            names
+                .iter()
+                .zip(counters)
+                .map(|(name, counter)| ((*name).to_owned(), serde_json::Value::from(counter.get())))
+                .collect()
+        };
+        serde_json::json!({
+            "connections": named(&PATHS, &counters.connections),
+            "failures": named(&REASONS, &counters.failures),
+            "bytes": named(&DIRECTIONS, &counters.bytes),
+        })
+    }
+
     /// Removes the series of deleted Services, until it is dropped.
     pub(super) async fn follow(self) {
         let mut generations = self.catalog.subscribe();

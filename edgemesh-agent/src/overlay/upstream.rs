@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Standpoint, called::Called, metrics::ProxiedMetrics};
+use super::{Standpoint, affinity::Affinity, called::Called, metrics::ProxiedMetrics};
 use crate::{datapath::host, node_local::ServicePortName};
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
@@ -173,6 +173,7 @@ pub(super) struct Dialer {
     tunnel: Tunnel,
     health: Arc<Health>,
     metrics: ProxiedMetrics,
+    affinity: Affinity,
 }
 
 impl Dialer {
@@ -184,7 +185,7 @@ impl Dialer {
         health: Arc<Health>,
         metrics: ProxiedMetrics,
     ) -> Self {
-        Self { standpoint, node_local, catalog, tunnel, health, metrics }
+        Self { standpoint, node_local, catalog, tunnel, health, metrics, affinity: Affinity::default() }
     }
 
     /// A TCP connection to an endpoint of the Service port, or to the pod.
@@ -374,7 +375,10 @@ impl Dialer {
         let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
         let candidates = Candidates { endpoints: usable, ..candidates };
         let first = match service.client_ip_affinity {
-            Some(_) => candidates.pick_for_client(client.ip()),
+            Some(timeout) => {
+                let round = self.affinity.round(client.ip(), name, timeout, Moment::now());
+                candidates.pick_for_client(client.ip(), round)
+            }
             None => candidates.pick(rand::random()),
         }
         .ok_or(UpstreamError::NoEndpoint)?;

@@ -94,6 +94,48 @@ fn lookup(name: &str) -> Vec<String> {
     answer.answers.iter().map(|record| record.data.to_string()).collect()
 }
 
+/// The pages that say what would be chosen, and why.
+fn explains(address: SocketAddr) {
+    let page = |path: &str| -> Value {
+        let answer = admin(address, path);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
+    };
+    let trace = page("/debug/trace?pod=default/shell&service=here&port=80");
+    let port = &trace["ports"][0];
+    assert_eq!((&port["target"], &port["tier"]), (&json!("direct"), &json!("Node")), "{trace}");
+    assert_eq!(port["addresses"][0]["backends"], json!([POD]));
+    assert_eq!((&port["endpoints"][0]["chosen"], &port["endpoints"][0]["reach"]), (&json!(true), &json!("local")));
+    assert_eq!(trace["dns"]["steps"][0]["name"], "here.default.svc.cluster.local.");
+    assert!(trace["dns"]["steps"][0]["records"][0].as_str().unwrap().ends_with("A 10.96.0.20"), "{trace}");
+    assert!(trace["client"]["note"].is_string(), "no API says where the pod is: {trace}");
+    let far = page("/debug/trace?pod=shell&service=there.default");
+    let endpoint = &far["ports"][0]["endpoints"][0];
+    assert_eq!((&endpoint["reach"], &endpoint["path"]), (&json!("tunnel"), &json!("no connection now")), "{far}");
+    // A connection to it has failed above, and so it is passed over; as the only one it is used all the same.
+    assert!(endpoint["ejectedSeconds"].is_number() && endpoint["chosen"] == true, "{far}");
+    assert_ne!(far["counters"]["failures"]["unreachable"], 0, "{far}");
+    assert_eq!(page("/debug/trace?pod=shell&service=nowhere")["ports"][0]["endpoints"], json!([]));
+    let names = page("/debug/resolve?name=here.default&type=a&namespace=other");
+    let codes: Vec<_> = names["steps"].as_array().unwrap().iter().map(|step| step["code"].as_str().unwrap()).collect();
+    assert_eq!(codes.last(), Some(&"NOERROR"), "{names}");
+    assert_eq!(names["found"], true);
+    let services = page("/debug/services?namespace=default");
+    let all = services["services"].as_array().unwrap();
+    let here = all.iter().find(|service| service["name"] == "here").unwrap();
+    assert_eq!((&here["ports"][0]["ready"], &here["ports"][0]["target"]), (&json!(1), &json!("direct")));
+    for (path, status, word) in [
+        ("/debug/trace?pod=shell", "400", "service"),
+        ("/debug/trace?pod=shell&service=her", "404", "here.default"),
+        ("/debug/trace?pod=shell&service=here&port=81", "404", "it has 80"),
+        ("/debug/resolve?name=here&type=MX", "400", "SRV"),
+        ("/debug/services?namespace=empty", "404", "empty"),
+    ] {
+        let answer = admin(address, path);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(word), "{path}: {answer}");
+    }
+}
+
 in_both_modes! { the_agent_serves_services_from_its_disk_when_no_api_answers }
 
 fn the_agent_serves_services_from_its_disk_when_no_api_answers(mode: Mode) {
@@ -153,6 +195,7 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers(mode: Mode) {
     assert_eq!(target("10.96.0.21:80/tcp")["target"], "listener", "its pod is in another network");
     assert_eq!(target("10.96.0.22:80/tcp")["target"], "refuse");
     assert_eq!(target("10.96.0.10:53/udp")["backends"], json!(["169.254.64.1:53"]));
+    explains(agent.admin);
     let metrics = admin(agent.admin, "/metrics");
     let mode_line = format!("edgemesh_agent_datapath_mode{{mode=\"{}\"}} 1", if ebpf { "ebpf" } else { "nftables" });
     let listeners = "edgemesh_agent_datapath_frontends{target=\"listener\"} 3";

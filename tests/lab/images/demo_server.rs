@@ -1,56 +1,83 @@
 //! The lab's application: answers HTTP, plain TCP and UDP with the name of the pod and node that answered.
 //!
-//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT]     (8080, 7000 and 7000 by default)
+//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]
+//!        (8080, 7000, 7000, 0 and all addresses by default)
+//!
+//! A UDP server at all addresses of a host answers from the one that is nearest to the client, which need not be the one that was
+//! called: give it one there. With `--linger` it serves on after SIGTERM for that long, as servers do that shut down slowly.
 //!
 //! HTTP: any path gives a line of JSON; `/bytes/N` gives N bytes, `/slow/MS` answers after MS milliseconds. TCP: the first line is the greeting,
-//! then everything is echoed. UDP: each datagram comes back behind the greeting.
+//! then everything is echoed. UDP: each datagram comes back behind the greeting. The greeting is `POD NODE CLIENT`, the client as
+//! the server sees it.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::{TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
 
 const MAX_BYTES: usize = 1 << 30;
 const SIGTERM: i32 = 15;
+const SIGALRM: i32 = 14;
+/// For how many seconds it serves on after SIGTERM.
+static LINGER: AtomicU32 = AtomicU32::new(0);
 
 unsafe extern "C" {
     /// signal(2)
     safe fn signal(number: i32, handler: extern "C" fn(i32)) -> usize;
     /// _exit(2), which a signal handler may call
     safe fn _exit(status: i32) -> !;
+    /// alarm(2), which a signal handler may call too
+    safe fn alarm(seconds: u32) -> u32;
 }
 
 /// The first process of a container has no default action for SIGTERM: without a handler each deletion would take the
 /// whole grace period.
 extern "C" fn terminate(_signal: i32) {
+    match LINGER.load(Ordering::Relaxed) {
+        0 => _exit(0),
+        seconds => {
+            alarm(seconds);
+        }
+    }
+}
+
+extern "C" fn end(_signal: i32) {
     _exit(0)
 }
 
 fn main() -> std::io::Result<()> {
     signal(SIGTERM, terminate);
-    let mut ports = [("--http", 8080_u16), ("--tcp", 7000), ("--udp", 7000)];
+    signal(SIGALRM, end);
+    let mut ports = [("--http", 8080_u16), ("--tcp", 7000), ("--udp", 7000), ("--linger", 0)];
     let mut arguments = std::env::args().skip(1);
+    let mut address = "0.0.0.0".to_owned();
     while let Some(flag) = arguments.next() {
+        if flag == "--address" {
+            address = arguments.next().unwrap_or_default();
+            continue;
+        }
         let port = arguments.next().and_then(|value| value.parse().ok());
         match (ports.iter_mut().find(|(name, _)| *name == flag), port) {
             (Some(entry), Some(port)) => entry.1 = port,
             _ => {
-                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT]");
+                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]");
                 std::process::exit(64);
             }
         }
     }
-    let http = TcpListener::bind(("0.0.0.0", ports[0].1))?;
-    let tcp = TcpListener::bind(("0.0.0.0", ports[1].1))?;
-    let udp = UdpSocket::bind(("0.0.0.0", ports[2].1))?;
+    LINGER.store(ports[3].1.into(), Ordering::Relaxed);
+    let http = TcpListener::bind((address.as_str(), ports[0].1))?;
+    let tcp = TcpListener::bind((address.as_str(), ports[1].1))?;
+    let udp = UdpSocket::bind((address.as_str(), ports[2].1))?;
     thread::spawn(move || serve(http, answer_http));
     thread::spawn(move || serve(tcp, answer_tcp));
     let mut buffer = vec![0; 65536];
     loop {
         let (length, from) = udp.recv_from(&mut buffer)?;
-        let mut answer = greeting().into_bytes();
+        let mut answer = greeting(from).into_bytes();
         answer.extend_from_slice(&buffer[..length.min(65507 - answer.len())]);
         // A client that went away is its own matter.
         if let Err(error) = udp.send_to(&answer, from) {
@@ -79,14 +106,14 @@ fn pod() -> String {
     if name.is_empty() { variable("HOSTNAME") } else { name }
 }
 
-/// `POD NODE` and a line end.
-fn greeting() -> String {
-    format!("{} {}\n", pod(), variable("NODE_NAME"))
+/// `POD NODE CLIENT` and a line end.
+fn greeting(client: SocketAddr) -> String {
+    format!("{} {} {client}\n", pod(), variable("NODE_NAME"))
 }
 
 fn answer_tcp(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.write_all(greeting().as_bytes())?;
+    stream.write_all(greeting(stream.peer_addr()?).as_bytes())?;
     let mut from = stream.try_clone()?;
     std::io::copy(&mut from, &mut stream)?;
     stream.shutdown(std::net::Shutdown::Write)

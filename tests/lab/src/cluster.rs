@@ -55,7 +55,9 @@ pub fn up(lab: &Lab, topology: &Topology, images: &Path, say: &(dyn Fn(&str) + S
         let starts: Vec<_> = nodes
             .iter()
             .map(|node| {
-                scope.spawn(move || first_start(lab, hub_host, node, images).with_context(|| node.name.clone()))
+                scope.spawn(move || {
+                    first_start(lab, topology, hub_host, node, images).with_context(|| node.name.clone())
+                })
             })
             .collect();
         Daemon::Hub.wait_ready(&hub)?;
@@ -96,9 +98,9 @@ fn dnsmasq_settings(folder: &Path) -> String {
     text
 }
 
-fn first_start(lab: &Lab, hub_host: &Host, node: &Host, images: &Path) -> Result<()> {
+fn first_start(lab: &Lab, topology: &Topology, hub_host: &Host, node: &Host, images: &Path) -> Result<()> {
     let host = lab.namespace(&node.name);
-    settings::write_node(node, &host)?;
+    settings::write_node(node, &host, topology.datapath)?;
     Daemon::Containerd.start(&host, &lab.program(Daemon::Containerd, &host))?;
     Daemon::Containerd.wait_ready(&host)?;
     for image in ["pause.tar", "demo.tar"] {

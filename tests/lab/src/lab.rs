@@ -56,6 +56,11 @@ impl Lab {
         format!("lab-{}.", self.id)
     }
 
+    /// `PATH` of commands on hosts: the project's own programs come first.
+    pub fn path(&self) -> String {
+        format!("{}:{}", self.programs.display(), std::env::var("PATH").unwrap_or_default())
+    }
+
     /// The admin's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder.join("hub/hub/admin.kubeconfig")
@@ -137,6 +142,14 @@ impl Lab {
     /// # Errors
     /// When no node runs that pod.
     pub fn pod_command(&self, pod: &str, program: &[String]) -> Result<Command> {
+        self.pod_door(pod)?.command(program)
+    }
+
+    /// The way into a pod, as of [`Lab::pod_command`], for those who go in often: it holds while the container runs.
+    ///
+    /// # Errors
+    /// When no node runs that pod.
+    pub fn pod_door(&self, pod: &str) -> Result<PodDoor> {
         let (namespace, name) = pod.split_once('/').unwrap_or(("default", pod));
         let labels = [
             ("io.kubernetes.pod.namespace", namespace),
@@ -168,24 +181,8 @@ impl Lab {
             if let Some(process) = found.split_whitespace().find_map(process_of) {
                 let variables = ["cat".to_owned(), format!("/proc/{process}/environ")];
                 let variables = command::finish(&mut host.command("shell", &variables)?)?;
-                let mut words = vec!["env".to_owned(), "-i".to_owned()];
-                words.extend(variables.split_terminator('\0').map(str::to_owned));
-                let enter = [
-                    "/usr/bin/nsenter",
-                    "--target",
-                    &process,
-                    "--mount",
-                    "--uts",
-                    "--ipc",
-                    "--net",
-                    "--pid",
-                    "--root",
-                    "--wd",
-                    "--",
-                ];
-                words.extend(enter.map(str::to_owned));
-                words.extend(program.iter().cloned());
-                return host.command("shell", &words);
+                let environment = variables.split_terminator('\0').map(str::to_owned).collect();
+                return Ok(PodDoor { host, process, environment });
             }
         }
         bail!("no node runs a container of pod {namespace}/{name}")
@@ -275,5 +272,29 @@ impl Lab {
         let path = found.log(&self.namespace(host));
         fs::metadata(&path).with_context(|| format!("{daemon} of {host} has no log yet"))?;
         Ok(path)
+    }
+}
+
+/// The way into a running container.
+#[derive(Debug, Clone)]
+pub struct PodDoor {
+    host: HostNamespace,
+    /// Its process, as its host numbers it.
+    process: String,
+    environment: Vec<String>,
+}
+
+impl PodDoor {
+    /// A command inside.
+    ///
+    /// # Errors
+    /// When the host is down.
+    pub fn command(&self, program: &[String]) -> Result<Command> {
+        let mut words = vec!["env".to_owned(), "-i".to_owned()];
+        words.extend(self.environment.iter().cloned());
+        words.extend(["/usr/bin/nsenter", "--target", &self.process].map(str::to_owned));
+        words.extend(["--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd", "--"].map(str::to_owned));
+        words.extend(program.iter().cloned());
+        self.host.command("shell", &words)
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use edgemesh_lab::{Lab, Topology, cleanup, cluster, daemons::Daemon, host};
+use edgemesh_lab::{Lab, Topology, cleanup, cluster, daemons::Daemon, host, topology::Datapath};
 
 /// A cluster with a cloud, sites behind NAT and links that break, made of network namespaces on this machine.
 #[derive(Parser)]
@@ -39,6 +39,9 @@ enum Action {
         /// Topology file; by default the one of the documentation.
         #[arg(long)]
         file: Option<PathBuf>,
+        /// How the agents translate Service addresses; goes before the topology file's.
+        #[arg(long)]
+        datapath: Option<Datapath>,
     },
     /// Show hosts, daemons and cuts.
     Status {
@@ -119,8 +122,9 @@ fn act(arguments: Arguments) -> Result<()> {
     let images = arguments.images.unwrap_or_else(|| arguments.root.join("images"));
     let lab = Lab::new(&arguments.lab, &arguments.root, programs)?;
     match arguments.action {
-        Action::Up { file } => {
-            let topology = Topology::load(file.as_ref())?;
+        Action::Up { file, datapath } => {
+            let mut topology = Topology::load(file.as_ref())?;
+            topology.datapath = datapath.or(topology.datapath);
             let images = cluster::build_images(&arguments.images_script, &images)?;
             cluster::up(&lab, &topology, &images, &say)?;
         }
@@ -131,7 +135,9 @@ fn act(arguments: Arguments) -> Result<()> {
         Action::Kubectl { arguments } => return Err(host::become_command(lab.kubectl(&arguments))),
         Action::Node { name, program } => {
             lab.machine(&name)?;
-            return Err(host::become_command(lab.namespace(&name).command("shell", &program)?));
+            let mut command = lab.namespace(&name).command("shell", &program)?;
+            command.env("PATH", lab.path());
+            return Err(host::become_command(command));
         }
         Action::Pod { name, program } => return Err(host::become_command(lab.pod_command(&name, &program)?)),
         Action::Cut { a, b } => lab.cut(&a, &b)?,

@@ -61,7 +61,14 @@ pub fn connect(
             ip(&format!("-n {netns} addr add {INTERNET_DNS}/24 dev {INTERNET_BRIDGE}"))?;
             ip(&format!("-n {netns} link set {INTERNET_BRIDGE} up"))?;
         }
-        Role::Client | Role::Hub => attach(host, netns, ETH, &netns_of("internet"), INTERNET_BRIDGE, INTERNET_GATEWAY)?,
+        Role::Client | Role::Hub => {
+            attach(host, netns, ETH, &netns_of("internet"), INTERNET_BRIDGE, INTERNET_GATEWAY)?;
+            // A node that is called at a load balancer's address before it serves it forwards the packet back into the same
+            // network and says so: the client would then call the wrong host for minutes, which balancers don't.
+            for interface in ["all", ETH] {
+                sysctl(netns, &format!("net/ipv4/conf/{interface}/accept_redirects"), "0")?;
+            }
+        }
         Role::Router => {
             attach(host, netns, WAN, &netns_of("internet"), INTERNET_BRIDGE, INTERNET_GATEWAY)?;
             let site =

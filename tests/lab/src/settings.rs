@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     daemons::CONTAINERD_SOCKET,
     host::HostNamespace,
-    topology::{Host, INTERNET_DNS},
+    topology::{Datapath, Host, INTERNET_DNS},
 };
 
 /// The public port of the hub's link.
@@ -33,7 +33,7 @@ pub fn write_hub(host: &Host, namespace: &HostNamespace) -> Result<()> {
 ///
 /// # Errors
 /// When a file can't be written.
-pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
+pub fn write_node(host: &Host, namespace: &HostNamespace, datapath: Option<Datapath>) -> Result<()> {
     let folder = &namespace.folder;
     let in_cloud = host.site.is_none();
     let network = host.site.clone().unwrap_or_else(|| "cloud".to_owned());
@@ -47,6 +47,7 @@ pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
             "nodeName": host.name,
             "nodeIp": host.address.to_string(),
             "network": network,
+            "labels": host.zone.as_ref().map_or_else(|| json!({}), |zone| json!({"topology.kubernetes.io/zone": zone})),
             "role": if in_cloud { "cloud" } else { "edge" },
             "cgroupRoot": namespace.cgroup,
             "criSocket": CONTAINERD_SOCKET,
@@ -69,6 +70,9 @@ pub fn write_node(host: &Host, namespace: &HostNamespace) -> Result<()> {
         "tunnel": {"relay": host.relay},
     });
     agent[source.0] = source.1.clone();
+    if let Some(datapath) = datapath {
+        agent["datapath"] = json!(datapath);
+    }
     write(&folder.join("agent.yaml"), &agent)?;
     if host.gateway {
         let mut gateway = json!({

@@ -29,6 +29,21 @@ pub struct Topology {
     /// Networks behind NAT.
     #[serde(default)]
     pub sites: Vec<SiteSpec>,
+    /// How the agents translate Service addresses; their own default if left out.
+    #[serde(default)]
+    pub datapath: Option<Datapath>,
+}
+
+/// The agents' setting `datapath`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Datapath {
+    /// What the kernel offers.
+    Auto,
+    /// eBPF programs.
+    Ebpf,
+    /// Rules of nftables.
+    Nftables,
 }
 
 /// A site: one LAN behind a NAT router.
@@ -53,6 +68,9 @@ pub struct NodeSpec {
     /// Relays tunnels for others.
     #[serde(default)]
     pub relay: bool,
+    /// The Node's zone.
+    #[serde(default)]
+    pub zone: Option<String>,
 }
 
 /// What a host is for.
@@ -86,6 +104,8 @@ pub struct Host {
     pub gateway: bool,
     /// Relays tunnels.
     pub relay: bool,
+    /// Its Node's zone.
+    pub zone: Option<String>,
 }
 
 /// A site's addresses.
@@ -111,13 +131,14 @@ impl Site {
 impl Default for Topology {
     /// The lab of the documentation: a cloud node that relays, two nodes at site a, one (the gateway) at site b.
     fn default() -> Self {
-        let node = |name: &str| NodeSpec { name: name.to_owned(), gateway: false, relay: false };
+        let node = |name: &str| NodeSpec { name: name.to_owned(), gateway: false, relay: false, zone: None };
         Self {
             cloud: vec![NodeSpec { relay: true, ..node("cloud-1") }],
             sites: vec![
                 SiteSpec { name: "site-a".to_owned(), nodes: vec![node("edge-a1"), node("edge-a2")] },
                 SiteSpec { name: "site-b".to_owned(), nodes: vec![NodeSpec { gateway: true, ..node("edge-b1") }] },
             ],
+            datapath: None,
         }
     }
 }
@@ -195,6 +216,7 @@ impl Topology {
             site: None,
             gateway: false,
             relay: false,
+            zone: None,
         };
         let mut hosts = vec![
             plain("internet", Role::Internet, INTERNET_GATEWAY),
@@ -203,14 +225,15 @@ impl Topology {
         ];
         for (number, node) in (FIRST_CLOUD_NODE..).zip(&self.cloud) {
             let host = plain(&node.name, Role::Node, with_last_octet(HUB, number));
-            hosts.push(Host { gateway: node.gateway, relay: node.relay, ..host });
+            hosts.push(Host { gateway: node.gateway, relay: node.relay, zone: node.zone.clone(), ..host });
         }
         for (site, spec) in self.sites().into_iter().zip(&self.sites) {
             let router = plain(&site.router, Role::Router, site.public);
             hosts.push(Host { site: Some(site.name.clone()), ..router });
             for (number, node) in (FIRST_SITE_NODE..).zip(&spec.nodes) {
                 let host = plain(&node.name, Role::Node, with_last_octet(site.lan, number));
-                hosts.push(Host { site: Some(site.name.clone()), gateway: node.gateway, relay: node.relay, ..host });
+                let (gateway, relay, zone) = (node.gateway, node.relay, node.zone.clone());
+                hosts.push(Host { site: Some(site.name.clone()), gateway, relay, zone, ..host });
             }
         }
         hosts

@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 use serde_json::{Value, json};
 
 use super::field_error::{Errors, FieldError};
-use super::service::{has_cluster_ip, has_node_ports, is_headless};
+use super::service::{has_cluster_ip, has_node_ports, is_headless, needs_health_check};
 use super::tables::text;
 
 /// From where Services get addresses and node ports.
@@ -83,6 +83,7 @@ impl Taken {
         self.node_ports.extend(
             spec["ports"].as_array().into_iter().flatten().filter_map(|p| u16::try_from(p["nodePort"].as_i64()?).ok()),
         );
+        self.node_ports.extend(spec["healthCheckNodePort"].as_i64().and_then(|port| u16::try_from(port).ok()));
         self.node_ports.remove(&0);
     }
 }
@@ -103,6 +104,9 @@ pub fn allocate(ranges: &ServiceRanges, taken: &Taken, service: &mut Value, seed
     }
     if has_node_ports(spec) {
         allocate_ports(ranges, taken, spec, seed, &mut errors);
+    }
+    if needs_health_check(spec) {
+        allocate_health_check_port(ranges, taken, spec, seed, &mut errors);
     }
     if errors.0.is_empty() { Ok(()) } else { Err(errors.0) }
 }
@@ -210,9 +214,56 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed:
     }
 }
 
+/// The port at which load balancers learn whether a node has an endpoint (Kubernetes, "Create an External Load Balancer":
+/// preserving the client source IP).
+fn allocate_health_check_port(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed: u64, errors: &mut Errors) {
+    let field = "spec.healthCheckNodePort";
+    let own: HashSet<i64> =
+        spec["ports"].as_array().into_iter().flatten().filter_map(|port| port["nodePort"].as_i64()).collect();
+    let is_free = |port: &u16| !taken.node_ports.contains(port) && !own.contains(&i64::from(*port));
+    let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
+    match spec["healthCheckNodePort"].as_i64().filter(|port| *port != 0) {
+        Some(wanted) => match u16::try_from(wanted).ok().filter(|port| ranges.node_ports.contains(port)) {
+            None => errors.invalid(
+                field,
+                wanted,
+                format!("provided port is not in the valid range. The range of valid ports is {first}-{last}"),
+            ),
+            Some(port) if !is_free(&port) => errors.invalid(field, wanted, "provided port is already allocated"),
+            Some(_) => {}
+        },
+        None => {
+            let count = u64::from(last.saturating_sub(first)) + 1;
+            let mut candidates =
+                (0..count).filter_map(|n| u16::try_from(u64::from(first) + (seed % count + n) % count).ok());
+            match candidates.find(is_free) {
+                Some(port) => spec["healthCheckNodePort"] = json!(port),
+                None => errors.invalid(field, 0, "failed to allocate a nodePort: range is full"),
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_load_balancer_that_keeps_client_addresses_gets_a_health_check_port() {
+        let spec = |policy: &str, port: i64| {
+            json!({"type": "LoadBalancer", "externalTrafficPolicy": policy, "healthCheckNodePort": port,
+                   "allocateLoadBalancerNodePorts": true, "ports": [{"port": 80, "protocol": "TCP"}]})
+        };
+        let taken = Taken::by([&service(json!({"healthCheckNodePort": 30001}))]);
+        let given = allocated(&taken, spec("Local", 0), 0).unwrap();
+        assert_eq!((&given["ports"][0]["nodePort"], &given["healthCheckNodePort"]), (&json!(30000), &json!(30002)));
+        assert_eq!(allocated(&taken, spec("Cluster", 0), 0).unwrap()["healthCheckNodePort"], 0);
+        assert_eq!(allocated(&taken, spec("Local", 30003), 0).unwrap()["healthCheckNodePort"], 30003);
+        for (wanted, reason) in [(30001, "already allocated"), (30000, "already allocated"), (80, "valid range")] {
+            let errors = allocated(&taken, spec("Local", wanted), 0).unwrap_err();
+            assert!(errors[0].contains("healthCheckNodePort") && errors[0].contains(reason), "{errors:?}");
+        }
+    }
 
     fn ranges(cidr: &str) -> ServiceRanges {
         ServiceRanges::new(cidr, 30000..=30003).unwrap()

@@ -69,6 +69,14 @@ pub(crate) fn has_node_ports(spec: &Value) -> bool {
     }
 }
 
+/// Values of `trafficDistribution`: the two newer ones are of Kubernetes 1.34, and the mesh follows them.
+const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+
+/// Whether load balancers ask the nodes at a port of their own which of them has endpoints.
+pub(crate) fn needs_health_check(spec: &Value) -> bool {
+    text(&spec["type"]) == "LoadBalancer" && text(&spec["externalTrafficPolicy"]) == "Local"
+}
+
 fn is_external(spec: &Value) -> bool {
     matches!(text(&spec["type"]), "NodePort" | "LoadBalancer") || !list(&spec["externalIPs"]).is_empty()
 }
@@ -159,6 +167,14 @@ fn prepare_update(old: &Value, new: &mut Value) {
     }
     if is_external(before) && !is_external(after) && after["externalTrafficPolicy"] == before["externalTrafficPolicy"] {
         remove(after, "externalTrafficPolicy");
+    }
+    if needs_health_check(before) {
+        let unset = after["healthCheckNodePort"].as_i64().unwrap_or(0) == 0;
+        if needs_health_check(after) && unset {
+            after["healthCheckNodePort"] = before["healthCheckNodePort"].clone();
+        } else if !needs_health_check(after) && after["healthCheckNodePort"] == before["healthCheckNodePort"] {
+            remove(after, "healthCheckNodePort");
+        }
     }
     if before["type"] == json!("LoadBalancer") && after["type"] != json!("LoadBalancer") {
         remove(after, "allocateLoadBalancerNodePorts");
@@ -267,7 +283,7 @@ fn validate(object: &Value, errors: &mut Errors) {
             "may only be set for externally-accessible services",
         );
     }
-    errors.one_of("spec.trafficDistribution", &spec["trafficDistribution"], &["PreferClose"]);
+    errors.one_of("spec.trafficDistribution", &spec["trafficDistribution"], &DISTRIBUTIONS);
     errors.one_of(
         "spec.ipFamilyPolicy",
         &spec["ipFamilyPolicy"],

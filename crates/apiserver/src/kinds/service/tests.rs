@@ -46,6 +46,8 @@ fn good_services_are_accepted() {
         json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": 30080, "targetPort": "web"}]}),
         json!({"type": "LoadBalancer", "ports": [{"port": 80}], "loadBalancerSourceRanges": ["10.0.0.0/8"]}),
         json!({"ports": [{"port": 80, "appProtocol": "kubernetes.io/h2c"}], "externalIPs": ["203.0.113.9"], "trafficDistribution": "PreferClose"}),
+        json!({"ports": [{"port": 80}], "trafficDistribution": "PreferSameZone"}),
+        json!({"ports": [{"port": 80}], "trafficDistribution": "PreferSameNode"}),
     ] {
         assert_eq!(problems(spec.clone()), Vec::<String>::new(), "{spec}");
     }
