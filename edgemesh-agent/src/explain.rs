@@ -198,6 +198,13 @@ impl Explainer {
                     self.config.node_name
                 )));
             }
+            // A node may read the pods that are bound to it, and no others.
+            Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
+                return Err(PageError::NotFound(format!(
+                    "pod: {namespace}/{name} is not one of {:?}'s, if there is such a pod: ask the agent of its node",
+                    self.config.node_name
+                )));
+            }
             Ok(Err(error)) => {
                 view["note"] = format!("the pod can't be looked up, so its address is not known: {error}").into();
                 None

@@ -181,7 +181,7 @@ fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> 
             }
             Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
             // Said about an earlier datagram, perhaps: the next one finds out.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused && refused.is_none() => {
                 thread::sleep(options.deadline / 16);
                 refused = Some(error);
             }

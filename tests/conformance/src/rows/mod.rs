@@ -3,6 +3,7 @@
 mod affinity;
 mod conntrack;
 mod dns;
+mod explained;
 mod granular;
 mod latency;
 mod node_ports;
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Row> {
         pods::ROWS,
         latency::ROWS,
         dns::ROWS,
+        explained::ROWS,
     ]
     .concat()
 }
