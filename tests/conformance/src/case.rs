@@ -30,42 +30,31 @@ pub struct Row {
     pub name: &'static str,
     /// Whether it disturbs others.
     pub alone: bool,
-    /// What is missing for it. It is played all the same, and counts as failed when it holds: then the mark must go.
-    pub awaits: Option<&'static str>,
     /// Plays it.
     pub run: fn(&Case<'_>) -> Result<()>,
 }
 
 impl Row {
     pub(crate) const fn new(name: &'static str, run: fn(&Case<'_>) -> Result<()>) -> Self {
-        Self { name, run, alone: false, awaits: None }
+        Self { name, run, alone: false }
     }
 
     pub(crate) const fn alone(name: &'static str, run: fn(&Case<'_>) -> Result<()>) -> Self {
-        Self { name, run, alone: true, awaits: None }
-    }
-
-    pub(crate) const fn awaiting(what: &'static str, name: &'static str, run: fn(&Case<'_>) -> Result<()>) -> Self {
-        Self { name, run, alone: false, awaits: Some(what) }
+        Self { name, run, alone: true }
     }
 
     /// Plays it.
     ///
     /// # Errors
-    /// When it doesn't hold; one that awaits something, when it does.
+    /// When it doesn't hold.
     pub fn play(&self, field: &Field, number: usize) -> Result<()> {
         let case = Case { field, id: format!("r{number}") };
-        let outcome = if self.alone {
+        if self.alone {
             let _others_wait = field.undisturbed.write();
             (self.run)(&case)
         } else {
             let _undisturbed = field.undisturbed.read();
             (self.run)(&case)
-        };
-        match (self.awaits, outcome) {
-            (None, outcome) => outcome,
-            (Some(_), Err(_)) => Ok(()),
-            (Some(what), Ok(())) => bail!("it holds now, though it is marked as awaiting {what}: remove the mark"),
         }
     }
 }

@@ -41,8 +41,7 @@ fn main() -> ExitCode {
 fn trials(mode: Mode, up: &Arc<Up>) -> Vec<Trial> {
     let one = |(number, row): (usize, edgemesh_conformance::case::Row)| {
         let up = up.clone();
-        let awaits = row.awaits.map(|what| format!(" (fails: awaits {what})")).unwrap_or_default();
-        Trial::test(format!("{}: {}{awaits}", mode.name, row.name), move || {
+        Trial::test(format!("{}: {}", mode.name, row.name), move || {
             let field = up.get_or_init(|| bring_up(mode).map_err(|error| format!("{error:#}")));
             let field = field.as_ref().map_err(|error| Failed::from(format!("the lab is not up: {error}")))?;
             row.play(field, number).map_err(|error| Failed::from(format!("{error:#}")))

@@ -20,36 +20,32 @@ pub(super) const ROWS: &[Row] = &[
         "Networking Granular Checks: Pods should function for intra-pod communication: http [Conformance] (in a network)",
         |case| pods(case, "http"),
     ),
-    Row::awaiting(
-        OTHER_NETWORKS,
-        "Networking Granular Checks: Pods should function for intra-pod communication: http [Conformance]",
+    Row::new(
+        "Networking Granular Checks: Pods should function for intra-pod communication: http [Conformance] (across networks)",
         |case| from_pods_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "http"),
     ),
     Row::new(
         "Networking Granular Checks: Pods should function for intra-pod communication: udp [Conformance] (in a network)",
         |case| pods(case, "udp"),
     ),
-    Row::awaiting(
-        OTHER_NETWORKS,
-        "Networking Granular Checks: Pods should function for intra-pod communication: udp [Conformance]",
+    Row::new(
+        "Networking Granular Checks: Pods should function for intra-pod communication: udp [Conformance] (across networks)",
         |case| from_pods_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "udp"),
     ),
     Row::new(
         "Networking Granular Checks: Pods should function for node-pod communication: http [Conformance] (in a network)",
         |case| node_pod(case, "http"),
     ),
-    Row::awaiting(
-        OTHER_NETWORKS,
-        "Networking Granular Checks: Pods should function for node-pod communication: http [Conformance]",
+    Row::new(
+        "Networking Granular Checks: Pods should function for node-pod communication: http [Conformance] (across networks)",
         |case| from_nodes_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "http"),
     ),
     Row::new(
         "Networking Granular Checks: Pods should function for node-pod communication: udp [Conformance] (in a network)",
         |case| node_pod(case, "udp"),
     ),
-    Row::awaiting(
-        OTHER_NETWORKS,
-        "Networking Granular Checks: Pods should function for node-pod communication: udp [Conformance]",
+    Row::new(
+        "Networking Granular Checks: Pods should function for node-pod communication: udp [Conformance] (across networks)",
         |case| from_nodes_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "udp"),
     ),
     Row::new("Networking Granular Checks: Services should function for pod-Service: http", |case| {
@@ -111,7 +107,6 @@ fn every_pod(case: &Case<'_>, callers: &[From<'_>], nodes: &[&str], scheme: &str
 
 /// Nodes of one network each.
 const NETWORKS: [&[&str]; 3] = [&["cloud-1", "cloud-2"], &["edge-a1"], &["edge-b1"]];
-const OTHER_NETWORKS: &str = "pod addresses of other networks";
 
 fn from_pods_of(case: &Case<'_>, network: &[&str], nodes: &[&str], scheme: &str) -> Result<()> {
     let names: Vec<_> = network.iter().map(|node| format!("client-{node}")).collect();
