@@ -200,7 +200,7 @@ fn images() -> &'static Path {
     static IMAGES: OnceLock<PathBuf> = OnceLock::new();
     IMAGES.get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/build-images.sh");
+        let script = Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("../scripts/build-images.sh");
         run(&[script.to_str().unwrap(), folder.to_str().unwrap()]);
         folder
     })

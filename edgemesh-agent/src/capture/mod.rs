@@ -16,7 +16,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -94,6 +94,7 @@ impl Capture {
             means: choose(&config, sockets),
             routes: HostRoutes::open_beyond_drain()?,
             captured: BTreeSet::new(),
+            written: None,
             begun: false,
             warned: BTreeMap::new(),
             metrics,
@@ -152,9 +153,6 @@ fn choose(config: &Config, sockets: Vec<PodSockets>) -> Means {
             Err(error) => tracing::warn!(%error, "calls of pods of other networks are captured by nftables"),
         }
     }
-    if let Some(switch) = tproxy::in_the_way() {
-        tracing::warn!("{switch} is 1: pods behind a bridge don't reach pods of other networks by their own addresses");
-    }
     Means::Table(sockets.iter().map(|sockets| sockets.address).collect())
 }
 
@@ -183,6 +181,9 @@ struct Worker {
     routes: HostRoutes,
     /// What the program or the table captures.
     captured: BTreeSet<Cidr>,
+    /// When the table was written last. Where bridges call the hooks of IP it must be younger than the bridges, of which one
+    /// may come at any time.
+    written: Option<Instant>,
     /// Whether the catalog was complete once, so that what an earlier agent left is no longer needed.
     begun: bool,
     /// Each refusal is told once.
@@ -280,9 +281,13 @@ impl Worker {
             Means::Table(listeners) => {
                 // Written anew where it differs: what is no longer wanted stays until its routes are gone.
                 let all: BTreeSet<Cidr> = wanted.union(&self.captured).copied().collect();
-                if !new.is_empty() {
+                let too_old = || self.written.is_none_or(|at| at.elapsed() >= RESYNC);
+                if !new.is_empty() || (!all.is_empty() && too_old() && tproxy::bridges_call()) {
                     match tproxy::apply(&all, listeners).await {
-                        Ok(()) => self.captured = all,
+                        Ok(()) => {
+                            self.captured = all;
+                            self.written = Some(Instant::now());
+                        }
                         Err(error) => refused.extend(new.into_iter().map(|range| (range, error.to_string()))),
                     }
                 }

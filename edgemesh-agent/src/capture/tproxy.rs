@@ -14,10 +14,14 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const BRIDGE_CALLS: [&str; 2] =
     ["/proc/sys/net/bridge/bridge-nf-call-iptables", "/proc/sys/net/bridge/bridge-nf-call-ip6tables"];
 
-/// The switch by which packets of a bridge's ports pass the table while they are in the bridge, if one is on: the socket that
-/// `tproxy` gives them is lost when they leave it, and they don't pass the table again.
-pub(super) fn in_the_way() -> Option<&'static str> {
-    BRIDGE_CALLS.into_iter().find(|switch| std::fs::read_to_string(switch).is_ok_and(|value| value.trim() == "1"))
+/// The first of all hooks. Packets of a bridge's ports pass the table while they are in the bridge, where br_netfilter is on: the
+/// socket that `tproxy` gives them is lost when they leave it, and br_netfilter, which hooks in here too, has them pass no other
+/// chain again. Of two hooks in one place the kernel asks the younger first.
+const BEFORE_ALL: i32 = i32::MIN;
+
+/// Whether packets in a bridge pass the hooks of IP, so that the table must be younger than what sees to that.
+pub(super) fn bridges_call() -> bool {
+    BRIDGE_CALLS.into_iter().any(|switch| std::fs::read_to_string(switch).is_ok_and(|value| value.trim() == "1"))
 }
 
 /// Why the table can't be written.
@@ -48,7 +52,7 @@ pub(super) async fn remove() -> Result<(), TproxyError> {
 /// socket for goes on to the last rules.
 fn script(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> String {
     let mut sets = String::new();
-    let mut rules = String::new();
+    let (mut rules, mut bridged) = (String::new(), String::new());
     for (family, set, kind, listener) in [
         ("ip", "pods4", "ipv4_addr", listeners.iter().find(|listener| listener.is_ipv4())),
         ("ip6", "pods6", "ipv6_addr", listeners.iter().find(|listener| listener.is_ipv6())),
@@ -63,14 +67,17 @@ fn script(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> String {
             "\tset {set} {{\n\t\ttype {kind}\n\t\tflags interval\n\t\tauto-merge\n\t\telements = {{ {elements} }}\n\t}}\n"
         ));
         if let Some(listener) = listener {
-            let to = format!("tproxy {family} to {listener} accept");
-            rules.push_str(&format!("\t\t{family} daddr @{set} meta l4proto {{ tcp, udp }} {to}\n"));
+            let rule =
+                format!("\t\t{family} daddr @{set} meta l4proto {{ tcp, udp }} tproxy {family} to {listener} accept\n");
+            bridged.push_str(&rule);
+            rules.push_str(&rule);
         }
         rules.push_str(&format!("\t\t{family} daddr @{set} meta l4proto tcp reject with tcp reset\n"));
         rules.push_str(&format!("\t\t{family} daddr @{set} meta l4proto udp reject\n"));
     }
     format!(
-        "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{sets}\tchain prerouting {{\n\
+        "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{sets}\tchain bridged {{\n\
+         \t\ttype filter hook prerouting priority {BEFORE_ALL}; policy accept;\n{bridged}\t}}\n\tchain prerouting {{\n\
          \t\ttype filter hook prerouting priority mangle; policy accept;\n{rules}\t}}\n}}\n"
     )
 }

@@ -95,11 +95,19 @@ fn pods_of_another_network_answer_by_their_own_addresses_to_pods_and_to_the_host
 
 #[test]
 fn nftables_captures_where_ebpf_is_not_wanted() {
+    nftables_captures("0");
+}
+
+#[test]
+fn nftables_captures_what_comes_out_of_a_bridge_whose_packets_pass_the_hooks_already() {
+    nftables_captures("1");
+}
+
+fn nftables_captures(bridge_calls: &'static str) {
     let sites = Sites::start(&[], |config| config.datapath = DatapathMode::Nftables);
-    sites.a.host.run(|| {
-        // With br_netfilter, what pods send would pass the rules inside of the bridge, where they do nothing.
+    sites.a.host.run(move || {
         for switch in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
-            drop(std::fs::write(format!("/proc/sys/net/bridge/{switch}"), "0"));
+            std::fs::write(format!("/proc/sys/net/bridge/{switch}"), bridge_calls).unwrap();
         }
     });
     reach_everything(&sites, "nftables");

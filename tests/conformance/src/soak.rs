@@ -200,10 +200,19 @@ impl Group {
         case.name(&format!("{}-{node}-{number}", self.of))
     }
 
+    /// A pod that becomes an endpoint once it answers. There are no readiness probes yet: a container that runs is ready, though
+    /// its server may not listen for some milliseconds more, and a datagram that comes then is lost.
     fn create(&self, case: &Case<'_>, node: &str, number: usize) -> Result<()> {
         let name = self.name(case, node, number);
-        let labels = [("soak", self.of), ("case", &case.id)];
-        case.pod(manifests::pod(&name, node, &labels, &["--linger", self.linger])).map(drop)
+        let ip = case.pod(manifests::pod(&name, node, &[("case", &case.id)], &["--linger", self.linger]))?;
+        for url in [format!("http://{ip}:8080/"), format!("udp://{ip}:7000")] {
+            case.until(&format!("{name} listens"), Duration::from_secs(20), || {
+                let outcomes = case.calls(From::Node(node), &url, 1)?;
+                ensure!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+                Ok(())
+            })?;
+        }
+        case.field.kubectl(&format!("label pod {name} soak={}", self.of), "").map(drop)
     }
 
     /// A new pod takes the place of the older one on a node.

@@ -54,6 +54,6 @@ fn bring_up(mode: Mode) -> anyhow::Result<Field> {
     // This program is in a folder beside the others.
     let this = std::env::current_exe()?;
     let programs: PathBuf = this.ancestors().nth(2).unwrap_or(Path::new("/")).to_owned();
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
+    let root = Path::new(&std::env::var("CARGO_MANIFEST_DIR")?).join("../..").canonicalize()?;
     Field::up("conf", mode, &programs, &root)
 }
