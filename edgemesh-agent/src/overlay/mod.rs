@@ -5,6 +5,7 @@ mod accept;
 mod access;
 mod affinity;
 mod called;
+mod leads;
 mod metrics;
 mod proxied;
 mod proxied_udp;

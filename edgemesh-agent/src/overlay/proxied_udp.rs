@@ -7,7 +7,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
-    sync::{Arc, OnceLock, Weak},
+    sync::{Arc, Weak},
     time::Instant,
 };
 
@@ -31,7 +31,9 @@ use tokio::{io::Interest, net::UdpSocket};
 
 use super::{
     called::Listening,
+    leads::{FlowKey, Leads, Opened, PAUSE},
     proxied::{Parts, prepare},
+    upstream::Standing,
 };
 
 /// Socket buffers; the kernel may grant less.
@@ -39,14 +41,12 @@ const BUFFER: usize = 4 << 20;
 /// Flows at a time. Below the tunnel's limit of streams, so that flows to one node leave room for connections.
 const MAX_FLOWS: usize = 2048;
 
-/// A client's address, and the address that it talks to.
-type FlowKey = (SocketAddr, SocketAddr);
-
 /// The bound socket.
 pub(super) struct ProxiedUdp {
     socket: Arc<UdpSocket>,
     /// Sockets from which replies for pods are sent, by the pods' addresses.
     pods: Arc<Mutex<HashMap<SocketAddr, Weak<UdpSocket>>>>,
+    leads: Leads,
     parts: Arc<Parts>,
 }
 
@@ -64,7 +64,12 @@ impl ProxiedUdp {
         }
         prepare(&socket, address, &parts.listening)?;
         socket.bind(&address.into())?;
-        Ok(Self { socket: Arc::new(UdpSocket::from_std(socket.into())?), pods: Arc::default(), parts })
+        Ok(Self {
+            socket: Arc::new(UdpSocket::from_std(socket.into())?),
+            pods: Arc::default(),
+            leads: Leads::default(),
+            parts,
+        })
     }
 
     /// Another descriptor of the socket.
@@ -76,8 +81,16 @@ impl ProxiedUdp {
     pub(super) async fn run(self) {
         let limits = FlowLimits { flows: MAX_FLOWS, idle: self.parts.udp_idle, ..FlowLimits::default() };
         let table = FlowTable::new(limits);
+        let mut changes = self.parts.dialer.changes();
         loop {
-            match self.socket.async_io(Interest::READABLE, || receive(&self.socket)).await {
+            let received = tokio::select! {
+                received = self.socket.async_io(Interest::READABLE, || receive(&self.socket)) => received,
+                Ok(()) = changes.changed() => {
+                    self.leads.gone(&self.parts.dialer).iter().for_each(|flow| table.end(flow));
+                    continue;
+                }
+            };
+            match received {
                 Ok((datagram, Some((client, local)))) => self.deliver(&table, client, local, datagram),
                 Ok((_, None)) => {}
                 // An ICMP error of an earlier reply, for example; the socket itself is well.
@@ -91,22 +104,30 @@ impl ProxiedUdp {
             self.parts.metrics.connection("udp", "none", "no_service");
             return;
         };
-        // What opening has led to, for the account at the end.
-        let opened = Arc::new(OnceLock::new());
+        let key = (client, local);
+        if table.idle(&key).is_some_and(|idle| idle >= PAUSE)
+            && self.leads.standing(&self.parts.dialer, &key).is_some_and(|standing| standing != Standing::Ready)
+        {
+            table.end(&key);
+        }
+        let opened = Opened::default();
         let (parts, begin) = (self.parts.clone(), Instant::now());
         let opening = {
-            let (called, opened, parts) = (called.clone(), opened.clone(), parts.clone());
-            move || async move {
-                match parts.dialer.udp(&called, client).await {
-                    Ok((remote, route)) => {
-                        parts.metrics.connection("udp", route.path, "ok");
-                        let _ = opened.set(Ok(route));
-                        Ok(remote)
-                    }
-                    Err(error) => {
-                        parts.metrics.connection("udp", "none", error.label());
-                        let _ = opened.set(Err(error.label()));
-                        Err(io::Error::other(error.to_string()))
+            let (called, opened, parts, leads) = (called.clone(), opened.clone(), parts.clone(), &self.leads);
+            move || {
+                leads.begin(key, called.clone(), opened.clone());
+                async move {
+                    match parts.dialer.udp(&called, client).await {
+                        Ok((remote, route)) => {
+                            parts.metrics.connection("udp", route.path, "ok");
+                            let _ = opened.set(Ok(route));
+                            Ok(remote)
+                        }
+                        Err(error) => {
+                            parts.metrics.connection("udp", "none", error.label());
+                            let _ = opened.set(Err(error.label()));
+                            Err(io::Error::other(error.to_string()))
+                        }
                     }
                 }
             }
@@ -118,7 +139,9 @@ impl ProxiedUdp {
             };
             Box::new(Replies { from, client, _active: self.parts.metrics.active("udp") }) as Box<dyn DatagramSink>
         };
+        let leads = self.leads.clone();
         let ended = move |end: FlowEnded, traffic: &Traffic| {
+            leads.end(&key, &opened);
             tracing::trace!(%called, %client, ?end, "a flow ended");
             let opened = opened.get().cloned();
             if let Some(Ok(route)) = &opened {
@@ -126,7 +149,7 @@ impl ProxiedUdp {
             }
             parts.accounts.flow((called, client), begin, opened, &end, traffic);
         };
-        match table.deliver((client, local), datagram, replies, opening, ended) {
+        match table.deliver(key, datagram, replies, opening, ended) {
             Delivery::Queued | Delivery::Began => {}
             Delivery::BeganInPlaceOf(evicted) => self.parts.metrics.evicted(evicted),
             Delivery::QueueFull | Delivery::TableFull => self.parts.metrics.dropped(),

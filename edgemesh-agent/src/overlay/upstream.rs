@@ -25,6 +25,7 @@ use futures::future::BoxFuture;
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpStream, UdpSocket},
+    sync::watch,
     time::{Instant, timeout, timeout_at},
 };
 
@@ -104,6 +105,17 @@ fn path_of(stream: &TunnelStream) -> &'static str {
         Path::Relayed { .. } => "relay",
         _ => "tunnel",
     }
+}
+
+/// How an endpoint of a Service port stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It gets new clients.
+    Ready,
+    /// It serves those that it has.
+    Draining,
+    /// It serves nobody.
+    Gone,
 }
 
 /// A failed attempt, and what it says about.
@@ -351,6 +363,24 @@ impl Dialer {
             self.metrics.ejection();
             tracing::info!(%port, endpoint = %endpoint.address, seconds = time.as_secs_f32(), cause, "an endpoint is passed over");
         }
+    }
+
+    /// How an endpoint stands to which a flow leads.
+    pub(super) fn standing(&self, called: &Called, endpoint: SocketAddr) -> Standing {
+        let catalog = self.catalog.peek();
+        let Called::Service(name, _) = called else { return Standing::Ready };
+        let Some(service) = catalog.service_named(&name.service) else { return Standing::Gone };
+        let port = service.ports.iter().find(|port| port.name == name.port && port.protocol == name.protocol);
+        match port.and_then(|port| port.endpoint(endpoint)) {
+            Some(endpoint) if endpoint.ready || service.publish_not_ready => Standing::Ready,
+            Some(endpoint) if endpoint.serving => Standing::Draining,
+            _ => Standing::Gone,
+        }
+    }
+
+    /// Changes of what the endpoints are.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.catalog.subscribe()
     }
 
     /// The endpoints to try, in order: a chosen one, then those after it; those that could not be reached lately come last.

@@ -1,6 +1,9 @@
 //! Proxied UDP flows.
 
+use std::time::Duration;
+
 use edgemesh_mesh::model::Protocol;
+use serde_json::json;
 use tokio::net::UdpSocket;
 
 use crate::{
@@ -57,4 +60,67 @@ async fn the_longest_datagram_passes_a_relay_whole() {
     let mut buffer = vec![0; 65_536];
     let length = within("the reply", client.recv(&mut buffer)).await.unwrap();
     assert!(buffer[..length] == sent, "{length} bytes came back");
+}
+
+/// A UDP server that answers with a name.
+async fn named_server(name: &'static str) -> std::net::SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut buffer = [0; 64];
+        while let Ok((_, from)) = socket.recv_from(&mut buffer).await {
+            drop(socket.send_to(name.as_bytes(), from).await);
+        }
+    });
+    address
+}
+
+/// Clients use their ports again: what comes from one is a new question, and must not go to where the last one went.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_port_that_is_used_again_does_not_lead_to_an_endpoint_that_is_gone() {
+    let (a, b) = two_sites().await;
+    let (old, new) = (named_server("old").await, named_server("new").await);
+    service(&[&a, &b], "dns", "UDP", &[(old, "b")]);
+    let listener = a.listener("dns", Protocol::Udp);
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let ask = async || {
+        client.send_to(b"?", listener).await.unwrap();
+        let mut buffer = [0; 16];
+        let length = within("an answer", client.recv(&mut buffer)).await.unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    assert_eq!(ask().await, "old");
+
+    // Both are there, the old one is going: who makes a pause is answered by the new one.
+    service(&[&a, &b], "dns", "UDP", &[(old, "b"), (new, "b")]);
+    condition(&[&a, &b], old, json!({"ready": false, "serving": true, "terminating": true}));
+    within("the flow to move on after a pause", async {
+        while ask().await == "old" {
+            tokio::time::sleep(Duration::from_millis(1100)).await;
+        }
+    })
+    .await;
+
+    // The old one comes back and the new one is gone at once: without any pause.
+    condition(&[&a, &b], old, json!({"ready": true, "serving": true}));
+    service(&[&a, &b], "dns", "UDP", &[(old, "b")]);
+    for node in [&a, &b] {
+        node.catalog.delete_endpoint_slice("default", "dns-1");
+        node.catalog.publish();
+    }
+    within("the flow to leave the endpoint that is gone", async { while ask().await == "new" {} }).await;
+}
+
+/// Changes what is said of the endpoint of the slice `dns-0`.
+fn condition(nodes: &[&crate::rig::Node], endpoint: std::net::SocketAddr, conditions: serde_json::Value) {
+    for node in nodes {
+        let slice = json!({
+            "metadata": {"namespace": "default", "name": "dns-0", "labels": {"kubernetes.io/service-name": "dns"}},
+            "addressType": "IPv4",
+            "ports": [{"name": "main", "port": endpoint.port(), "protocol": "UDP"}],
+            "endpoints": [{"addresses": [endpoint.ip()], "nodeName": "b", "conditions": conditions}],
+        });
+        node.catalog.apply_endpoint_slice(&serde_json::from_value(slice).unwrap());
+        node.catalog.publish();
+    }
 }

@@ -94,7 +94,7 @@ pub enum Delivery {
 pub enum FlowEnded {
     /// Nothing moved for the idle time.
     Idle,
-    /// It was idle and another flow needed its place.
+    /// It was idle and another flow needed its place, or it was ended because its remote end is of no more use.
     Evicted,
     /// One end closed.
     Closed,
@@ -201,6 +201,18 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
             ended(end, &traffic);
         });
         delivery
+    }
+
+    /// For how long nothing has moved on a flow; none if there is no such flow.
+    pub fn idle(&self, key: &K) -> Option<Duration> {
+        self.shared.by_key.lock().get(key).map(|entry| entry.traffic.last().elapsed())
+    }
+
+    /// Ends a flow: the next datagram of its client begins another.
+    pub fn end(&self, key: &K) {
+        if let Some(entry) = self.shared.by_key.lock().remove(key) {
+            entry.traffic.evicted.cancel();
+        }
     }
 
     /// Ends all flows and waits for them.

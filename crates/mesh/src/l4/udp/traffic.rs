@@ -16,7 +16,7 @@ pub struct Traffic {
     last: AtomicU64,
     pub(super) to_far: AtomicU64,
     pub(super) to_near: AtomicU64,
-    /// Cancelled when another flow needs the place of this one.
+    /// Cancelled when the flow is to end before its time.
     pub(super) evicted: CancellationToken,
 }
 
