@@ -8,7 +8,7 @@ use futures::{StreamExt as _, stream};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::watch,
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
@@ -22,10 +22,10 @@ use crate::{config::Config, metrics::IslandMetrics, overlay::COMPONENT};
 pub(super) const CHECKS_PER_REPORT: u32 = 3;
 /// Reports that may be lost before the last one is forgotten.
 pub(super) const REPORTS_KEPT: u32 = 3;
-/// For one peer, with the connection to it.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// For one peer, with the connection to it: silent ones must not keep the others from the next report.
+const DEADLINE: Duration = Duration::from_secs(3);
 /// Peers that are told at a time.
-const CONCURRENCY: usize = 16;
+const CONCURRENCY: usize = 64;
 
 /// Sends to the agents of this network.
 pub(super) struct Sharing {
@@ -43,8 +43,9 @@ impl Sharing {
         loop {
             let report = self.report.borrow_and_update().clone();
             let changed = if let Some(report) = report {
+                let next = Instant::now() + jitter(interval);
                 self.send(&message::encode(&report)).await;
-                timeout(jitter(interval), self.report.changed()).await.unwrap_or(Ok(()))
+                timeout_at(next, self.report.changed()).await.unwrap_or(Ok(()))
             } else {
                 self.report.changed().await
             };
