@@ -96,9 +96,18 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     }
 
     let metrics = IslandMetrics::new(&mut registry.write());
-    let island = Island::start(Arc::clone(&config), Arc::clone(&catalog), client.clone(), metrics, shutdown);
     let pods = client.clone();
-    let overlay = Overlay::start(&config, Arc::clone(&catalog), client, Arc::clone(&allocator), &registry, shutdown)?;
+    let island = Island::new(&config, metrics);
+    let overlay = Overlay::start(
+        &config,
+        Arc::clone(&catalog),
+        client.clone(),
+        Arc::clone(&allocator),
+        island.reports(),
+        &registry,
+        shutdown,
+    )?;
+    island.start(&config, &catalog, client, overlay.tunnel().clone(), shutdown);
     tracing::info!(peer = %overlay.tunnel().peer_id(), proxied = %overlay.proxied_address(), "overlay started");
 
     let metrics = DatapathMetrics::new(&mut registry.write());

@@ -180,12 +180,13 @@ impl CaptureMetrics {
 }
 
 /// Island mode.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct IslandMetrics {
     /// 1 while the cloud is away and endpoints are judged by own checks.
     pub(crate) active: Gauge,
     endpoints: Family<StateLabel, Gauge>,
     checks: Family<ResultLabel, Counter>,
+    reports: Family<ResultLabel, Counter>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -201,15 +202,16 @@ struct ResultLabel {
 impl IslandMetrics {
     /// Registers them.
     pub fn new(registry: &mut Registry) -> Self {
-        let metrics = Self { active: Gauge::default(), endpoints: Family::default(), checks: Family::default() };
+        let metrics = Self::default();
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_island");
         registry.register(
             "active",
             "Whether the cloud is away and endpoints are judged by own checks",
             metrics.active.clone(),
         );
-        registry.register("endpoints", "Endpoints that own checks found dead, or back", metrics.endpoints.clone());
+        registry.register("endpoints", "Endpoints that are held to be dead, or back", metrics.endpoints.clone());
         registry.register("checks", "Own checks of endpoints while the cloud was away", metrics.checks.clone());
+        registry.register("reports", "Reports about endpoints to and from other nodes", metrics.reports.clone());
         metrics.endpoints(0, 0);
         metrics
     }
@@ -225,6 +227,11 @@ impl IslandMetrics {
     pub(crate) fn checked(&self, answered: bool) {
         let result = if answered { "answered" } else { "failed" };
         self.checks.get_or_create(&ResultLabel { result }).inc();
+    }
+
+    /// Counts one report.
+    pub(crate) fn reported(&self, result: &'static str) {
+        self.reports.get_or_create(&ResultLabel { result }).inc();
     }
 }
 

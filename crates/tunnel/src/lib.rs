@@ -27,4 +27,4 @@ pub use libp2p::{Multiaddr, PeerId};
 pub use peer::{DirectTransport, Path, PeerName, TunnelPeer};
 pub use stream::{DatagramReceiver, DatagramSender, MAX_DATAGRAM, TunnelStream};
 pub use tunnel::Tunnel;
-pub use wire::{Carried, StreamHeader, StreamTarget};
+pub use wire::{Carried, NO_ENDPOINT, StreamHeader, StreamTarget};

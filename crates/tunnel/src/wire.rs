@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
 use prost::Message;
@@ -37,7 +37,12 @@ pub enum StreamTarget {
     },
     /// A pod, by its own address.
     Pod,
+    /// The agent itself, to tell it what the dialing side holds of endpoints of its own node. The endpoint is [`NO_ENDPOINT`].
+    Island,
 }
+
+/// The endpoint in the header of a stream that goes to none.
+pub const NO_ENDPOINT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
 /// The first frame of a stream: where it goes and for whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,13 +76,14 @@ struct HeaderFrame {
     #[prost(string, tag = "7")]
     source: String,
     /// 0: a Service port, which the first three fields name. 1: a pod, and they are empty, so that an agent that doesn't know
-    /// this field looks for a Service without a name and refuses.
+    /// this field looks for a Service without a name and refuses. 2: the agent itself, and there is no endpoint either.
     #[prost(uint32, tag = "8")]
     target: u32,
 }
 
 const SERVICE: u32 = 0;
 const POD: u32 = 1;
+const ISLAND: u32 = 2;
 
 #[derive(Clone, PartialEq, Message)]
 struct AnswerFrame {
@@ -96,6 +102,7 @@ impl StreamHeader {
                 (SERVICE, [namespace, service, port_name].map(String::clone))
             }
             StreamTarget::Pod => (POD, Default::default()),
+            StreamTarget::Island => (ISLAND, Default::default()),
         };
         let frame = HeaderFrame {
             namespace,
@@ -141,12 +148,16 @@ impl StreamHeader {
                 return Err(malformed("the Service has no name"));
             }
             SERVICE => StreamTarget::Service { namespace, service, port_name },
-            POD if !(namespace.is_empty() && service.is_empty() && port_name.is_empty()) => {
-                return Err(malformed("a pod's address comes with the name of a Service"));
+            POD | ISLAND if !(namespace.is_empty() && service.is_empty() && port_name.is_empty()) => {
+                return Err(malformed("what is no Service comes with the name of one"));
             }
             POD if port == 0 => return Err(malformed("a pod's port is missing")),
             POD => StreamTarget::Pod,
-            _ => return Err(malformed("neither a Service nor a pod is called")),
+            ISLAND if SocketAddr::new(address, port) != NO_ENDPOINT => {
+                return Err(malformed("the agent itself is called with an endpoint"));
+            }
+            ISLAND => StreamTarget::Island,
+            _ => return Err(malformed("what is called is not known")),
         };
         Ok(Self { target, protocol, endpoint: SocketAddr::new(address, port), source: frame.source })
     }
@@ -270,7 +281,11 @@ mod tests {
             (service.clone(), true),
             (HeaderFrame { target: SERVICE, ..frame.clone() }, false),
             (HeaderFrame { target: POD, ..service.clone() }, false),
-            (HeaderFrame { target: 2, ..service.clone() }, false),
+            (HeaderFrame { target: ISLAND, ..service.clone() }, false),
+            (HeaderFrame { target: ISLAND, ..frame.clone() }, false),
+            (HeaderFrame { target: ISLAND, address: vec![0; 4], port: 0, ..frame.clone() }, true),
+            (HeaderFrame { target: ISLAND, address: vec![0; 16], port: 0, ..frame.clone() }, false),
+            (HeaderFrame { target: 3, ..frame.clone() }, false),
             (HeaderFrame { namespace: String::new(), ..service.clone() }, false),
             (HeaderFrame { port_name: "http".into(), ..frame.clone() }, false),
             (HeaderFrame { port: 0, ..frame.clone() }, false),
@@ -286,7 +301,8 @@ mod tests {
 
     #[tokio::test]
     async fn headers_with_changed_bytes_are_errors_or_headers_that_hold_together() {
-        let headers = [header(), StreamHeader { target: StreamTarget::Pod, ..header() }];
+        let island = StreamHeader { target: StreamTarget::Island, endpoint: NO_ENDPOINT, ..header() };
+        let headers = [header(), StreamHeader { target: StreamTarget::Pod, ..header() }, island];
         let originals = headers.map(|header| header.encode().unwrap());
         for original in originals {
             for at in 0..original.len() {

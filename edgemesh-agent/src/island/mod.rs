@@ -2,10 +2,14 @@
 //! and its network answer, and has the catalog show that. DNS, the datapath and the proxies, which all read the catalog, follow.
 //!
 //! Connections are the judge, and not the status of pods at the metaserver: they tell of every pod of the network and not only of
-//! this node's, need no word from other nodes, and work with any API server.
+//! this node's, need no word from other nodes, and work with any API server. Where another node says of its own endpoints what it
+//! found, that is taken over and they are not checked from here.
 
 mod checks;
 mod cloud;
+mod message;
+mod reports;
+mod share;
 
 use std::{
     collections::BTreeMap,
@@ -16,10 +20,13 @@ use std::{
 use arc_swap::ArcSwap;
 use edgemesh_mesh::{CatalogStore, Observed};
 use edgemesh_telemetry::Shutdown;
+use edgemesh_tunnel::Tunnel;
 use rand::Rng as _;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
-use self::{checks::Checks, cloud::Cloud};
+pub use self::reports::Reports;
+use self::{checks::Checks, cloud::Cloud, message::Report, share::Sharing};
 use crate::{config::Config, metrics::IslandMetrics};
 
 /// How often a metaserver is asked.
@@ -40,38 +47,69 @@ struct State {
 }
 
 /// The running watch over the cloud.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Island {
     state: Arc<ArcSwap<State>>,
+    reports: Arc<Reports>,
+    metrics: IslandMetrics,
 }
 
 impl Island {
+    /// Not yet watching.
+    pub fn new(config: &Config, metrics: IslandMetrics) -> Self {
+        let keep = Duration::from_secs(config.island_check_seconds) * share::CHECKS_PER_REPORT * share::REPORTS_KEPT;
+        Self { state: Arc::default(), reports: Arc::new(Reports::new(keep, metrics.clone())), metrics }
+    }
+
+    /// Where what other nodes say arrives.
+    pub fn reports(&self) -> Arc<Reports> {
+        Arc::clone(&self.reports)
+    }
+
     /// Watches whether the cloud is there, until the agent stops.
     pub fn start(
-        config: Arc<Config>,
-        catalog: Arc<CatalogStore>,
+        &self,
+        config: &Arc<Config>,
+        catalog: &Arc<CatalogStore>,
         client: kube::Client,
-        metrics: IslandMetrics,
+        tunnel: Tunnel,
         shutdown: &Shutdown,
-    ) -> Self {
-        let island = Self::default();
-        if config.island_check_seconds > 0 {
-            let worker =
-                Worker { config, catalog, client, metrics, state: island.state.clone(), checks: Checks::default() };
-            let stopping = shutdown.stopping().clone();
-            shutdown.spawn(async move {
-                tokio::select! {
-                    () = worker.run() => {}
-                    () = stopping.cancelled() => {}
-                }
-            });
+    ) {
+        if config.island_check_seconds == 0 {
+            return;
         }
-        island
+        let (report, told) = watch::channel(None);
+        let sharing = Sharing {
+            config: Arc::clone(config),
+            catalog: Arc::clone(catalog),
+            tunnel,
+            metrics: self.metrics.clone(),
+            reports: self.reports(),
+            report: told,
+        };
+        let worker = Worker {
+            config: Arc::clone(config),
+            catalog: Arc::clone(catalog),
+            client,
+            metrics: self.metrics.clone(),
+            state: Arc::clone(&self.state),
+            reports: self.reports(),
+            report,
+            checks: Checks::default(),
+        };
+        let stopping = shutdown.stopping().clone();
+        shutdown.spawn(async move {
+            tokio::select! {
+                () = worker.run() => {}
+                () = sharing.run() => {}
+                () = stopping.cancelled() => {}
+            }
+        });
     }
 
     /// Whether the cloud is away, and what is held of endpoints then, as JSON.
     pub fn debug_page(&self) -> impl Fn() -> Value + Send + Sync + 'static {
-        let state = Arc::clone(&self.state);
+        let (state, reports) = (Arc::clone(&self.state), self.reports());
         move || {
             let state = state.load();
             let named = |answers: bool| if answers { "back" } else { "dead" };
@@ -81,7 +119,9 @@ impl Island {
                 .iter()
                 .map(|(endpoint, answers)| (endpoint.to_string(), named(*answers)))
                 .collect();
-            json!({"island": state.is_island, "checked": state.checked, "endpoints": endpoints})
+            json!({
+                "island": state.is_island, "checked": state.checked, "endpoints": endpoints, "reports": reports.debug_view(),
+            })
         }
     }
 }
@@ -92,6 +132,9 @@ struct Worker {
     client: kube::Client,
     metrics: IslandMetrics,
     state: Arc<ArcSwap<State>>,
+    reports: Arc<Reports>,
+    /// What other nodes are told.
+    report: watch::Sender<Option<Report>>,
     checks: Checks,
 }
 
@@ -100,9 +143,12 @@ impl Worker {
         loop {
             self.until_away().await;
             tracing::warn!("the cloud is away: endpoints of this network are judged by whether they answer");
+            self.reports.set_island(true);
             self.metrics.active.set(1);
             self.until_back().await;
             tracing::info!("the cloud is back: endpoints are what it says");
+            self.reports.set_island(false);
+            self.report.send_replace(None);
             self.checks = Checks::default();
             self.show(0);
             self.metrics.active.set(0);
@@ -125,19 +171,38 @@ impl Worker {
         loop {
             let snapshot = self.catalog.snapshot();
             let endpoints = checks::endpoints(&snapshot, &self.config.viewpoint(&snapshot));
-            let checked = endpoints.len();
-            let results = checks::round(endpoints).await;
+            let now = Instant::now();
+            self.reports.forget_old(now);
+            let (mut own, mut followed, mut to_check) = (Vec::new(), Vec::new(), Vec::new());
+            for (node, endpoint) in endpoints {
+                if *node == *self.config.node_name {
+                    own.push(endpoint);
+                    to_check.push(endpoint);
+                } else if let Some(held) = self.reports.fresh(&node, endpoint, now) {
+                    followed.push((endpoint, held));
+                } else {
+                    to_check.push(endpoint);
+                }
+            }
+            let checked = to_check.len();
+            let results = checks::round(to_check).await;
             for answered in results.iter().filter_map(|(_, answered)| *answered) {
                 self.metrics.checked(answered);
             }
-            for (endpoint, answers) in self.checks.note(&results) {
+            for (endpoint, answers) in self.checks.note(&results, &followed) {
                 if answers {
-                    tracing::info!(%endpoint, "an endpoint answers again");
+                    tracing::info!(%endpoint, "an endpoint is back");
                 } else {
-                    tracing::info!(%endpoint, "an endpoint doesn't answer: it gets no more connections");
+                    tracing::info!(%endpoint, "an endpoint is dead: it gets no more connections");
                 }
             }
             self.show(checked);
+            let report = self.checks.report(&own);
+            self.report.send_if_modified(|told| {
+                let differs = told.as_ref() != Some(&report);
+                *told = Some(report);
+                differs
+            });
             if cloud::ask(&self.client).await.is_there() {
                 if back_since.get_or_insert_with(Instant::now).elapsed() >= BACK_FOR {
                     return;

@@ -21,26 +21,37 @@ use edgemesh_tunnel::{Accept, Carried, PeerName, Refusal, RefusalReason, Session
 use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 
-use super::upstream;
-use crate::datapath::host;
+use super::{Standpoint, upstream};
+use crate::{datapath::host, island::Reports};
 
 /// A UDP flow without datagrams ends after this time. The dialing side ends it sooner; this is for those that vanished.
 const UDP_IDLE: Duration = Duration::from_secs(90);
 
 /// Decides about streams, and connects them.
 pub(super) struct Acceptor {
-    node: Arc<str>,
+    standpoint: Standpoint,
     catalog: Arc<CatalogStore>,
+    reports: Arc<Reports>,
     shutdown: Shutdown,
 }
 
 impl Acceptor {
-    pub(super) fn new(node: Arc<str>, catalog: Arc<CatalogStore>, shutdown: Shutdown) -> Self {
-        Self { node, catalog, shutdown }
+    pub(super) fn new(
+        standpoint: Standpoint,
+        catalog: Arc<CatalogStore>,
+        reports: Arc<Reports>,
+        shutdown: Shutdown,
+    ) -> Self {
+        Self { standpoint, catalog, reports, shutdown }
     }
 
     async fn connect(&self, peer: &PeerName, header: &StreamHeader) -> Result<Session, Refusal> {
-        let called = check(&self.catalog.snapshot(), &self.node, peer, header, host::addresses)?;
+        let catalog = self.catalog.snapshot();
+        if header.target == StreamTarget::Island {
+            let viewpoint = self.standpoint.viewpoint(&catalog);
+            return self.reports.accept(catalog, &viewpoint, peer);
+        }
+        let called = check(&catalog, &self.standpoint.node, peer, header, host::addresses)?;
         let failed =
             |error: std::io::Error| Refusal::new(RefusalReason::DialFailed, format!("{}: {error}", header.endpoint));
         match header.protocol {
@@ -107,6 +118,7 @@ fn check(
             let refused = |what| Refusal::new(RefusalReason::NotHere, format!("pod {}: {what}", header.endpoint));
             return check_pod(catalog, own, peer, header, host_addresses).map(|()| None).map_err(refused);
         }
+        StreamTarget::Island => return Err(Refusal::new(RefusalReason::NotHere, "nothing is dialled for a report")),
     };
     let not_here = |what: &str| {
         let detail = format!("{namespace}/{service} {}: {what}", header.endpoint);

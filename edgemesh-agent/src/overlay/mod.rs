@@ -35,11 +35,12 @@ use prometheus_client::registry::Registry;
 
 use crate::{
     config::Config,
+    island::Reports,
     node_local::{Allocator, PROXIED_PORT},
 };
 
 /// The name of this component in MeshNodes.
-const COMPONENT: &str = "agent";
+pub(crate) const COMPONENT: &str = "agent";
 
 /// From where the agent sees the mesh.
 #[derive(Debug, Clone)]
@@ -82,7 +83,7 @@ pub struct PodSockets {
 }
 
 impl Overlay {
-    /// Starts the tunnel and the proxied listener; everything is bound when this returns. Needs a Tokio runtime.
+    /// Starts the tunnel, which gives `reports` what other agents say, and the proxied listener; everything is bound when this returns. Needs a Tokio runtime.
     ///
     /// # Errors
     /// When an address or the identity can't be used.
@@ -91,29 +92,32 @@ impl Overlay {
         catalog: Arc<CatalogStore>,
         client: kube::Client,
         allocator: Arc<Allocator>,
+        reports: Arc<Reports>,
         registry: &RwLock<Registry>,
         shutdown: &Shutdown,
     ) -> anyhow::Result<Self> {
         let proxied = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PROXIED_PORT));
-        Self::start_at(proxied, config, catalog, client, allocator, registry, shutdown)
+        Self::start_at(proxied, config, catalog, client, allocator, reports, registry, shutdown)
     }
 
     /// Like [`Overlay::start`], with another address for the proxied listener.
     ///
     /// # Errors
     /// When an address or the identity can't be used.
+    #[expect(clippy::too_many_arguments, reason = "each is another part of the agent")]
     pub fn start_at(
         proxied: SocketAddr,
         config: &Config,
         catalog: Arc<CatalogStore>,
         client: kube::Client,
         allocator: Arc<Allocator>,
+        reports: Arc<Reports>,
         registry: &RwLock<Registry>,
         shutdown: &Shutdown,
     ) -> anyhow::Result<Self> {
         let standpoint =
             Standpoint { node: config.node_name.as_str().into(), network: config.network.as_deref().map(Into::into) };
-        let acceptor = Arc::new(accept::Acceptor::new(standpoint.node.clone(), catalog.clone(), shutdown.clone()));
+        let acceptor = Arc::new(accept::Acceptor::new(standpoint.clone(), catalog.clone(), reports, shutdown.clone()));
         let tunnel_config = tunnel_config(config)?;
         let tunnel = Tunnel::start(&tunnel_config, acceptor, registry, shutdown).context("starting the tunnel")?;
 

@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, UdpSocket},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,11 +12,13 @@ use std::{
     time::Duration,
 };
 
+use edgemesh_tunnel::{Carried, NO_ENDPOINT, StreamHeader, StreamTarget};
 use hickory_proto::{
     op::{Message, Query},
     rr::RecordType,
 };
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::sites::{Host, POD_A, POD_B, Sites, call, counting_server, to, until};
 
@@ -166,4 +169,76 @@ fn dead_endpoints_leave_and_return_while_the_cloud_is_away_and_its_word_counts_w
     // It says that the pod of this node is ready.
     until("its word", || call(&sites.a.host, vip, 1).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused));
     assert_eq!(names(), [POD_A[0], POD_B[0]]);
+}
+
+/// Connections of this host to the pod of b fail; those that it forwards don't.
+const NO_WAY_TO_B: &str = "table ip t { chain c { type filter hook output priority 0; \
+                           ip daddr 10.244.7.5 tcp dport 8080 reject with tcp reset; }; }";
+
+/// Runs `nft` on a host.
+fn nft(at: &Host, arguments: &'static str) {
+    at.run(move || {
+        let output = Command::new("nft").arg(arguments).output().unwrap();
+        assert!(output.status.success(), "nft {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    });
+}
+
+/// Sends bytes as a report of node b to node a, and gives the answer.
+fn report_of_b(sites: &Sites, bytes: &[u8]) -> std::io::Result<u8> {
+    let header = StreamHeader {
+        target: StreamTarget::Island,
+        protocol: Carried::Tcp,
+        endpoint: NO_ENDPOINT,
+        source: String::new(),
+    };
+    sites.b.runtime().block_on(async {
+        let mut stream = sites.b.agent().overlay.tunnel().open("a", &header).await.map_err(std::io::Error::other)?;
+        stream.write_all(bytes).await?;
+        stream.shutdown().await?;
+        stream.read_u8().await
+    })
+}
+
+#[test]
+fn a_node_of_the_network_is_believed_about_its_own_endpoints_until_it_is_silent() {
+    let mut sites = Sites::start(&services(), |config| config.island_check_seconds = 1);
+    sites.move_node("b", "site-a");
+    counting_server(&sites.a.pod, 8080, "pod a");
+    counting_server(&sites.b.pod, 8080, "pod b");
+    let names = |sites: &Sites| addresses_of(&sites.a.pod, "names.default.svc.cluster.local.");
+    let page = |sites: &Sites, wanted: &str| sites.a.admin("/debug/island").contains(wanted);
+    // Node a can't connect to the pod of b: only b itself can.
+    nft(&sites.a.host, NO_WAY_TO_B);
+    until("both to be islands", || {
+        [&sites.a, &sites.b].iter().all(|site| site.metric("edgemesh_agent_island_active") == 1)
+    });
+    until("a to follow b", || page(&sites, "\"10.244.7.5:8080\": \"as known\"") && page(&sites, "\"checked\": 1"));
+    until("the pod of b to be there", || names(&sites) == [POD_A[0], POD_B[0]]);
+
+    // Now the other way round: everybody but b can connect.
+    nft(&sites.a.host, "delete table ip t");
+    nft(&sites.b.host, NO_WAY_TO_B);
+    until("a to learn that it is dead", || names(&sites) == [POD_A[0]]);
+    assert!(page(&sites, "\"10.244.7.5:8080\": \"dead\""), "{}", sites.a.admin("/debug/island"));
+    nft(&sites.b.host, "delete table ip t");
+    until("a to learn that it is back", || names(&sites) == [POD_A[0], POD_B[0]]);
+
+    // What b says of the pod of a counts for nothing.
+    let forged = [1, 0, 1, 4, 10, 244, 1, 5, 0x1f, 0x90, 0];
+    assert_eq!(report_of_b(&sites, &forged).unwrap(), 1);
+    assert_eq!(sites.a.metric("edgemesh_agent_island_reports_total{result=\"foreign\"}"), 1);
+    let checks = || sites.a.metric("edgemesh_agent_island_checks_total{result=\"answered\"}");
+    let before = checks();
+    until("a few rounds", || checks() > before + 4);
+    assert_eq!(names(&sites), [POD_A[0], POD_B[0]]);
+    assert!(report_of_b(&sites, &[9, 0, 0]).is_err());
+    assert_eq!(sites.a.metric("edgemesh_agent_island_reports_total{result=\"malformed\"}"), 1);
+
+    // Held dead by its own node, which then says nothing any more: own checks find the pod.
+    nft(&sites.b.host, NO_WAY_TO_B);
+    until("a to learn that it is dead", || names(&sites) == [POD_A[0]]);
+    sites.b.stop();
+    until("the report to be forgotten", || page(&sites, "\"reports\": {}"));
+    until("own checks to find the pod", || names(&sites) == [POD_A[0], POD_B[0]]);
+    assert!(page(&sites, "\"checked\": 2"));
 }

@@ -77,6 +77,7 @@ impl Node {
             catalog.clone(),
             client,
             allocator.clone(),
+            Arc::default(),
             &registry,
             &shutdown,
         )
