@@ -153,6 +153,7 @@ impl Admin {
             .await
             .map_err(|error| anyhow::anyhow!("the admin endpoint can't listen on {address}: {error}"))?;
         let address = listener.local_addr()?;
+        tracing::info!(%address, "the admin endpoint listens");
         Ok(Self { listener, address })
     }
 

@@ -72,6 +72,17 @@ fn topology(mode: Mode) -> Topology {
 }
 
 impl Field {
+    /// [`Field::up`] for a test, whose program cargo put beside the others.
+    ///
+    /// # Errors
+    /// As [`Field::up`].
+    pub fn up_for_test(lab: &str, mode: Mode) -> Result<Self> {
+        let program = std::env::current_exe()?;
+        let programs = program.ancestors().nth(2).context("this program is in no folder")?;
+        let root = Path::new(&std::env::var("CARGO_MANIFEST_DIR")?).join("../..").canonicalize()?;
+        Self::up(lab, mode, programs, &root)
+    }
+
     /// Brings a lab up and starts the shared pods: `server-NODE` and `client-NODE` on each node, and `host-NODE`, a server in the
     /// host's network. `purpose` begins the lab's name; `programs` is where the project's programs are, `root` the checkout.
     ///

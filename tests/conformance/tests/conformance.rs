@@ -2,7 +2,6 @@
 //! (`make test` builds them).
 
 use std::{
-    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, OnceLock},
 };
@@ -42,18 +41,10 @@ fn trials(mode: Mode, up: &Arc<Up>) -> Vec<Trial> {
     let one = |(number, row): (usize, edgemesh_conformance::case::Row)| {
         let up = up.clone();
         Trial::test(format!("{}: {}", mode.name, row.name), move || {
-            let field = up.get_or_init(|| bring_up(mode).map_err(|error| format!("{error:#}")));
+            let field = up.get_or_init(|| Field::up_for_test("conf", mode).map_err(|error| format!("{error:#}")));
             let field = field.as_ref().map_err(|error| Failed::from(format!("the lab is not up: {error}")))?;
             row.play(field, number).map_err(|error| Failed::from(format!("{error:#}")))
         })
     };
     (1..).zip(rows::all()).map(one).collect()
-}
-
-fn bring_up(mode: Mode) -> anyhow::Result<Field> {
-    // This program is in a folder beside the others.
-    let this = std::env::current_exe()?;
-    let programs: PathBuf = this.ancestors().nth(2).unwrap_or(Path::new("/")).to_owned();
-    let root = Path::new(&std::env::var("CARGO_MANIFEST_DIR")?).join("../..").canonicalize()?;
-    Field::up("conf", mode, &programs, &root)
 }
