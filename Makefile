@@ -17,9 +17,8 @@ help: ## list the targets
 setup: ## install what is needed (Debian packages, bpf-linker); a second when all is there
 	@scripts/setup.sh
 
-# Tests ask for more features of the dependencies: building all targets at once compiles each dependency only once.
-build: setup ## build every program and test
-	cargo build --locked --workspace --all-targets
+build: setup ## build every program
+	cargo build --locked --workspace --bins
 
 demo: build ## bring the lab up and show every scene, narrated
 	$(BIN)/demo

@@ -31,7 +31,7 @@ pub(super) fn per_gbyte(bench: &Bench) -> Result<Row> {
 }
 
 pub(super) fn per_connection(bench: &Bench) -> Result<Row> {
-    let pairs = measure(bench, Kind::Connect, 1e-6)?;
+    let pairs = measure(bench, Kind::Connect, 1e6)?;
     let budget = Some(Budget::RatioAtMost(1.0));
     Row::compared("proxied_l4_cpu_per_connection", "CPU us/connection", "HAProxy", &pairs, budget)
 }
