@@ -8,7 +8,7 @@ use edgemesh_conformance::{Field, field::MODES, soak};
 
 #[test]
 fn endpoints_come_and_go_under_load_and_no_call_of_a_healthy_service_fails() {
-    let field = Field::up_for_test("soak-test", MODES[0]).unwrap();
+    let field = Field::up_for_test("soaktest", MODES[0]).unwrap();
     let report = soak::run(&field, Duration::from_secs(20));
     field.down().unwrap();
     let report = report.unwrap();
