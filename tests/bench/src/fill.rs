@@ -55,6 +55,8 @@ pub(crate) fn change(kubeconfig: &Path, endpoints: u32, times: u32, milliseconds
 }
 
 fn run(kubeconfig: &Path, work: impl AsyncFnOnce(Client) -> Result<()>) -> Result<()> {
+    // Of the two that are built in, TLS takes the one that is named; another call may have named it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let file = Kubeconfig::read_from(kubeconfig).context("kubeconfig")?;

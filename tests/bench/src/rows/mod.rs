@@ -41,7 +41,7 @@ impl Bench {
         if let Some(many) = self.many.get() {
             return Ok(many);
         }
-        let many = Many::start(&format!("{}-many", self.cluster.name()), &self.root)?;
+        let many = Many::start(&format!("{}many", self.cluster.name()), &self.root)?;
         Ok(self.many.get_or_init(|| many))
     }
 }
