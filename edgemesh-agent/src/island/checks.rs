@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -13,6 +12,7 @@ use futures::{StreamExt as _, stream};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::message::{Held, Report};
+use crate::overlay::is_of_this_host;
 
 /// Endpoints that are looked at; those of this node come first.
 const MAX_ENDPOINTS: usize = 2048;
@@ -149,27 +149,12 @@ pub(super) async fn round(endpoints: Vec<SocketAddr>) -> Vec<(SocketAddr, Option
     let check = |endpoint: SocketAddr| async move {
         let answered = match timeout(CONNECT_DEADLINE, TcpStream::connect(endpoint)).await {
             Ok(Ok(_)) => Some(true),
-            Ok(Err(error)) => (!is_own(&error)).then_some(false),
+            Ok(Err(error)) => (!is_of_this_host(&error)).then_some(false),
             Err(_) => Some(false),
         };
         (endpoint, answered)
     };
     stream::iter(endpoints).map(check).buffer_unordered(CONCURRENCY).collect().await
-}
-
-fn is_own(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(
-            libc::EMFILE
-                | libc::ENFILE
-                | libc::ENOMEM
-                | libc::ENOBUFS
-                | libc::EADDRNOTAVAIL
-                | libc::EACCES
-                | libc::EPERM
-        )
-    )
 }
 
 #[cfg(test)]

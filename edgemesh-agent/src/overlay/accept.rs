@@ -240,6 +240,7 @@ mod tests {
             }
         }
     }
+
     fn peer(component: &str) -> PeerName {
         PeerName { node: "there".into(), component: component.into() }
     }

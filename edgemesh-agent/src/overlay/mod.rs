@@ -12,6 +12,8 @@ mod proxied_udp;
 mod service_metrics;
 mod upstream;
 
+pub(crate) use upstream::is_of_this_host;
+
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,

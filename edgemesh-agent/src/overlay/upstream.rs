@@ -124,6 +124,22 @@ struct Failure {
     blame: Blame,
 }
 
+/// Whether a connection failed for what this host lacks, whatever the endpoint does.
+pub(crate) fn is_of_this_host(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOMEM
+                | libc::ENOBUFS
+                | libc::EADDRNOTAVAIL
+                | libc::EACCES
+                | libc::EPERM
+        )
+    )
+}
+
 /// What could not be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Blame {
@@ -137,20 +153,7 @@ enum Blame {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        // Those come from this host, whatever the endpoint does.
-        let own = matches!(
-            error.raw_os_error(),
-            Some(
-                libc::EMFILE
-                    | libc::ENFILE
-                    | libc::ENOMEM
-                    | libc::ENOBUFS
-                    | libc::EADDRNOTAVAIL
-                    | libc::EACCES
-                    | libc::EPERM
-            )
-        );
-        Self { cause: error.to_string(), blame: if own { Blame::Nothing } else { Blame::Endpoint } }
+        Self { cause: error.to_string(), blame: if is_of_this_host(&error) { Blame::Nothing } else { Blame::Endpoint } }
     }
 }
 
