@@ -274,6 +274,11 @@ fn endpoint_addresses(service: &Service) -> Vec<IpAddr> {
 }
 
 impl Service {
+    /// One of its ports, by name and protocol.
+    pub fn port_named(&self, name: &str, protocol: Protocol) -> Option<&Arc<ServicePort>> {
+        self.ports.iter().find(|port| *port.name == *name && port.protocol == protocol)
+    }
+
     /// Whether names resolve to the endpoints and not to a cluster address.
     pub fn is_headless(&self) -> bool {
         self.kind == ServiceKind::Headless

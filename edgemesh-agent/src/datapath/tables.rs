@@ -133,7 +133,8 @@ impl Family for V6 {
     }
 }
 
-fn protocol_number(protocol: Protocol) -> u8 {
+/// The protocol's number in IP headers, in maps and in rules.
+pub(super) fn protocol_number(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => abi::TCP,
         Protocol::Udp => abi::UDP,

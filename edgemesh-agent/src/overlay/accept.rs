@@ -128,7 +128,7 @@ fn check(
     let Some(service) = catalog.service(namespace, service) else {
         return not_here("no such Service");
     };
-    let Some(port) = service.ports.iter().find(|port| *port.name == **port_name && port.protocol == protocol) else {
+    let Some(port) = service.port_named(port_name, protocol) else {
         return not_here("the Service has no such port");
     };
     let address = SocketAddr::new(header.endpoint.ip(), header.endpoint.port());

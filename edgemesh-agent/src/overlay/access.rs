@@ -122,8 +122,7 @@ impl Account {
         };
         let catalog = self.accounts.catalog.peek();
         let service = catalog.service_named(&name.service);
-        let mut ports = service.into_iter().flat_map(|service| &service.ports);
-        let port = ports.find(|port| port.name == name.port && port.protocol == name.protocol);
+        let port = service.and_then(|service| service.port_named(&name.port, name.protocol));
         port.map_or(0, |port| port.port)
     }
 

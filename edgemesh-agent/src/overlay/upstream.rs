@@ -260,7 +260,7 @@ impl Dialer {
     fn announcement(&self, name: &ServicePortName, client: SocketAddr) -> Option<Vec<u8>> {
         let catalog = self.catalog.peek();
         let service = catalog.service_named(&name.service).filter(|service| service.proxy_protocol)?;
-        let port = service.ports.iter().find(|port| port.name == name.port && port.protocol == name.protocol)?;
+        let port = service.port_named(&name.port, name.protocol)?;
         Some(announcement(service, port, Some(client)))
     }
 
@@ -373,7 +373,7 @@ impl Dialer {
         let catalog = self.catalog.peek();
         let Called::Service(name, _) = called else { return Standing::Ready };
         let Some(service) = catalog.service_named(&name.service) else { return Standing::Gone };
-        let port = service.ports.iter().find(|port| port.name == name.port && port.protocol == name.protocol);
+        let port = service.port_named(&name.port, name.protocol);
         match port.and_then(|port| port.endpoint(endpoint)) {
             Some(endpoint) if endpoint.ready || service.publish_not_ready => Standing::Ready,
             Some(endpoint) if endpoint.serving => Standing::Draining,
@@ -395,11 +395,7 @@ impl Dialer {
     ) -> Result<Attempts, UpstreamError> {
         let catalog = self.catalog.snapshot();
         let service = catalog.service_named(&name.service).ok_or(UpstreamError::NoService)?;
-        let port = service
-            .ports
-            .iter()
-            .find(|port| port.name == name.port && port.protocol == name.protocol)
-            .ok_or(UpstreamError::NoService)?;
+        let port = service.port_named(&name.port, name.protocol).ok_or(UpstreamError::NoService)?;
         let viewpoint = self.standpoint.viewpoint(&catalog);
         // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. A node-local
         // address stands for Service addresses of its family.

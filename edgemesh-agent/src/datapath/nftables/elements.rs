@@ -11,8 +11,9 @@ use super::{
         outside::OutsideTarget,
         plan::{Frontend, Target},
     },
-    ruleset::{Chain, Family, Map, Place, element_key, protocol_number},
+    ruleset::{Chain, Family, Map, Place, element_key},
 };
+use crate::datapath::tables::protocol_number;
 
 /// An element: its key, and its value if the map is no set.
 #[derive(Debug, Clone, PartialEq, Eq)]

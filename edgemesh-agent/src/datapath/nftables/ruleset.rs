@@ -9,6 +9,8 @@ use std::{
 
 use edgemesh_mesh::model::Protocol;
 
+use crate::datapath::tables::protocol_number;
+
 /// The table that belongs to the agent, of family `inet`.
 pub const TABLE: &str = "edgemesh_services";
 /// An empty chain by which an agent knows a table that it can take over: the number grows with every change of the maps.
@@ -283,13 +285,6 @@ pub(super) fn element_key(place: Place, address: SocketAddr, protocol: Protocol)
     match place {
         Place::Inside | Place::Outside => format!("{} . {protocol} . {port}", address.ip()),
         Place::NodePort => format!("{protocol} . {port}"),
-    }
-}
-
-pub(super) fn protocol_number(protocol: Protocol) -> u8 {
-    match protocol {
-        Protocol::Tcp => edgemesh_ebpf_abi::TCP,
-        Protocol::Udp => edgemesh_ebpf_abi::UDP,
     }
 }
 
