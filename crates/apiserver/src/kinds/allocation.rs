@@ -1,10 +1,11 @@
 //! Service addresses and node ports: which ones a Service gets, or why it can't have those that it wants.
 //!
-//! Pure: what is taken is computed from the Services that exist, so nothing is ever released explicitly and nothing leaks.
+//! Pure: what is taken is counted from the Services that exist, so nothing is ever released explicitly and nothing leaks.
 //! The first part of the address range is used for dynamic allocation only when the rest is full, as in Kubernetes
 //! ("Service ClusterIP allocation"): that leaves the API server's and the DNS server's addresses to those who name them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet, hash_map::Entry};
+use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 
@@ -58,33 +59,77 @@ impl ServiceRanges {
     }
 }
 
-/// What the other Services have.
+/// What Services have, with how many have it. Kept up to date as Services come and go, because with thousands of them
+/// every write would read all the others.
 #[derive(Debug, Clone, Default)]
-pub struct Taken {
-    addresses: HashSet<Ipv4Addr>,
-    node_ports: HashSet<u16>,
+pub struct Allocations {
+    addresses: HashMap<Ipv4Addr, i64>,
+    node_ports: HashMap<u16, i64>,
 }
 
-impl Taken {
-    /// What these Services have. Leave out the one that is being written.
-    pub fn by<'a>(services: impl IntoIterator<Item = &'a Value>) -> Self {
-        let mut taken = Self::default();
-        for service in services {
-            taken.add(service);
-        }
-        taken
+impl Allocations {
+    /// Adds what a Service has.
+    pub fn add(&mut self, service: &Value) {
+        self.count(service, 1);
     }
 
-    /// Adds what one more Service has.
-    pub fn add(&mut self, service: &Value) {
+    /// Takes away what a Service had.
+    pub fn remove(&mut self, service: &Value) {
+        self.count(service, -1);
+    }
+
+    fn count(&mut self, service: &Value, by: i64) {
         let spec = &service["spec"];
         let addresses = spec["clusterIPs"].as_array().into_iter().flatten().chain([&spec["clusterIP"]]);
-        self.addresses.extend(addresses.filter_map(|a| text(a).parse::<Ipv4Addr>().ok()));
-        self.node_ports.extend(
-            spec["ports"].as_array().into_iter().flatten().filter_map(|p| u16::try_from(p["nodePort"].as_i64()?).ok()),
-        );
-        self.node_ports.extend(spec["healthCheckNodePort"].as_i64().and_then(|port| u16::try_from(port).ok()));
-        self.node_ports.remove(&0);
+        let addresses: HashSet<Ipv4Addr> = addresses.filter_map(|address| text(address).parse().ok()).collect();
+        let ports = spec["ports"].as_array().into_iter().flatten().map(|port| &port["nodePort"]);
+        let ports = ports.chain([&spec["healthCheckNodePort"]]).filter_map(|port| u16::try_from(port.as_i64()?).ok());
+        let ports: HashSet<u16> = ports.filter(|port| *port != 0).collect();
+        addresses.into_iter().for_each(|address| count(&mut self.addresses, address, by));
+        ports.into_iter().for_each(|port| count(&mut self.node_ports, port, by));
+    }
+}
+
+fn count<K: Eq + Hash>(counts: &mut HashMap<K, i64>, key: K, by: i64) {
+    let entry = counts.entry(key);
+    match entry {
+        Entry::Occupied(entry) if *entry.get() + by == 0 => drop(entry.remove()),
+        entry => *entry.or_default() += by,
+    }
+}
+
+/// What the other Services have, for one that is being written.
+#[derive(Debug, Clone)]
+pub struct Taken<'a> {
+    all: &'a Allocations,
+    /// To be added to it; counts below zero take away.
+    changes: Allocations,
+}
+
+impl<'a> Taken<'a> {
+    /// What all Services have.
+    pub fn by(all: &'a Allocations) -> Self {
+        Self { all, changes: Allocations::default() }
+    }
+
+    /// With one more Service.
+    pub fn add(&mut self, service: &Value) {
+        self.changes.add(service);
+    }
+
+    /// Without a Service that is counted.
+    pub fn remove(&mut self, service: &Value) {
+        self.changes.remove(service);
+    }
+
+    fn has_address(&self, address: Ipv4Addr) -> bool {
+        let of = |allocations: &Allocations| allocations.addresses.get(&address).copied().unwrap_or_default();
+        of(self.all) + of(&self.changes) > 0
+    }
+
+    fn has_port(&self, port: u16) -> bool {
+        let of = |allocations: &Allocations| allocations.node_ports.get(&port).copied().unwrap_or_default();
+        of(self.all) + of(&self.changes) > 0
     }
 }
 
@@ -93,7 +138,7 @@ impl Taken {
 ///
 /// # Errors
 /// The fields that can't be had: out of range, taken, or nothing is free.
-pub fn allocate(ranges: &ServiceRanges, taken: &Taken, service: &mut Value, seed: u64) -> Result<(), Vec<FieldError>> {
+pub fn allocate(ranges: &ServiceRanges, taken: &Taken<'_>, service: &mut Value, seed: u64) -> Result<(), Vec<FieldError>> {
     let mut errors = Errors::default();
     let spec = &mut service["spec"];
     if has_cluster_ip(spec) {
@@ -127,12 +172,12 @@ fn families(spec: &Value, errors: &mut Errors) {
     }
 }
 
-fn allocate_address(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed: u64, errors: &mut Errors) {
+fn allocate_address(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
     let wanted = text(&spec["clusterIP"]);
     if !wanted.is_empty() {
         match wanted.parse::<IpAddr>() {
             Ok(IpAddr::V4(address)) if ranges.contains(address) => {
-                if taken.addresses.contains(&address) {
+                if taken.has_address(address) {
                     errors.invalid("spec.clusterIP", wanted, "provided IP is already allocated");
                 }
             }
@@ -154,7 +199,7 @@ fn allocate_address(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, see
         let start = u32::try_from(seed % u64::from(count.max(1))).unwrap_or(0);
         (0..count)
             .map(|i| Ipv4Addr::from(ranges.network + first + (start + i) % count))
-            .find(|address| !taken.addresses.contains(address))
+            .find(|address| !taken.has_address(*address))
     };
     match free(1 + band, size - band).or_else(|| free(1, band)) {
         Some(address) => {
@@ -165,7 +210,7 @@ fn allocate_address(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, see
     }
 }
 
-fn allocate_ports(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed: u64, errors: &mut Errors) {
+fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
     let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
     let ports = spec.get_mut("ports").and_then(Value::as_array_mut).map(Vec::as_mut_slice).unwrap_or_default();
     // The same port number in two protocols shares one node port, so what one of them names goes for both.
@@ -180,7 +225,7 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed:
                 wanted,
                 format!("provided port is not in the valid range. The range of valid ports is {first}-{last}"),
             ),
-            Some(number) if taken.node_ports.contains(&number) => {
+            Some(number) if taken.has_port(number) => {
                 errors.invalid(field, wanted, "provided port is already allocated");
             }
             Some(number) => {
@@ -199,7 +244,7 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed:
         let free = shared.or_else(|| {
             (0..count)
                 .filter_map(|n| u16::try_from(u64::from(first) + (seed % count + n) % count).ok())
-                .find(|n| !taken.node_ports.contains(n) && !own.contains(n))
+                .find(|n| !taken.has_port(*n) && !own.contains(n))
         });
         match free {
             Some(node_port) => {
@@ -216,11 +261,11 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed:
 
 /// The port at which load balancers learn whether a node has an endpoint (Kubernetes, "Create an External Load Balancer":
 /// preserving the client source IP).
-fn allocate_health_check_port(ranges: &ServiceRanges, taken: &Taken, spec: &mut Value, seed: u64, errors: &mut Errors) {
+fn allocate_health_check_port(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
     let field = "spec.healthCheckNodePort";
     let own: HashSet<i64> =
         spec["ports"].as_array().into_iter().flatten().filter_map(|port| port["nodePort"].as_i64()).collect();
-    let is_free = |port: &u16| !taken.node_ports.contains(port) && !own.contains(&i64::from(*port));
+    let is_free = |port: &u16| !taken.has_port(*port) && !own.contains(&i64::from(*port));
     let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
     match spec["healthCheckNodePort"].as_i64().filter(|port| *port != 0) {
         Some(wanted) => match u16::try_from(wanted).ok().filter(|port| ranges.node_ports.contains(port)) {
@@ -254,7 +299,7 @@ mod tests {
             json!({"type": "LoadBalancer", "externalTrafficPolicy": policy, "healthCheckNodePort": port,
                    "allocateLoadBalancerNodePorts": true, "ports": [{"port": 80, "protocol": "TCP"}]})
         };
-        let taken = Taken::by([&service(json!({"healthCheckNodePort": 30001}))]);
+        let taken = allocations(json!({"healthCheckNodePort": 30001}));
         let given = allocated(&taken, spec("Local", 0), 0).unwrap();
         assert_eq!((&given["ports"][0]["nodePort"], &given["healthCheckNodePort"]), (&json!(30000), &json!(30002)));
         assert_eq!(allocated(&taken, spec("Cluster", 0), 0).unwrap()["healthCheckNodePort"], 0);
@@ -273,27 +318,34 @@ mod tests {
         json!({"metadata": {"name": "a", "namespace": "n"}, "spec": spec})
     }
 
-    fn allocated(taken: &Taken, spec: Value, seed: u64) -> Result<Value, Vec<String>> {
+    fn allocations(spec: Value) -> Allocations {
+        let mut allocations = Allocations::default();
+        allocations.add(&service(spec));
+        allocations
+    }
+
+    fn allocated(taken: &Allocations, spec: Value, seed: u64) -> Result<Value, Vec<String>> {
         let mut object = service(spec);
-        allocate(&ranges("10.96.0.0/16"), taken, &mut object, seed)
+        allocate(&ranges("10.96.0.0/16"), &Taken::by(taken), &mut object, seed)
             .map(|()| object["spec"].take())
             .map_err(|e| e.iter().map(ToString::to_string).collect())
     }
 
     #[test]
     fn dynamic_addresses_leave_the_first_ones_to_those_who_name_them() {
-        let spec = allocated(&Taken::default(), json!({"type": "ClusterIP"}), 0).unwrap();
+        let spec = allocated(&Allocations::default(), json!({"type": "ClusterIP"}), 0).unwrap();
         assert_eq!((&spec["clusterIP"], &spec["clusterIPs"]), (&json!("10.96.1.1"), &json!(["10.96.1.1"])));
-        let last = allocated(&Taken::default(), json!({"type": "ClusterIP"}), u64::from(65534_u32 - 256 - 1)).unwrap();
+        let last = allocated(&Allocations::default(), json!({"type": "ClusterIP"}), u64::from(65534_u32 - 256 - 1)).unwrap();
         assert_eq!(last["clusterIP"], json!("10.96.255.254"));
-        let dns = allocated(&Taken::default(), json!({"type": "ClusterIP", "clusterIP": "10.96.0.10"}), 0).unwrap();
+        let dns = allocated(&Allocations::default(), json!({"type": "ClusterIP", "clusterIP": "10.96.0.10"}), 0).unwrap();
         assert_eq!(dns["clusterIP"], json!("10.96.0.10"));
     }
 
     #[test]
     fn a_small_range_is_used_to_its_last_address() {
         let ranges = ranges("10.0.0.0/29");
-        let mut taken = Taken::default();
+        let none = Allocations::default();
+        let mut taken = Taken::by(&none);
         let mut got = HashSet::new();
         for _ in 0..6 {
             let mut object = service(json!({"type": "ClusterIP"}));
@@ -311,7 +363,7 @@ mod tests {
 
     #[test]
     fn taken_and_foreign_addresses_are_refused() {
-        let taken = Taken::by([&service(json!({"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"]}))]);
+        let taken = allocations(json!({"clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"]}));
         assert_eq!(
             allocated(&taken, json!({"type": "ClusterIP", "clusterIP": "10.96.0.1"}), 0).unwrap_err(),
             ["spec.clusterIP: Invalid value: \"10.96.0.1\": provided IP is already allocated"]
@@ -327,13 +379,13 @@ mod tests {
         for spec in
             [json!({"type": "ClusterIP", "clusterIP": "None"}), json!({"type": "ExternalName", "externalName": "a"})]
         {
-            assert_eq!(allocated(&Taken::default(), spec.clone(), 0), Ok(spec));
+            assert_eq!(allocated(&Allocations::default(), spec.clone(), 0), Ok(spec));
         }
     }
 
     #[test]
     fn node_ports_are_given_checked_and_shared_between_protocols() {
-        let taken = Taken::by([&service(json!({"ports": [{"port": 1, "nodePort": 30000}]}))]);
+        let taken = allocations(json!({"ports": [{"port": 1, "nodePort": 30000}]}));
         let spec = json!({"type": "NodePort", "ports": [{"port": 53, "protocol": "TCP"}, {"port": 53, "protocol": "UDP"}, {"port": 80}]});
         let spec = allocated(&taken, spec, 0).unwrap();
         let got: Vec<_> = spec["ports"].as_array().unwrap().iter().map(|p| p["nodePort"].as_i64().unwrap()).collect();
@@ -351,5 +403,21 @@ mod tests {
         let many: Vec<_> = (1..5).map(|p| json!({"port": p})).collect();
         let error = allocated(&taken, json!({"type": "NodePort", "ports": many}), 0).unwrap_err();
         assert_eq!(error, ["spec.ports[3].nodePort: Invalid value: 0: failed to allocate a nodePort: range is full"]);
+    }
+
+    #[test]
+    fn what_a_service_gives_back_is_free_unless_another_has_it_too() {
+        let one = service(json!({"clusterIP": "10.96.0.9", "ports": [{"nodePort": 30001}, {"nodePort": 30001}]}));
+        let mut all = Allocations::default();
+        all.add(&one);
+        let mut taken = Taken::by(&all);
+        assert!(taken.has_address(Ipv4Addr::new(10, 96, 0, 9)) && taken.has_port(30001));
+        taken.remove(&one);
+        assert!(!taken.has_address(Ipv4Addr::new(10, 96, 0, 9)) && !taken.has_port(30001));
+        all.add(&one);
+        all.remove(&one);
+        assert!(Taken::by(&all).has_port(30001));
+        all.remove(&one);
+        assert!(all.addresses.is_empty() && all.node_ports.is_empty());
     }
 }

@@ -22,13 +22,13 @@ pub(crate) fn service(
     let Some(cluster) = &transaction.shared.options.cluster else { return Ok(()) };
     let (first, last) = cluster.node_port_range;
     let ranges = ServiceRanges::new(&cluster.service_cidr, first..=last).map_err(ApiError::internal)?;
-    let own = old.map(|o| (fields::meta(o, "namespace"), fields::meta(o, "name")));
-    let services = transaction.list(&info.storage);
-    let others = services
-        .iter()
-        .filter(|((namespace, name), _)| own != Some((namespace, name)))
-        .map(|(_, stored)| &*stored.object);
-    let taken = Taken::by(others);
+    let state = transaction.shared.state.read();
+    let mut taken = Taken::by(state.allocations());
+    for (committed, written) in transaction.written(&state, &info.storage) {
+        committed.into_iter().for_each(|service| taken.remove(service));
+        written.into_iter().for_each(|service| taken.add(service));
+    }
+    old.into_iter().for_each(|service| taken.remove(service));
     let name = fields::meta(object, "name").to_owned();
     allocate(&ranges, &taken, object, rand::random()).map_err(|errors| invalid(info, &name, &errors))
 }

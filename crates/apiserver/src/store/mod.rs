@@ -83,8 +83,8 @@ impl Store {
                         definitions.push(object.clone());
                     }
                     let origin_version = row.origin_version.map(Into::into);
-                    let table = state.table_mut(&row.key.resource);
-                    table.objects.insert((row.key.namespace, row.key.name), Stored { object, origin_version });
+                    let stored = Stored { object, origin_version };
+                    state.set(&row.key.resource, (row.key.namespace, row.key.name), Some(stored));
                 })
                 .map_err(ApiError::internal)?;
             for definition in definitions {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::options::EventKind;
+use crate::kinds::allocation::Allocations;
 
 /// An object as it is kept, in its storage version.
 #[derive(Debug, Clone)]
@@ -51,12 +52,14 @@ pub(crate) struct State {
     pub(crate) rv: u64,
     history: usize,
     tables: HashMap<String, Table>,
+    /// Addresses and node ports of the Services.
+    allocations: Allocations,
     started_at: u64,
 }
 
 impl State {
     pub(crate) fn new(rv: u64, history: usize) -> Self {
-        Self { rv, history, tables: HashMap::new(), started_at: rv }
+        Self { rv, history, tables: HashMap::new(), allocations: Allocations::default(), started_at: rv }
     }
 
     /// The table of a resource by its storage name; several versions share it.
@@ -83,14 +86,30 @@ impl State {
         self.table(&key.resource)?.objects.get(&(key.namespace.clone(), key.name.clone()))
     }
 
+    /// What all committed Services have.
+    pub(crate) fn allocations(&self) -> &Allocations {
+        &self.allocations
+    }
+
+    /// Takes in an object, or that it is gone.
+    pub(crate) fn set(&mut self, resource: &ResourceName, slot: Slot, stored: Option<Stored>) {
+        let now = stored.as_ref().map(|stored| Arc::clone(&stored.object));
+        let objects = &mut self.table_mut(resource).objects;
+        let before = match stored {
+            Some(stored) => objects.insert(slot, stored),
+            None => objects.remove(&slot),
+        };
+        if resource.group.is_empty() && resource.plural == "services" {
+            before.into_iter().for_each(|before| self.allocations.remove(&before.object));
+            now.into_iter().for_each(|now| self.allocations.add(&now));
+        }
+    }
+
     /// Makes a change visible. [`State::announce`] then wakes the watchers.
     pub(crate) fn apply(&mut self, resource: &ResourceName, change: Change, stored: Option<Stored>) {
+        self.set(resource, change.slot.clone(), stored);
         let keep = self.history;
         let table = self.table_mut(resource);
-        match stored {
-            Some(stored) => table.objects.insert(change.slot.clone(), stored),
-            None => table.objects.remove(&change.slot),
-        };
         table.history.push_back(change);
         while table.history.len() > keep {
             if let Some(old) = table.history.pop_front() {

@@ -10,7 +10,7 @@ use super::{
     database::Database,
     definition::is_definition,
     options::{EventKind, WriteOp},
-    state::{Change, Slot, Stored},
+    state::{Change, Slot, State, Stored},
 };
 use crate::{
     error::ApiError,
@@ -126,6 +126,20 @@ impl<'a> Transaction<'a> {
                 .filter_map(|((_, slot), entry)| Some((slot.clone(), entry.clone()?))),
         );
         out
+    }
+
+    /// What this transaction has changed of a storage resource: each object as it is committed, and as it is now.
+    pub(crate) fn written<'s>(
+        &'s self,
+        state: &'s State,
+        resource: &ResourceName,
+    ) -> impl Iterator<Item = (Option<&'s Value>, Option<&'s Value>)> {
+        let name = resource.to_string();
+        let committed = state.table(resource);
+        self.overlay.iter().filter(move |((table, _), _)| *table == name).map(move |((_, slot), now)| {
+            let object = |stored: &'s Stored| &*stored.object;
+            (committed.and_then(|table| table.objects.get(slot)).map(object), now.as_ref().map(object))
+        })
     }
 
     /// Stores an object under its storage key and returns it as stored, with its new resource version.

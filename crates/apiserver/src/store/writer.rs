@@ -159,7 +159,7 @@ fn publish(shared: &Shared, done: Done) {
         for (resource, change, stored) in done.changes {
             if change.rv == 0 {
                 if let Some(stored) = stored {
-                    state.table_mut(&resource).objects.insert(change.slot, stored);
+                    state.set(&resource, change.slot, Some(stored));
                 }
                 continue;
             }
