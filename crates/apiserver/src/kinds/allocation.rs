@@ -138,7 +138,12 @@ impl<'a> Taken<'a> {
 ///
 /// # Errors
 /// The fields that can't be had: out of range, taken, or nothing is free.
-pub fn allocate(ranges: &ServiceRanges, taken: &Taken<'_>, service: &mut Value, seed: u64) -> Result<(), Vec<FieldError>> {
+pub fn allocate(
+    ranges: &ServiceRanges,
+    taken: &Taken<'_>,
+    service: &mut Value,
+    seed: u64,
+) -> Result<(), Vec<FieldError>> {
     let mut errors = Errors::default();
     let spec = &mut service["spec"];
     if has_cluster_ip(spec) {
@@ -261,7 +266,13 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, s
 
 /// The port at which load balancers learn whether a node has an endpoint (Kubernetes, "Create an External Load Balancer":
 /// preserving the client source IP).
-fn allocate_health_check_port(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
+fn allocate_health_check_port(
+    ranges: &ServiceRanges,
+    taken: &Taken<'_>,
+    spec: &mut Value,
+    seed: u64,
+    errors: &mut Errors,
+) {
     let field = "spec.healthCheckNodePort";
     let own: HashSet<i64> =
         spec["ports"].as_array().into_iter().flatten().filter_map(|port| port["nodePort"].as_i64()).collect();
@@ -335,9 +346,11 @@ mod tests {
     fn dynamic_addresses_leave_the_first_ones_to_those_who_name_them() {
         let spec = allocated(&Allocations::default(), json!({"type": "ClusterIP"}), 0).unwrap();
         assert_eq!((&spec["clusterIP"], &spec["clusterIPs"]), (&json!("10.96.1.1"), &json!(["10.96.1.1"])));
-        let last = allocated(&Allocations::default(), json!({"type": "ClusterIP"}), u64::from(65534_u32 - 256 - 1)).unwrap();
+        let last =
+            allocated(&Allocations::default(), json!({"type": "ClusterIP"}), u64::from(65534_u32 - 256 - 1)).unwrap();
         assert_eq!(last["clusterIP"], json!("10.96.255.254"));
-        let dns = allocated(&Allocations::default(), json!({"type": "ClusterIP", "clusterIP": "10.96.0.10"}), 0).unwrap();
+        let dns =
+            allocated(&Allocations::default(), json!({"type": "ClusterIP", "clusterIP": "10.96.0.10"}), 0).unwrap();
         assert_eq!(dns["clusterIP"], json!("10.96.0.10"));
     }
 
