@@ -121,6 +121,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         readiness.task("datapath"),
     )?;
     if let Some(counters) = datapath.counters() {
+        overlay.count_frontends(counters.clone());
         registry.write().register_collector(Box::new(ProgramMetrics(counters)));
     }
 

@@ -115,7 +115,7 @@ pub(crate) fn trace(page: &Value) -> String {
     }
     let counters = &page["counters"];
     out.push_str(&format!(
-        "\nthrough the agent so far: {}; failed: {}; bytes: {}\n",
+        "\ncalls from this node so far: {}; failed: {}; bytes through the agent: {}\n",
         counts(&counters["connections"]),
         counts(&counters["failures"]),
         counts(&counters["bytes"])
@@ -199,7 +199,7 @@ mod tests {
             "*  10.244.3.5:8080",
             "tunnel, relayed via cloud-1",
             "it could not be reached lately; passed over for 3 s more",
-            "tunnel 2; failed: unreachable 1; bytes: to client 9",
+            "tunnel 2; failed: unreachable 1; bytes through the agent: to client 9",
         ] {
             assert!(shown.contains(part), "{part:?} is not in\n{shown}");
         }

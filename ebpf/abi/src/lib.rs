@@ -13,7 +13,7 @@ pub use v6::{Backend6, FrontendKey6, PeerKey6, SocketAddress6};
 
 /// Version of what is in the maps: it is raised with every change of a key, a value, a name or a size, so that an agent never
 /// takes over maps that it would misread.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Name of the map `FrontendKey -> Frontend` (hash).
 pub const FRONTENDS: &str = "FRONTENDS";
@@ -31,6 +31,10 @@ pub const PEERS6: &str = "PEERS6";
 pub const AFFINITIES: &str = "AFFINITIES";
 /// Name of the map `Counter -> u64` (per-CPU array).
 pub const COUNTERS: &str = "COUNTERS";
+/// Name of the map `FrontendKey -> Calls` (per-CPU hash).
+pub const CALLS: &str = "CALLS";
+/// Name of the map `FrontendKey6 -> Calls` (per-CPU hash).
+pub const CALLS6: &str = "CALLS6";
 
 /// How many frontends there can be, unless the loader sets another size.
 pub const MAX_FRONTENDS: u32 = 65_536;
@@ -147,8 +151,8 @@ impl FrontendKey {
 
 /// Where a frontend leads: bits 0–23 first slot, 24–31 flags, 32–47 number of backends, 48–63 generation.
 ///
-/// One flag, bit 24: clients keep their backend. One more slot follows those of the backends, with the timeout in seconds
-/// in place of an address.
+/// Two flags. Bit 24: clients keep their backend. One more slot follows those of the backends, with the timeout in seconds
+/// in place of an address. Bit 25: the backend is a listener of the agent, which counts what it is sent itself.
 ///
 /// The generation is also in each of the slots. A program that finds another one there has an old frontend in hand, whose
 /// slots were given to another one meanwhile, and looks the frontend up again.
@@ -160,6 +164,7 @@ impl Frontend {
     /// The highest slot that can be named.
     pub const MAX_SLOT: u32 = (1 << 24) - 1;
     const AFFINITY: u64 = 1 << 24;
+    const LISTENER: u64 = 1 << 25;
 
     /// A frontend with `count` backends from slot `first` on. With none, connections are refused.
     #[inline(always)]
@@ -177,6 +182,18 @@ impl Frontend {
     #[inline(always)]
     pub const fn has_affinity(self) -> bool {
         self.0 & Self::AFFINITY != 0
+    }
+
+    /// The same, with a listener of the agent for a backend.
+    #[inline(always)]
+    pub const fn with_listener(self) -> Self {
+        Self(self.0 | Self::LISTENER)
+    }
+
+    /// Whether the backend is a listener of the agent.
+    #[inline(always)]
+    pub const fn is_listener(self) -> bool {
+        self.0 & Self::LISTENER != 0
     }
 
     /// The first slot.
@@ -293,6 +310,28 @@ impl Counter {
         [Self::TcpConnects, Self::UdpConnects, Self::UdpDatagrams, Self::Refused, Self::Misses, Self::Inconsistent];
 }
 
+/// What became of the calls of one frontend. An entry is made with the first one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Calls {
+    /// Flows that were sent to an endpoint: connects, and the first datagrams of unconnected UDP sockets.
+    pub sent: u64,
+    /// Connects and datagrams that were refused: for want of an endpoint, or at port 0 because the Service lacks the port.
+    pub refused: u64,
+}
+
+impl Calls {
+    /// One flow that was sent.
+    pub const SENT: Self = Self { sent: 1, refused: 0 };
+    /// One refusal.
+    pub const REFUSED: Self = Self { sent: 0, refused: 1 };
+
+    /// The words in a map, in order.
+    pub const fn from_words([sent, refused]: [u64; 2]) -> Self {
+        Self { sent, refused }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -310,6 +349,9 @@ mod tests {
         let sticky = frontend.with_affinity();
         assert!(sticky.has_affinity());
         assert_eq!((sticky.first(), sticky.count(), sticky.generation()), (Frontend::MAX_SLOT, u16::MAX, 0xabcd));
+        let proxied = Frontend::new(7, 1, 0xabcd).with_listener();
+        assert!(proxied.is_listener() && !proxied.has_affinity() && !sticky.is_listener());
+        assert_eq!((proxied.first(), proxied.count(), proxied.generation()), (7, 1, 0xabcd));
         let backend = Backend::new(address, u16::MAX);
         assert_eq!((backend.address(), backend.generation()), (address, u16::MAX));
         let timeout = Backend::timeout(86_400, 7);

@@ -1,10 +1,10 @@
 //! IPv4 and IPv6: each with its own maps, so that IPv4 keeps its one-word keys and values.
 
 use edgemesh_ebpf_abi::{
-    Backend, Backend6, Frontend, FrontendKey, FrontendKey6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    Backend, Backend6, Calls, Frontend, FrontendKey, FrontendKey6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
 };
 
-use crate::maps::{BACKENDS, BACKENDS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6};
+use crate::maps::{BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6, count_call};
 
 /// An address family's addresses and maps.
 pub trait Family {
@@ -13,6 +13,10 @@ pub trait Family {
 
     /// The frontend at an address.
     fn frontend(service: Self::Address, protocol: u8) -> Option<Frontend>;
+    /// Counts a call of a frontend.
+    fn count(service: Self::Address, protocol: u8, call: Calls);
+    /// Counts a call of a port that the Service lacks.
+    fn count_closed(service: Self::Address, protocol: u8);
     /// Whether the address, on some port, is a Service's.
     fn is_service(service: Self::Address, protocol: u8) -> bool;
     /// The backend in a slot; nothing if the slot is of another generation.
@@ -37,6 +41,16 @@ impl Family for V4 {
     fn frontend(service: SocketAddress, protocol: u8) -> Option<Frontend> {
         // SAFETY: the value is one word, read at once; the generation tells if the element was reused meanwhile.
         unsafe { FRONTENDS.get(&FrontendKey::new(service, protocol)) }.copied()
+    }
+
+    #[inline(always)]
+    fn count(service: SocketAddress, protocol: u8, call: Calls) {
+        count_call(&CALLS, &FrontendKey::new(service, protocol), call);
+    }
+
+    #[inline(always)]
+    fn count_closed(service: SocketAddress, protocol: u8) {
+        count_call(&CALLS, &FrontendKey::new(service, protocol).any_port(), Calls::REFUSED);
     }
 
     #[inline(always)]
@@ -94,6 +108,16 @@ impl Family for V6 {
     fn frontend(service: SocketAddress6, protocol: u8) -> Option<Frontend> {
         // SAFETY: as for IPv4.
         unsafe { FRONTENDS6.get(&FrontendKey6::new(service, protocol)) }.copied()
+    }
+
+    #[inline(always)]
+    fn count(service: SocketAddress6, protocol: u8, call: Calls) {
+        count_call(&CALLS6, &FrontendKey6::new(service, protocol), call);
+    }
+
+    #[inline(always)]
+    fn count_closed(service: SocketAddress6, protocol: u8) {
+        count_call(&CALLS6, &FrontendKey6::new(service, protocol).any_port(), Calls::REFUSED);
     }
 
     #[inline(always)]

@@ -2,11 +2,11 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap},
 };
 use edgemesh_ebpf_abi::{
-    Affinity, AffinityKey, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_BACKENDS, MAX_BACKENDS6,
-    MAX_FRONTENDS, MAX_PEERS, MAX_PEERS6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_BACKENDS,
+    MAX_BACKENDS6, MAX_FRONTENDS, MAX_PEERS, MAX_PEERS6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
 };
 
 /// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
@@ -40,6 +40,15 @@ pub static PEERS6: LruHashMap<PeerKey6, SocketAddress6> = LruHashMap::with_max_e
 #[map]
 pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_entries(MAX_AFFINITIES, 0);
 
+/// What became of calls, by Service address. Addresses that nobody calls have no entry.
+#[map]
+pub static CALLS: PerCpuHashMap<FrontendKey, Calls> = PerCpuHashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+
+/// As [`CALLS`], for IPv6.
+#[map]
+pub static CALLS6: PerCpuHashMap<FrontendKey6, Calls> =
+    PerCpuHashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
 
@@ -50,5 +59,19 @@ pub fn count(counter: Counter) {
         // SAFETY: the pointer is to this CPU's own value, and a program is not moved to another CPU while it runs. A
         // program that preempts it on the same CPU can lose a count, which does no harm.
         unsafe { *value += 1 };
+    }
+}
+
+/// Adds one call to those of a Service address.
+#[inline(always)]
+pub fn count_call<K>(map: &PerCpuHashMap<K, Calls>, key: &K, call: Calls) {
+    match map.get_ptr_mut(key) {
+        // SAFETY: as above; an element that is removed and reused at this moment gets a count too many.
+        Some(calls) => unsafe {
+            (*calls).sent += call.sent;
+            (*calls).refused += call.refused;
+        },
+        // Another CPU may have made the element meanwhile: this sets the value of this one. A full map loses the count.
+        None => drop(map.insert(key, &call, 0)),
     }
 }

@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use edgemesh_ebpf_abi::{Counter, Frontend, SocketAddress, SocketAddress6, TCP, UDP};
+use edgemesh_ebpf_abi::{Calls, Counter, Frontend, SocketAddress, SocketAddress6, TCP, UDP};
 
 use crate::{
     PROCEED, affinity,
@@ -35,7 +35,8 @@ enum Choice<A> {
     NoBackend,
     /// Slots and frontend did not fit together, each time.
     Inconsistent,
-    Backend(A),
+    /// An endpoint, or a listener of the agent.
+    Backend { address: A, listener: bool },
 }
 
 /// Sends the call to a backend if its address is a Service's. `connect` fixes the peer; otherwise it is one datagram's.
@@ -49,10 +50,14 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
     let tcp = protocol == u32::from(TCP);
     let cookie = call.cookie();
     match choose(call, service, protocol as u8, cookie) {
-        Choice::Backend(backend) => {
+        Choice::Backend { address: backend, listener } => {
             // Most datagrams of a socket go where the one before went: a lookup is cheaper than an update.
-            if C::Family::service(cookie, backend) != Some(service) {
+            let new = C::Family::service(cookie, backend) != Some(service);
+            if new {
                 C::Family::remember(cookie, backend, service);
+            }
+            if (connect || new) && !listener {
+                C::Family::count(service, protocol as u8, Calls::SENT);
             }
             call.set_address(backend);
             count(match (connect, tcp) {
@@ -70,10 +75,12 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
         }
         Choice::Closed => {
             count(Counter::Refused);
+            C::Family::count_closed(service, protocol as u8);
             refuse(ECONNREFUSED)
         }
         Choice::NoBackend => {
             count(Counter::Refused);
+            C::Family::count(service, protocol as u8, Calls::REFUSED);
             refuse(EHOSTUNREACH)
         }
         Choice::Inconsistent => {
@@ -130,7 +137,7 @@ fn choose<C: SocketCall>(call: &C, service: AddressOf<C>, protocol: u8, cookie: 
             backend::<C::Family>(frontend, random)
         };
         if let Some(address) = chosen {
-            return Choice::Backend(address);
+            return Choice::Backend { address, listener: frontend.is_listener() };
         }
     }
     Choice::Inconsistent

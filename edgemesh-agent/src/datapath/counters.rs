@@ -1,22 +1,32 @@
 //! What the programs count and remember.
 
 use std::{
+    collections::HashMap,
     fmt,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd as _,
 };
 
 use aya::{
-    Ebpf, Pod,
+    Ebpf,
     maps::{HashMap as BpfHashMap, Map, MapData, PerCpuArray},
 };
 use edgemesh_ebpf_abi as abi;
 
-use super::ebpf::{EbpfDatapathError, map_error, take_map};
+use super::{
+    ebpf::{EbpfDatapathError, map_error, take_map},
+    frontend_counts::{CountsFrontends, FrontendCounts},
+    map_batch::PerCpuBatches,
+    mode::DatapathError,
+    plan::Frontend,
+    tables::{Family, V4, V6},
+};
 
 /// What the programs counted since they were loaded, and what they remember.
 pub struct Counters {
     counters: PerCpuArray<MapData, u64>,
+    calls: PerCpuBatches<<V4 as Family>::Key, [u64; 2]>,
+    calls6: PerCpuBatches<<V6 as Family>::Key, [u64; 2]>,
     peers: BpfHashMap<MapData, [u64; 2], u64>,
     peers6: BpfHashMap<MapData, [u64; 4], [u64; 3]>,
 }
@@ -32,6 +42,8 @@ impl Counters {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, EbpfDatapathError> {
         Ok(Self {
             counters: PerCpuArray::try_from(take_map(ebpf, abi::COUNTERS)?).map_err(map_error(abi::COUNTERS))?,
+            calls: PerCpuBatches::new(open_again(ebpf, abi::CALLS)?).map_err(map_error(abi::CALLS))?,
+            calls6: PerCpuBatches::new(open_again(ebpf, abi::CALLS6)?).map_err(map_error(abi::CALLS6))?,
             peers: BpfHashMap::try_from(take_map(ebpf, abi::PEERS)?).map_err(map_error(abi::PEERS))?,
             peers6: BpfHashMap::try_from(take_map(ebpf, abi::PEERS6)?).map_err(map_error(abi::PEERS6))?,
         })
@@ -51,6 +63,34 @@ impl Counters {
         self.peers.keys().take(abi::MAX_PEERS as usize).filter(Result::is_ok).count()
             + self.peers6.keys().take(abi::MAX_PEERS6 as usize).filter(Result::is_ok).count()
     }
+}
+
+impl CountsFrontends for Counters {
+    fn read(&self) -> Result<HashMap<Frontend, FrontendCounts>, DatapathError> {
+        let mut read = HashMap::new();
+        read_calls::<V4>(&self.calls, &mut read)?;
+        read_calls::<V6>(&self.calls6, &mut read)?;
+        Ok(read)
+    }
+}
+
+fn read_calls<F: Family>(
+    calls: &PerCpuBatches<F::Key, [u64; 2]>,
+    read: &mut HashMap<Frontend, FrontendCounts>,
+) -> Result<(), EbpfDatapathError> {
+    let each = |key, values: &[[u64; 2]]| {
+        let Some(frontend) = F::frontend(key) else { return };
+        let mut counts = FrontendCounts::default();
+        for abi::Calls { sent, refused } in values.iter().copied().map(abi::Calls::from_words) {
+            counts.flows += sent;
+            match frontend.address.port() {
+                0 => counts.no_such_port += refused,
+                _ => counts.no_endpoint += refused,
+            }
+        }
+        read.insert(frontend, counts);
+    };
+    calls.each(each).map_err(|source| EbpfDatapathError::Io { path: F::CALLS.into(), source })
 }
 
 /// A socket that was sent to a backend.
@@ -73,7 +113,12 @@ pub(super) struct Peers {
 impl Peers {
     /// Of an object whose maps were not taken yet.
     pub(super) fn open(ebpf: &Ebpf) -> Result<Self, EbpfDatapathError> {
-        Ok(Self { ipv4: open_again(ebpf, abi::PEERS)?, ipv6: open_again(ebpf, abi::PEERS6)? })
+        Ok(Self {
+            ipv4: BpfHashMap::try_from(Map::LruHashMap(open_again(ebpf, abi::PEERS)?))
+                .map_err(map_error(abi::PEERS))?,
+            ipv6: BpfHashMap::try_from(Map::LruHashMap(open_again(ebpf, abi::PEERS6)?))
+                .map_err(map_error(abi::PEERS6))?,
+        })
     }
 
     /// Calls `each` for everything that is remembered.
@@ -111,10 +156,12 @@ impl Peers {
     }
 }
 
-fn open_again<K: Pod, V: Pod>(ebpf: &Ebpf, name: &'static str) -> Result<BpfHashMap<MapData, K, V>, EbpfDatapathError> {
-    let Some(Map::LruHashMap(map)) = ebpf.map(name) else { return Err(EbpfDatapathError::Missing(name)) };
+/// Another handle on a hash map of an object.
+fn open_again(ebpf: &Ebpf, name: &'static str) -> Result<MapData, EbpfDatapathError> {
+    let Some(Map::LruHashMap(map) | Map::PerCpuHashMap(map)) = ebpf.map(name) else {
+        return Err(EbpfDatapathError::Missing(name));
+    };
     let descriptor = map.fd().as_fd().try_clone_to_owned();
     let descriptor = descriptor.map_err(|source| EbpfDatapathError::Io { path: name.into(), source })?;
-    let map = MapData::from_fd(descriptor).map_err(map_error(name))?;
-    BpfHashMap::try_from(Map::LruHashMap(map)).map_err(map_error(name))
+    MapData::from_fd(descriptor).map_err(map_error(name))
 }

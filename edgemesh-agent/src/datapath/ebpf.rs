@@ -22,7 +22,7 @@ pub use super::counters::Counters;
 use super::{
     counters::Peers,
     pins::{Pins, replace_program},
-    plan::{Change, Plan},
+    plan::{Change, Frontend, Plan},
     stale::Sweeper,
     tables::{Family as _, Table, V4, V6},
 };
@@ -34,7 +34,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ed
 const ADDRESS_PROGRAMS: [&str; 8] =
     ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "connect6", "connect4"];
 /// All maps of the object.
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 10] = [
     abi::FRONTENDS,
     abi::BACKENDS,
     abi::PEERS,
@@ -43,6 +43,8 @@ const MAPS: [&str; 8] = [
     abi::PEERS6,
     abi::AFFINITIES,
     abi::COUNTERS,
+    abi::CALLS,
+    abi::CALLS6,
 ];
 /// The program that sees sockets close.
 const RELEASE_PROGRAM: &str = "sock_release";
@@ -160,6 +162,7 @@ impl Programs {
         }
         let mut ebpf = loader.load(OBJECT)?;
         let peers = Peers::open(&ebpf)?;
+        let counters = Counters::take(&mut ebpf)?;
         let mut programs = Self {
             ipv4: Table::take(&mut ebpf)?,
             ipv6: Table::take(&mut ebpf)?,
@@ -169,7 +172,6 @@ impl Programs {
             pins,
             ebpf,
         };
-        let counters = Counters::take(&mut programs.ebpf)?;
         programs.ipv4.adopt(&mut programs.adopted);
         programs.ipv6.adopt(&mut programs.adopted);
         programs.attach(&folder)?;
@@ -265,6 +267,14 @@ impl Programs {
             (SocketAddr::V4(address), None) => self.ipv4.remove(V4::key(address, protocol)),
             (SocketAddr::V6(address), Some(target)) => self.ipv6.set(V6::key(address, protocol), target),
             (SocketAddr::V6(address), None) => self.ipv6.remove(V6::key(address, protocol)),
+        }
+    }
+
+    /// Forgets what was counted at a frontend: the Service that has it now is another one.
+    pub(super) fn forget_calls(&mut self, frontend: Frontend) {
+        match frontend.address {
+            SocketAddr::V4(address) => self.ipv4.forget_calls(&V4::key(address, frontend.protocol)),
+            SocketAddr::V6(address) => self.ipv6.forget_calls(&V6::key(address, frontend.protocol)),
         }
     }
 }

@@ -4,7 +4,9 @@ mod conntrack;
 mod counters;
 pub mod ebpf;
 pub mod flows;
+pub mod frontend_counts;
 pub(crate) mod host;
+mod map_batch;
 pub mod mode;
 mod namespaces;
 mod netlink;
@@ -35,6 +37,7 @@ use tokio::task::JoinHandle;
 
 use crate::{config::Config, metrics::DatapathMetrics, node_local::Allocator};
 use ebpf::{Counters, Programs};
+use frontend_counts::Owners;
 use mode::{Chosen, DatapathError};
 use nftables::Rules;
 use outside::OutsidePlan;
@@ -125,7 +128,7 @@ impl Datapath {
             planned_outside: None,
             outside_failed: false,
             reaper,
-            swept: None,
+            looked_at: None,
             plan: Arc::new(RwLock::new(adopted)),
             planner: Planner::default(),
             older_removed: false,
@@ -171,8 +174,8 @@ struct Worker {
     /// Whether the rules could not be written last: said once.
     outside_failed: bool,
     reaper: Option<Reaper>,
-    /// The complete catalog by which sockets were last looked at.
-    swept: Option<Arc<Catalog>>,
+    /// The last complete catalog that was programmed.
+    looked_at: Option<Arc<Catalog>>,
     /// What is in the maps. Written by this task alone, read by the debug page.
     plan: Arc<RwLock<Plan>>,
     planner: Planner,
@@ -201,7 +204,7 @@ impl Worker {
             let round = tokio::task::spawn_blocking(move || {
                 let done = self.program(&snapshot);
                 if snapshot.is_synced() {
-                    self.look_for_stale_sockets(snapshot);
+                    self.look_back(snapshot);
                 }
                 (self, done)
             });
@@ -436,12 +439,7 @@ impl Worker {
         let Some(programs) = &mut self.programs else { return (0, 0) };
         let (mut written, mut failed) = (0, 0);
         for (frontend, target) in wanted {
-            let same = match (self.plan.read().get(&frontend), &target) {
-                (Some(old), Some(new)) => old.is_same_in_maps(new),
-                (None, None) => true,
-                _ => false,
-            };
-            if !same {
+            if self.plan.read().get(&frontend) != target.as_ref() {
                 if !apply(programs, &Change { frontend, target: target.as_ref() }, failed == 0) {
                     failed += 1;
                     continue;
@@ -456,14 +454,34 @@ impl Worker {
         (written, failed)
     }
 
-    /// After the maps are written, so that no socket is sent to what is gone any more.
-    fn look_for_stale_sockets(&mut self, catalog: Arc<Catalog>) {
-        let Some(reaper) = &self.reaper else { return };
-        if self.swept.as_ref().is_none_or(|older| stale::any_gone(older, &catalog)) {
-            reaper.look(Arc::clone(&catalog));
+    /// Sees to what the catalog before had and this one lacks. After the maps are written, so that no socket is sent to
+    /// what is gone any more.
+    fn look_back(&mut self, catalog: Arc<Catalog>) {
+        let older = self.looked_at.replace(Arc::clone(&catalog));
+        if let (Some(programs), Some(older)) = (&mut self.programs, &older) {
+            for frontend in passed_on(&catalog, older, &self.config.node_name) {
+                programs.forget_calls(frontend);
+            }
         }
-        self.swept = Some(catalog);
+        if let Some(reaper) = &self.reaper
+            && older.is_none_or(|older| stale::any_gone(&older, &catalog))
+        {
+            reaper.look(catalog);
+        }
     }
+}
+
+/// Frontends that a Service had and has no more: a new one at its address begins with none of its counts.
+fn passed_on(catalog: &Catalog, older: &Catalog, node: &str) -> Vec<Frontend> {
+    let (before, now) = (Owners::new(older), Owners::new(catalog));
+    let own_addresses = plan::own_addresses(older, node);
+    let mut passed_on = Vec::new();
+    for name in catalog.changed_services(older) {
+        let Some(service) = older.service_named(&name) else { continue };
+        let had = planner::frontends(service, &own_addresses).into_iter().chain(planner::external(service));
+        passed_on.extend(had.filter(|at| before.of(*at) == Some(&name) && now.of(*at) != Some(&name)));
+    }
+    passed_on
 }
 
 /// Whether a backend is an endpoint on the node from which is looked.

@@ -50,11 +50,6 @@ impl Target {
         }
     }
 
-    /// Whether the maps hold the same for both: they don't tell the agent's listeners from endpoints.
-    pub(super) fn is_same_in_maps(&self, other: &Self) -> bool {
-        self.backends() == other.backends() && self.affinity() == other.affinity()
-    }
-
     /// How long a client that does not call keeps its endpoint, if it does at all.
     pub fn affinity(&self) -> Option<Duration> {
         match self {
@@ -172,7 +167,7 @@ fn close_other_ports(plan: &mut Plan, ip: IpAddr) {
 /// What must be done to come from one plan to another.
 pub fn changes<'a>(from: &Plan, to: &'a Plan) -> Vec<Change<'a>> {
     // What is new comes first: for a moment a renamed Service has both addresses, and never none.
-    let set = to.iter().filter(|(frontend, target)| !from.get(frontend).is_some_and(|old| old.is_same_in_maps(target)));
+    let set = to.iter().filter(|(frontend, target)| from.get(frontend) != Some(target));
     let gone = from.keys().filter(|frontend| !to.contains_key(frontend));
     set.map(|(&frontend, target)| Change { frontend, target: Some(target) })
         .chain(gone.map(|&frontend| Change { frontend, target: None }))

@@ -100,7 +100,7 @@ impl Last {
 }
 
 /// The frontends that a Service has at cluster addresses and node ports.
-fn frontends(service: &Service, own_addresses: &[IpAddr]) -> Vec<Frontend> {
+pub(super) fn frontends(service: &Service, own_addresses: &[IpAddr]) -> Vec<Frontend> {
     let mut frontends = Vec::new();
     for &ip in &service.cluster_ips {
         let at = |port, protocol| Frontend { address: SocketAddr::new(ip, port), protocol };
@@ -116,7 +116,7 @@ fn frontends(service: &Service, own_addresses: &[IpAddr]) -> Vec<Frontend> {
 }
 
 /// The frontends that a Service may have at external addresses.
-fn external(service: &Service) -> impl Iterator<Item = Frontend> {
+pub(super) fn external(service: &Service) -> impl Iterator<Item = Frontend> {
     service.external_ips.iter().chain(&service.load_balancer_ips).flat_map(|&ip| {
         let at = move |address, protocol| Frontend { address: SocketAddr::new(ip, address), protocol };
         service.ports.iter().map(move |port| at(port.port, port.protocol))

@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap as BpfHashMap, MapData},
+    maps::{Array, HashMap as BpfHashMap, MapData, PerCpuHashMap},
 };
 use edgemesh_ebpf_abi as abi;
 use edgemesh_mesh::model::Protocol;
@@ -32,6 +32,8 @@ pub(super) trait Family {
     const FRONTENDS: &'static str;
     /// Name of the backends' map.
     const BACKENDS: &'static str;
+    /// Name of the map of what became of calls.
+    const CALLS: &'static str;
 
     /// The key of a frontend.
     fn key(address: Self::Address, protocol: Protocol) -> Self::Key;
@@ -61,6 +63,7 @@ impl Family for V4 {
     type Address = SocketAddrV4;
     const FRONTENDS: &'static str = abi::FRONTENDS;
     const BACKENDS: &'static str = abi::BACKENDS;
+    const CALLS: &'static str = abi::CALLS;
 
     fn key(address: SocketAddrV4, protocol: Protocol) -> u64 {
         let address = abi::SocketAddress::new(address.ip().octets(), address.port());
@@ -101,6 +104,7 @@ impl Family for V6 {
     type Address = SocketAddrV6;
     const FRONTENDS: &'static str = abi::FRONTENDS6;
     const BACKENDS: &'static str = abi::BACKENDS6;
+    const CALLS: &'static str = abi::CALLS6;
 
     fn key(address: SocketAddrV6, protocol: Protocol) -> [u64; 3] {
         let address = abi::SocketAddress6::new(address.ip().octets(), address.port());
@@ -153,6 +157,7 @@ fn protocol(number: u8) -> Option<Protocol> {
 pub(super) struct Table<F: Family> {
     frontends: BpfHashMap<MapData, F::Key, u64>,
     backends: Array<MapData, F::Slot>,
+    calls: PerCpuHashMap<MapData, F::Key, [u64; 2]>,
     slots: Slots,
     generation: u16,
     programmed: HashMap<F::Key, Option<Run>>,
@@ -166,13 +171,14 @@ impl<F: Family> Table<F> {
             frontends: BpfHashMap::try_from(take_map(ebpf, F::FRONTENDS)?).map_err(map_error(F::FRONTENDS))?,
             slots: Slots::new(backends.len()),
             backends,
+            calls: PerCpuHashMap::try_from(take_map(ebpf, F::CALLS)?).map_err(map_error(F::CALLS))?,
             generation: 0,
             programmed: HashMap::new(),
         })
     }
 
     /// Takes over what an earlier agent left in the maps, and adds it to `plan`. What can't be read is there as refused, so
-    /// that it is written anew or removed.
+    /// that it is written anew or removed. What was counted of frontends that are gone is forgotten.
     pub(super) fn adopt(&mut self, plan: &mut Plan) {
         for (key, word) in self.frontends.iter().take(abi::MAX_FRONTENDS as usize).flatten() {
             let frontend = abi::Frontend::from_bits(word);
@@ -186,12 +192,24 @@ impl<F: Family> Table<F> {
                 plan.insert(adopted, target);
             }
         }
+        let called = self.calls.keys().take(abi::MAX_FRONTENDS as usize).flatten();
+        let left: Vec<F::Key> = called.filter(|key| !self.programmed.contains_key(key)).collect();
+        left.iter().for_each(|key| self.forget_calls(key));
+    }
+
+    /// Forgets what was counted at a frontend.
+    pub(super) fn forget_calls(&mut self, key: &F::Key) {
+        // Most frontends were never called.
+        drop(self.calls.remove(key));
     }
 
     fn read(&self, frontend: abi::Frontend) -> Option<Target> {
         let slot = |offset: u16| self.backends.get(&(frontend.first() + u32::from(offset)), 0).ok();
         let backend = |offset| F::backend(slot(offset)?, frontend.generation());
         let backends = (0..frontend.count()).map(backend).collect::<Option<Vec<_>>>()?;
+        if frontend.is_listener() {
+            return backends.first().copied().map(Target::Listener);
+        }
         if !frontend.has_affinity() {
             return Some(Target::Direct(backends));
         }
@@ -208,6 +226,7 @@ impl<F: Family> Table<F> {
     pub(super) fn remove(&mut self, key: F::Key) -> Result<(), EbpfDatapathError> {
         if self.programmed.contains_key(&key) {
             self.frontends.remove(&key).map_err(map_error(F::FRONTENDS))?;
+            self.forget_calls(&key);
             self.release(key);
         }
         Ok(())
@@ -236,7 +255,14 @@ impl<F: Family> Table<F> {
             if affinity.is_some() {
                 frontend = frontend.with_affinity();
             }
+            if matches!(target, Target::Listener(_)) {
+                frontend = frontend.with_listener();
+            }
             run = Some(taken);
+        }
+        if !self.programmed.contains_key(&key) {
+            // A program that had the frontend in hand when it was removed may have counted after that.
+            self.forget_calls(&key);
         }
         if let Err(error) = self.write(key, frontend, &slots) {
             if let Some(run) = run {

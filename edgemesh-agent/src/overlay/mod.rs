@@ -37,6 +37,7 @@ use prometheus_client::registry::Registry;
 
 use crate::{
     config::Config,
+    datapath::frontend_counts::CountsFrontends,
     island::Reports,
     node_local::{Allocator, PROXIED_PORT},
 };
@@ -216,7 +217,12 @@ impl Overlay {
         &self.health
     }
 
-    /// What the proxied connections of a Service came to, for pages.
+    /// Has the counters by Service show what a datapath counts, too.
+    pub fn count_frontends(&self, datapath: Arc<dyn CountsFrontends>) {
+        self.services.add(datapath);
+    }
+
+    /// What became of the calls of a Service, for pages.
     pub fn counters_of(&self, service: &ServiceName) -> serde_json::Value {
         self.services.view(service)
     }

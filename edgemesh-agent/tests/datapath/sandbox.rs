@@ -74,9 +74,9 @@ impl Sandbox {
         match mode {
             Mode::Ebpf => {
                 let (programs, counters) = self.programs();
-                Datapath::Ebpf(Box::new(programs), counters)
+                Datapath::Ebpf(Box::new(programs), Box::new(counters))
             }
-            Mode::Nftables => Datapath::Nftables(Rules::for_all().unwrap()),
+            Mode::Nftables => Datapath::Nftables(Box::new(Rules::for_all().unwrap())),
         }
     }
 
@@ -110,8 +110,8 @@ pub(crate) enum Mode {
 
 /// What translates them.
 pub(crate) enum Datapath {
-    Ebpf(Box<Programs>, Counters),
-    Nftables(Rules),
+    Ebpf(Box<Programs>, Box<Counters>),
+    Nftables(Box<Rules>),
 }
 
 impl Datapath {

@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream, UdpSocket},
+    path::Path,
     time::Duration,
 };
 
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::sandbox::{Mode, Sandbox, in_both_modes, tcp_server};
 
-const POD: &str = "10.244.1.5:8080";
+pub(crate) const POD: &str = "10.244.1.5:8080";
 
 pub(crate) fn catalog() -> Value {
     let service = |name: &str, ip: &str, node_port: Option<u16>| {
@@ -136,27 +137,32 @@ fn explains(address: SocketAddr) {
     }
 }
 
+/// Of an agent that starts from its disk.
+pub(crate) fn config(sandbox: &Sandbox, data: &Path, datapath: DatapathMode) -> Config {
+    // As main does; another test may have done so already.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let mut config = Config {
+        data_dir: data.to_owned(),
+        node_name: "edge-a1".to_owned(),
+        api_server: Some("http://127.0.0.1:1".to_owned()),
+        cgroup: sandbox.cgroup.clone(),
+        bpffs: sandbox.bpffs.clone(),
+        datapath,
+        ..Config::default()
+    };
+    config.admin.listen = "127.0.0.1:0".parse().unwrap();
+    config
+}
+
 in_both_modes! { the_agent_serves_services_from_its_disk_when_no_api_answers }
 
 fn the_agent_serves_services_from_its_disk_when_no_api_answers(mode: Mode) {
     let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
     let ebpf = mode == Mode::Ebpf;
-    // As main does; another test may have done so already.
-    drop(rustls::crypto::ring::default_provider().install_default());
     tcp_server(POD);
     let data = tempfile::tempdir().unwrap();
     std::fs::write(data.path().join("catalog.json"), catalog().to_string()).unwrap();
-    let mut config = Config {
-        data_dir: data.path().to_owned(),
-        node_name: "edge-a1".to_owned(),
-        api_server: Some("http://127.0.0.1:1".to_owned()),
-        cgroup: sandbox.cgroup.clone(),
-        bpffs: sandbox.bpffs.clone(),
-        datapath: if ebpf { DatapathMode::Auto } else { DatapathMode::Nftables },
-        ..Config::default()
-    };
-    config.admin.listen = "127.0.0.1:0".parse().unwrap();
-
+    let config = config(&sandbox, data.path(), if ebpf { DatapathMode::Auto } else { DatapathMode::Nftables });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let agent = runtime.block_on(async {
         let agent = app::build(config.clone()).await.unwrap();

@@ -51,7 +51,7 @@ async fn failures_have_their_reason_in_the_log_and_in_the_counters() {
     assert!(call(&a, "logged-gone", b"x").await.is_err());
     let mut broken = TcpStream::connect(a.listener("logged-broken", Protocol::Tcp)).await.unwrap();
     broken.write_all(b"begun").await.unwrap();
-    until("the connection", || of_service(&a, "connections", "logged-broken", "path=\"direct\"") == 1).await;
+    until("the connection", || of_service(&a, "connections", "logged-broken", "path=\"proxied\"") == 1).await;
     socket2::SockRef::from(&broken).set_linger(Some(std::time::Duration::ZERO)).unwrap();
     drop(broken);
     for (service, reason) in [("empty", "no_endpoint"), ("gone", "unreachable"), ("broken", "broken")] {

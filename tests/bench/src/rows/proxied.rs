@@ -108,7 +108,7 @@ fn proxied_service(cluster: &Cluster, kind: Kind, server: SocketAddr) -> Result<
         let service = cluster.service(&name, server.port())?;
         let near = || {
             cluster.agent_sum(NODE, CONNECTIONS, |labels| {
-                labels.contains("path=\"direct\"") && labels.contains(&format!("service=\"{name}\""))
+                labels.contains("path=\"proxied\"") && labels.contains(&format!("service=\"{name}\""))
             })
         };
         // Nobody listens at the far one: if that was tried first, it has been put aside for a while.
