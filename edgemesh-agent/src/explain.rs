@@ -10,7 +10,7 @@ use std::{
 
 use edgemesh_mesh::{
     Call, Catalog, CatalogStore, Reach, Tier, Viewpoint,
-    choice::{Explained, Rule},
+    choice::{Explained, PassedOver, Rule},
     health::EndpointKey,
     model::{Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution},
 };
@@ -118,7 +118,7 @@ impl Explainer {
         let count = services.len();
         let shown = services.into_iter().take(MAX_SERVICES).map(|service| {
             let ports = service.ports.iter().map(|port| {
-                let explained = viewpoint.explain(&catalog, port, call(service));
+                let explained = viewpoint.explain(&catalog, port, call(service), &PassedOver::new());
                 let ready = port.endpoints.iter().filter(|endpoint| endpoint.ready).count();
                 json!({
                     "name": port.name, "protocol": port.protocol, "port": port.port, "nodePort": port.node_port,
@@ -251,29 +251,21 @@ impl Explainer {
         service: &Service,
         port: &ServicePort,
     ) -> Value {
-        let explanation = viewpoint.explain(catalog, port, call(service));
         let target = target(programmed, service, port);
-        // Ejection is the agent's own knowledge: sockets that are sent to endpoints directly don't tell it anything.
-        let through_agent = target == "listener";
         let now = Instant::now();
         let health = self.overlay.health();
-        let usable = health.sort(&explanation.candidates.endpoints, port.protocol, now).usable;
+        // Ejection is the agent's own knowledge: sockets that are sent to endpoints directly don't tell it anything.
+        let explanation = match target == "listener" {
+            true => health.explain(viewpoint, catalog, port, call(service), now),
+            false => viewpoint.explain(catalog, port, call(service), &PassedOver::new()),
+        };
         let ejected: HashMap<_, _> =
             health.ejected(now).into_iter().map(|ejected| (ejected.endpoint, ejected)).collect();
         let endpoints = explanation.endpoints.iter().take(MAX_ENDPOINTS).map(|explained| {
             let endpoint = &explained.endpoint;
             let ejected = ejected.get(&EndpointKey::of(endpoint, port.protocol));
-            let passed_over = through_agent
-                && explained.removed.is_none()
-                && !usable.iter().any(|other| Arc::ptr_eq(other, endpoint));
-            let removed = match (explained.removed, passed_over) {
-                (Some(rule), _) => json!(rule),
-                (None, true) => json!("ejection"),
-                (None, false) => Value::Null,
-            };
             let why = match explained.removed {
                 Some(rule) => why(rule, explained, service, explanation.candidates.tier),
-                None if passed_over => "it could not be reached lately".to_owned(),
                 None => "chosen".to_owned(),
             };
             let node = endpoint.node.as_ref().and_then(|name| catalog.node(name));
@@ -282,7 +274,7 @@ impl Explainer {
                 "pod": endpoint.pod.as_ref().map(|(namespace, name)| format!("{namespace}/{name}")),
                 "node": endpoint.node, "network": node.map(|node| &node.network), "zone": endpoint.zone,
                 "ready": endpoint.ready, "serving": endpoint.serving, "terminating": endpoint.terminating,
-                "tier": explained.tier, "chosen": removed.is_null(), "removedBy": removed, "why": why,
+                "tier": explained.tier, "chosen": explained.removed.is_none(), "removedBy": explained.removed, "why": why,
             });
             match &explained.reach {
                 Reach::Local => view["reach"] = "local".into(),
@@ -401,6 +393,7 @@ fn why(rule: Rule, explained: &Explained, service: &Service, nearest: Tier) -> S
             Tier::Zone | Tier::Remote => "there are endpoints in this zone".to_owned(),
         },
         Rule::NodeNotReady => "its node is not Ready, and those of others are".to_owned(),
+        Rule::Ejection => "it could not be reached lately".to_owned(),
     }
 }
 

@@ -44,6 +44,7 @@ pub struct DatapathMetrics {
     outside_frontends: Gauge,
     changes: Counter,
     failures: Counter,
+    rules_failures: Counter,
     plan_seconds: Histogram,
     write_seconds: Histogram,
     sockets_destroyed: Family<ProtocolLabel, Counter>,
@@ -60,6 +61,7 @@ impl DatapathMetrics {
             outside_frontends: Gauge::default(),
             changes: Counter::default(),
             failures: Counter::default(),
+            rules_failures: Counter::default(),
             plan_seconds: seconds(),
             write_seconds: seconds(),
             sockets_destroyed: Family::default(),
@@ -75,6 +77,8 @@ impl DatapathMetrics {
         registry.register("frontends", "Service addresses that are programmed", metrics.frontends.clone());
         registry.register("changes", "Frontends that were written or removed", metrics.changes.clone());
         registry.register("failures", "Frontends that could not be written", metrics.failures.clone());
+        let rules_failures = metrics.rules_failures.clone();
+        registry.register("rules_failures", "Times that the rules of nftables could not be written", rules_failures);
         registry.register("plan_seconds", "Time to plan after a change of the catalog", metrics.plan_seconds.clone());
         registry.register("write_seconds", "Time to write a plan's changes", metrics.write_seconds.clone());
         let destroyed = metrics.sockets_destroyed.clone();
@@ -96,6 +100,11 @@ impl DatapathMetrics {
     /// How many frontends there are for callers from outside.
     pub(crate) fn outside_frontends(&self, count: usize) {
         self.outside_frontends.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// The rules could not be written.
+    pub(crate) fn rules_failed(&self) {
+        self.rules_failures.inc();
     }
 
     /// One round of programming.

@@ -37,6 +37,8 @@ pub struct Metrics {
     pub connects: Family<ConnectLabels, Counter>,
     /// Endpoints that could not be reached and are passed over for a while.
     pub ejections: Counter,
+    /// Endpoints farther away that were tried because all nearer ones are passed over.
+    pub spilled: Counter,
     /// Open client connections.
     pub connections: Gauge,
     /// Open listener ports.
@@ -51,6 +53,7 @@ impl Metrics {
             seconds: Histogram::new([0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0]),
             connects: Family::default(),
             ejections: Counter::default(),
+            spilled: Counter::default(),
             connections: Gauge::default(),
             listeners: Gauge::default(),
         };
@@ -70,6 +73,11 @@ impl Metrics {
             "upstream_ejections",
             "Endpoints that could not be reached and are passed over for a while",
             metrics.ejections.clone(),
+        );
+        registry.register(
+            "upstream_spilled",
+            "Endpoints farther away that were tried because all nearer ones are passed over",
+            metrics.spilled.clone(),
         );
         registry.register("connections", "Open client connections", metrics.connections.clone());
         registry.register("listeners", "Open listener ports", metrics.listeners.clone());

@@ -22,6 +22,9 @@ pub use listeners::Certificates;
 /// Changes that come together are resolved once.
 const SETTLE: Duration = Duration::from_millis(20);
 
+/// Addresses that the status of a Gateway may have (Gateway API, `GatewayStatus`).
+const MAX_ADDRESSES: usize = 16;
+
 /// What follows from all objects at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct Resolved {
@@ -131,11 +134,7 @@ pub fn resolve(objects: &Arc<Objects>, catalog: &Catalog, certificates: &mut Cer
     gateways.sort_by_key(|(name, gateway)| (created(&gateway.metadata), (*name).clone()));
     let mut claimed = listeners::judge(&gateways, objects, certificates);
     let table = routes::attach(objects, catalog, &mut claimed, &mut statuses);
-    let addresses: Vec<String> = catalog
-        .nodes()
-        .filter(|node| node.peers.contains_key("gateway"))
-        .flat_map(|node| node.addresses.iter().map(ToString::to_string))
-        .collect();
+    let addresses = addresses(catalog);
     for (name, listeners) in claimed {
         let working = listeners.iter().filter(|listener| listener.usable()).count();
         let mut conditions = if working == listeners.len() {
@@ -154,6 +153,16 @@ pub fn resolve(objects: &Arc<Objects>, catalog: &Catalog, certificates: &mut Cer
         statuses.gateways.push((name, GatewayVerdict { conditions, addresses: addresses.clone(), listeners }));
     }
     Resolved { known: true, table, statuses, objects: Arc::clone(objects) }
+}
+
+/// Addresses of the nodes that are to run a gateway and have done so. All gateways write the same status, so the order is the same
+/// for all: else each would write its own in the place of another's.
+fn addresses(catalog: &Catalog) -> Vec<String> {
+    let gateways = catalog.nodes().filter(|node| node.gateway && node.peers.contains_key("gateway"));
+    let mut addresses: Vec<_> = gateways.flat_map(|node| &node.addresses).collect();
+    addresses.sort();
+    addresses.dedup();
+    addresses.into_iter().take(MAX_ADDRESSES).map(ToString::to_string).collect()
 }
 
 /// Creation time in seconds; objects without one are the youngest.

@@ -9,9 +9,9 @@ use std::{
 
 use bytes::Bytes;
 use edgemesh_mesh::{
-    CatalogStore,
-    choice::{Reach, Viewpoint},
-    health::{EndpointKey, Health, HealthSettings, Sorted},
+    Call, CatalogStore,
+    choice::{PassedOver, Reach, Viewpoint},
+    health::{EndpointKey, Health, HealthSettings},
     model::{Endpoint, Protocol, ServiceName, ServicePort},
 };
 use edgemesh_tunnel::{Carried, StreamHeader, StreamTarget, Tunnel};
@@ -110,18 +110,17 @@ impl Upstreams {
             .and_then(|s| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).map(Arc::clone));
         let service_port = found.ok_or_else(|| UpstreamError::NoService(service.clone(), port))?;
         let viewpoint = Viewpoint::of(&catalog, &self.node);
-        let endpoints = viewpoint.candidates(&catalog, &service_port).endpoints;
-        let Sorted { mut usable, ejected } = self.health.sort(&endpoints, Protocol::Tcp, Instant::now());
-        if usable.is_empty() {
-            return Err(UpstreamError::NoEndpoint(service.clone()));
-        }
-        // A random begin spreads the requests; the others follow for retries, those that could not be reached lately last.
-        let begin = rand::random_range(0..usable.len());
-        usable.rotate_left(begin);
-        let mut cause = String::new();
-        for endpoint in usable.iter().chain(&ejected).take(MAX_ATTEMPTS) {
+        let (mut tried, mut cause) = (PassedOver::new(), String::new());
+        while tried.len() < MAX_ATTEMPTS {
+            let now = Instant::now();
+            let candidates = self.health.candidates(&viewpoint, &catalog, &service_port, Call::default(), &tried, now);
+            let Some(endpoint) = candidates.pick(rand::random()) else { break };
             let key = EndpointKey::of(endpoint, Protocol::Tcp);
             let address = key.address;
+            tried.insert(address);
+            if candidates.spilled {
+                self.metrics.spilled.inc();
+            }
             // A kept connection may have been closed by the other side in this moment: then nothing was sent yet.
             while let Some(mut connection) = self.take_idle(address) {
                 match connection.sender.try_send_request(request).await {
@@ -155,7 +154,10 @@ impl Upstreams {
                 },
             }
         }
-        Err(UpstreamError::Unreachable { service: service.clone(), cause })
+        match tried.is_empty() {
+            true => Err(UpstreamError::NoEndpoint(service.clone())),
+            false => Err(UpstreamError::Unreachable { service: service.clone(), cause }),
+        }
     }
 
     /// The endpoints that are passed over, and until when.

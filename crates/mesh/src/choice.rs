@@ -5,8 +5,9 @@
 //! the order: the same node, then the same network, then the same zone, then the rest.
 
 use std::{
+    collections::HashSet,
     hash::{Hash, Hasher},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -90,7 +91,12 @@ pub struct Candidates {
     pub tier: Tier,
     /// The endpoints, in the catalog's order; empty when the Service has none that may be used.
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// They stand in for those that the rules prefer, which are all passed over.
+    pub spilled: bool,
 }
+
+/// Endpoints that are not to be used, whatever the API says of them: they could not be reached.
+pub type PassedOver = HashSet<SocketAddr>;
 
 /// What removes an endpoint from a choice, in the order in which the rules are applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -110,6 +116,8 @@ pub enum Rule {
     Tier,
     /// Its node is not `Ready`, and those of others are.
     NodeNotReady,
+    /// It is passed over.
+    Ejection,
 }
 
 /// An endpoint, and what became of it in a choice.
@@ -157,24 +165,31 @@ impl Viewpoint {
         }
     }
 
-    /// The endpoints to use for a Service port, of any family: the nearest tier that has any.
-    pub fn candidates(&self, catalog: &Catalog, port: &ServicePort) -> Candidates {
-        self.candidates_for(catalog, port, Call::default())
-    }
-
     /// The endpoints to use for a Service port that is called in a certain way.
     ///
     /// By default that is the nearest tier that has any. `trafficDistribution` and topology hints choose the zone or the
     /// node first, and strict spreading takes every endpoint that they leave. Among those chosen, endpoints on nodes that
     /// are `Ready` come first: the rest is used when there are no others.
     pub fn candidates_for(&self, catalog: &Catalog, port: &ServicePort, call: Call) -> Candidates {
-        self.choose(catalog, port, call, |_, _| {})
+        self.candidates_besides(catalog, port, call, &PassedOver::new())
+    }
+
+    /// The same choice without some endpoints. When all that it would give are passed over it spills: the rules choose again
+    /// among the others. None is left when all that may be used at all are passed over.
+    pub fn candidates_besides(
+        &self,
+        catalog: &Catalog,
+        port: &ServicePort,
+        call: Call,
+        passed_over: &PassedOver,
+    ) -> Candidates {
+        self.choose(catalog, port, call, passed_over, |_, _| {})
     }
 
     /// The same choice, with the rule that removed each endpoint that was not chosen.
-    pub fn explain(&self, catalog: &Catalog, port: &ServicePort, call: Call) -> Explanation {
+    pub fn explain(&self, catalog: &Catalog, port: &ServicePort, call: Call, passed_over: &PassedOver) -> Explanation {
         let mut removed: Vec<Option<Rule>> = vec![None; port.endpoints.len()];
-        let candidates = self.choose(catalog, port, call, |endpoint, rule| {
+        let candidates = self.choose(catalog, port, call, passed_over, |endpoint, rule| {
             let Some(at) = port.endpoints.iter().position(|known| Arc::ptr_eq(known, endpoint)) else { return };
             // An endpoint that had no place among the ready ones has one among the terminating, where another rule may remove
             // it. One that a rule removed keeps it.
@@ -197,8 +212,32 @@ impl Viewpoint {
         catalog: &Catalog,
         port: &ServicePort,
         call: Call,
+        passed_over: &PassedOver,
         mut removed: impl FnMut(&Arc<Endpoint>, Rule),
     ) -> Candidates {
+        let mut found = self.preferred(catalog, port, call, |_| true, &mut removed);
+        let is_left = |endpoint: &Endpoint| !passed_over.contains(&SocketAddr::new(endpoint.address, endpoint.port));
+        let spills = !passed_over.is_empty()
+            && !keep_if_any(&mut found, |seen| is_left(seen.endpoint), Rule::Ejection, &mut removed);
+        if spills {
+            found = self.preferred(catalog, port, call, is_left, &mut removed);
+        }
+        Candidates {
+            tier: found.iter().map(|seen| seen.tier).max().unwrap_or(Tier::Remote),
+            spilled: spills && !found.is_empty(),
+            endpoints: found.into_iter().map(|seen| Arc::clone(seen.endpoint)).collect(),
+        }
+    }
+
+    /// What the rules choose among the endpoints that are left.
+    fn preferred<'a>(
+        &self,
+        catalog: &Catalog,
+        port: &'a ServicePort,
+        call: Call,
+        is_left: impl Fn(&Endpoint) -> bool,
+        removed: &mut impl FnMut(&Arc<Endpoint>, Rule),
+    ) -> Vec<Seen<'a>> {
         let of_family = |endpoint: &Endpoint| call.family.is_none_or(|family| family == endpoint.address.into());
         let service = catalog.service_named(&port.service);
         let publish_not_ready = service.is_some_and(|service| service.publish_not_ready);
@@ -209,7 +248,8 @@ impl Viewpoint {
         let strict = service.is_some_and(|service| service.strict_spreading);
         let usable: [fn(&Endpoint) -> bool; 2] = [|e| e.ready, |e| e.serving && e.terminating];
         for may_use in usable {
-            let mut found: Vec<Seen<'_>> = Vec::new();
+            let mut found = Vec::new();
+            let mut any_passed_over = false;
             for endpoint in &port.endpoints {
                 if !of_family(endpoint) {
                     removed(endpoint, Rule::Family);
@@ -219,36 +259,42 @@ impl Viewpoint {
                     let seen = self.see(catalog, endpoint);
                     if local_only && seen.tier != Tier::Node {
                         removed(endpoint, Rule::TrafficPolicy);
+                    } else if !is_left(endpoint) {
+                        removed(endpoint, Rule::Ejection);
+                        any_passed_over = true;
                     } else {
                         found.push(seen);
                     }
                 }
             }
             if found.is_empty() {
+                // Terminating ones stand in for those that aren't ready only.
+                if any_passed_over {
+                    break;
+                }
                 continue;
             }
-            self.follow_hints(&mut found, &mut removed);
+            self.follow_hints(&mut found, removed);
             let in_preferred_place = match distribution {
                 TrafficDistribution::Unset => false,
                 TrafficDistribution::PreferSameZone => {
-                    keep_if_any(&mut found, |seen| seen.same_zone, Rule::Distribution, &mut removed)
+                    keep_if_any(&mut found, |seen| seen.same_zone, Rule::Distribution, removed)
                 }
                 TrafficDistribution::PreferSameNode => {
-                    keep_if_any(&mut found, |seen| seen.tier == Tier::Node, Rule::Distribution, &mut removed)
-                        || keep_if_any(&mut found, |seen| seen.same_zone, Rule::Distribution, &mut removed)
+                    keep_if_any(&mut found, |seen| seen.tier == Tier::Node, Rule::Distribution, removed)
+                        || keep_if_any(&mut found, |seen| seen.same_zone, Rule::Distribution, removed)
                 }
             };
             if !in_preferred_place
                 && !strict
                 && let Some(nearest) = found.iter().map(|seen| seen.tier).min()
             {
-                keep_if_any(&mut found, |seen| seen.tier == nearest, Rule::Tier, &mut removed);
+                keep_if_any(&mut found, |seen| seen.tier == nearest, Rule::Tier, removed);
             }
-            keep_if_any(&mut found, |seen| seen.alive, Rule::NodeNotReady, &mut removed);
-            let tier = found.iter().map(|seen| seen.tier).max().unwrap_or(Tier::Remote);
-            return Candidates { tier, endpoints: found.into_iter().map(|seen| Arc::clone(seen.endpoint)).collect() };
+            keep_if_any(&mut found, |seen| seen.alive, Rule::NodeNotReady, removed);
+            return found;
         }
-        Candidates { tier: if local_only { Tier::Node } else { Tier::Remote }, endpoints: Vec::new() }
+        Vec::new()
     }
 
     fn see<'a>(&self, catalog: &Catalog, endpoint: &'a Arc<Endpoint>) -> Seen<'a> {

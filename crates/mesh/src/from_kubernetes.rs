@@ -9,7 +9,7 @@ use std::{
 
 use edgemesh_api::{
     MeshNodeSpec,
-    names::{DEFAULT_NETWORK, NETWORK_LABEL},
+    names::{DEFAULT_NETWORK, GATEWAY_NODE_LABEL, NETWORK_LABEL},
 };
 use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery},
@@ -321,6 +321,7 @@ pub(crate) fn node(object: &core::Node, interner: &mut Interner) -> Option<Node>
         addresses: addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect(),
         pod_cidrs,
         ready: conditions.filter(|c| c.type_ == "Ready").any(|c| c.status == "True"),
+        gateway: object.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(GATEWAY_NODE_LABEL)),
         peers: BTreeMap::new(),
     })
 }

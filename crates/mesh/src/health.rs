@@ -2,24 +2,26 @@
 //! while, and then one of them tries it again.
 //!
 //! The times grow with each failure in a row, up to a bound, and differ a little from process to process, so that not all try
-//! at the same moment. If all endpoints of a choice are ejected, all of them are used: a wrong guess must not take a Service
-//! away. No decision here reads a clock, and nothing is sent.
+//! at the same moment. If all endpoints of a choice are ejected, connections go to those that would be chosen next, farther
+//! away; if all that may be used at all are ejected, all of them are used: a wrong guess must not take a Service away. No
+//! decision here reads a clock, and nothing is sent.
 
 use std::{
     collections::HashMap,
     hash::{Hash, Hasher},
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
 use k8s_openapi::jiff::Timestamp;
 use parking_lot::Mutex;
 
-use crate::model::{Endpoint, Protocol};
+use crate::{
+    catalog::Catalog,
+    choice::{Call, Candidates, Explanation, PassedOver, Viewpoint},
+    model::{Endpoint, Protocol, ServicePort},
+};
 
 /// Times and bounds of ejection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,15 +63,6 @@ impl EndpointKey {
     }
 }
 
-/// Endpoints of one choice.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sorted {
-    /// To choose from.
-    pub usable: Vec<Arc<Endpoint>>,
-    /// To be tried only when those fail.
-    pub ejected: Vec<Arc<Endpoint>>,
-}
-
 /// An ejected endpoint, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ejected {
@@ -107,21 +100,51 @@ impl Health {
         Self { settings, seed, state: Mutex::default(), known: AtomicUsize::new(0) }
     }
 
-    /// Divides endpoints into those that may be chosen and those that are passed over, both in the given order.
-    pub fn sort(&self, endpoints: &[Arc<Endpoint>], protocol: Protocol, now: Instant) -> Sorted {
+    /// The endpoints for a connection that has tried some in vain: those that the rules choose and that are not ejected, else
+    /// such ones farther away, else ejected ones.
+    pub fn candidates(
+        &self,
+        from: &Viewpoint,
+        catalog: &Catalog,
+        port: &ServicePort,
+        call: Call,
+        tried: &PassedOver,
+        now: Instant,
+    ) -> Candidates {
+        let ejected = self.ejected_of(port, now);
+        if !ejected.is_empty() {
+            let healthy = from.candidates_besides(catalog, port, call, &ejected.union(tried).copied().collect());
+            if !healthy.endpoints.is_empty() {
+                return healthy;
+            }
+        }
+        from.candidates_besides(catalog, port, call, tried)
+    }
+
+    /// The choice of a connection that has tried none yet, with the rule that removed each endpoint.
+    pub fn explain(
+        &self,
+        from: &Viewpoint,
+        catalog: &Catalog,
+        port: &ServicePort,
+        call: Call,
+        now: Instant,
+    ) -> Explanation {
+        let healthy = from.explain(catalog, port, call, &self.ejected_of(port, now));
+        if healthy.candidates.endpoints.is_empty() {
+            return from.explain(catalog, port, call, &PassedOver::new());
+        }
+        healthy
+    }
+
+    fn ejected_of(&self, port: &ServicePort, now: Instant) -> PassedOver {
         if self.known.load(Ordering::Relaxed) == 0 {
-            return Sorted { usable: endpoints.to_vec(), ejected: Vec::new() };
+            return PassedOver::new();
         }
         let state = self.state.lock();
-        let is_ejected = |endpoint: &&Arc<Endpoint>| {
-            state.get(&EndpointKey::of(endpoint, protocol)).is_some_and(|ejection| now < ejection.until)
-        };
-        let (ejected, usable): (Vec<_>, Vec<_>) = endpoints.iter().partition(is_ejected);
-        if usable.is_empty() {
-            return Sorted { usable: endpoints.to_vec(), ejected: Vec::new() };
-        }
-        let owned = |chosen: Vec<&Arc<Endpoint>>| chosen.into_iter().cloned().collect();
-        Sorted { usable: owned(usable), ejected: owned(ejected) }
+        let keys = port.endpoints.iter().map(|endpoint| EndpointKey::of(endpoint, port.protocol));
+        let ejected = keys.filter(|key| state.get(key).is_some_and(|ejection| now < ejection.until));
+        ejected.map(|key| key.address).collect()
     }
 
     /// A connection is about to try the endpoint. If its ejection has ended, the others keep away until the outcome is known.
@@ -229,12 +252,20 @@ impl Health {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::model::ServiceName;
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn endpoint(last: u8) -> Arc<Endpoint> {
-        Arc::new(Endpoint {
+    fn key(last: u8) -> EndpointKey {
+        EndpointKey { address: ([10, 244, 0, last], 80).into(), protocol: Protocol::Tcp }
+    }
+
+    /// A Service port with three endpoints.
+    fn port(protocol: Protocol) -> ServicePort {
+        let endpoint = |last: u8| Endpoint {
             address: [10, 244, 0, last].into(),
             port: 80,
             node: None,
@@ -245,22 +276,22 @@ mod tests {
             ready: true,
             serving: true,
             terminating: false,
-        })
-    }
-
-    fn key(last: u8) -> EndpointKey {
-        EndpointKey::of(&endpoint(last), Protocol::Tcp)
-    }
-
-    /// The last bytes of the addresses that may be chosen from three.
-    fn usable(health: &Health, now: Instant) -> Vec<u8> {
-        let sorted = health.sort(&[endpoint(1), endpoint(2), endpoint(3)], Protocol::Tcp, now);
-        assert_eq!(sorted.usable.len() + sorted.ejected.len(), 3);
-        let last = |endpoint: &Arc<Endpoint>| match endpoint.address {
-            std::net::IpAddr::V4(address) => address.octets()[3],
-            std::net::IpAddr::V6(_) => 0,
         };
-        sorted.usable.iter().map(last).collect()
+        ServicePort {
+            service: ServiceName { namespace: "default".into(), name: "web".into() },
+            name: "".into(),
+            protocol,
+            port: 80,
+            node_port: None,
+            app_protocol: None,
+            endpoints: [1, 2, 3].map(|last| Arc::new(endpoint(last))).into(),
+        }
+    }
+
+    /// The last bytes of the addresses that are not ejected.
+    fn usable(health: &Health, now: Instant) -> Vec<u8> {
+        let ejected = health.ejected_of(&port(Protocol::Tcp), now);
+        (1..=3).filter(|last| !ejected.contains(&key(*last).address)).collect()
     }
 
     fn health() -> Health {
@@ -276,8 +307,7 @@ mod tests {
         assert_eq!(usable(&health, begin), [1, 3]);
         assert_eq!(usable(&health, begin + time), [1, 2, 3]);
         // The same address with another protocol is another endpoint.
-        let udp = health.sort(&[endpoint(2), endpoint(3)], Protocol::Udp, begin);
-        assert!(udp.ejected.is_empty());
+        assert!(health.ejected_of(&port(Protocol::Udp), begin).is_empty());
     }
 
     #[test]
@@ -322,17 +352,6 @@ mod tests {
         assert_eq!(usable(&health, after + 16 * SECOND), [2, 3]);
         assert!(health.reached(key(1)));
         assert_eq!(usable(&health, after + 16 * SECOND), [1, 2, 3]);
-    }
-
-    #[test]
-    fn if_all_are_ejected_all_are_used() {
-        let (health, now) = (health(), Instant::now());
-        for last in 1..=3 {
-            health.failed(key(last), now, now);
-        }
-        assert_eq!(usable(&health, now), [1, 2, 3]);
-        health.reached(key(2));
-        assert_eq!(usable(&health, now), [2]);
     }
 
     #[test]

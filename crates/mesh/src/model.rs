@@ -143,6 +143,8 @@ pub struct Node {
     pub pod_cidrs: Vec<Arc<str>>,
     /// Its `Ready` condition.
     pub ready: bool,
+    /// Whether it is to run a gateway (label `edgemesh.dev/gateway`).
+    pub gateway: bool,
     /// Tunnel endpoints by component (`agent`, `gateway`), from its MeshNode.
     pub peers: std::collections::BTreeMap<Arc<str>, Peer>,
 }

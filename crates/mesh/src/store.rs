@@ -50,9 +50,9 @@ struct Writer {
 /// What a node has seen of endpoints itself: whether they answer. It takes the place of what EndpointSlices say about them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Of TCP endpoints.
+    /// Of single endpoints; it counts for TCP endpoints.
     pub endpoints: HashMap<SocketAddr, bool>,
-    /// Of addresses, for their UDP endpoints and names: whether any TCP endpoint there answers.
+    /// Of addresses, for their UDP endpoints and names: whether anything there answers.
     pub addresses: HashMap<IpAddr, bool>,
 }
 

@@ -1,11 +1,17 @@
 //! Endpoint choice as a table: where the caller is, what the endpoints are like, and which it gets.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where something fails")]
 
-use std::{collections::HashSet, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
 
 use edgemesh_mesh::{
     Call, Candidates, Catalog, CatalogStore, IpFamily, Reach, Tier, Viewpoint,
-    choice::Rule,
+    choice::{PassedOver, Rule},
+    health::{EndpointKey, Health, HealthSettings},
     model::{Protocol, ServicePort},
 };
 use serde_json::{Value, json};
@@ -67,7 +73,7 @@ fn endpoint(short: &str) -> Value {
 fn explain(viewpoint: &str, policy: Value, endpoints: &str, call: Call) -> Vec<(u8, Option<Rule>)> {
     let (catalog, port) = catalog(policy, json!({}), endpoints);
     let from = Viewpoint::of(&catalog, viewpoint);
-    let explanation = from.explain(&catalog, &port, call);
+    let explanation = from.explain(&catalog, &port, call, &PassedOver::new());
     assert_eq!(explanation.candidates, from.candidates_for(&catalog, &port, call), "it is the same choice");
     let chosen = explanation.endpoints.iter().filter(|explained| explained.removed.is_none());
     let chosen: Vec<_> = chosen.map(|explained| explained.endpoint.clone()).collect();
@@ -190,7 +196,7 @@ fn the_nearest_tier_that_has_usable_endpoints_is_chosen() {
         ("edge-a1", &publish, "edge-a1:1:n edge-a2:1:r", Tier::Node, "1.1"),
         // internalTrafficPolicy: Local
         ("edge-a1", &local, "edge-a1:1:r edge-a2:1:r", Tier::Node, "1.1"),
-        ("edge-a1", &local, "edge-a2:1:r", Tier::Node, ""),
+        ("edge-a1", &local, "edge-a2:1:r", Tier::Remote, ""),
         ("edge-a1", &local, "edge-a1:1:t edge-a2:1:r", Tier::Node, "1.1"),
         // nodes that are not Ready come last in their tier
         ("edge-a1", &any, "edge-a2:1:r edge-a3:1:r", Tier::Network, "2.1"),
@@ -241,6 +247,76 @@ fn traffic_distribution_and_hints_choose_the_place_and_the_mesh_the_rest() {
     for (viewpoint, policy, annotations, endpoints, tier, expected) in table {
         let got = choose_for(viewpoint, (*policy).clone(), (*annotations).clone(), endpoints, Call::default());
         assert_eq!((got.tier, &*short(&got)), (*tier, *expected), "{viewpoint}: {endpoints} {policy} {annotations}");
+    }
+}
+
+/// A connection's choice: the addresses (third and last byte), and whether it spilled. `ejected` and `tried` are such addresses.
+fn choose_besides(policy: &Value, annotations: &Value, endpoints: &str, ejected: &str, tried: &str) -> (String, bool) {
+    let (catalog, port) = catalog(policy.clone(), annotations.clone(), endpoints);
+    let from = Viewpoint::of(&catalog, "edge-a1");
+    let (health, now) = (Health::new(HealthSettings::default(), 1), Instant::now());
+    let address = |short: &str| -> SocketAddr { format!("10.244.{short}:8080").parse().unwrap() };
+    for address in ejected.split_whitespace().map(address) {
+        health.failed(EndpointKey { address, protocol: Protocol::Tcp }, now, now).unwrap();
+    }
+    let tried: PassedOver = tried.split_whitespace().map(address).collect();
+    let got = health.candidates(&from, &catalog, &port, Call::default(), &tried, now);
+    if tried.is_empty() {
+        let explanation = health.explain(&from, &catalog, &port, Call::default(), now);
+        assert_eq!(explanation.candidates, got, "it is the same choice");
+        for explained in &explanation.endpoints {
+            let chosen = got.endpoints.contains(&explained.endpoint);
+            assert_eq!(explained.removed.is_none(), chosen, "{explained:?}");
+        }
+    }
+    (short(&got), got.spilled)
+}
+
+#[test]
+fn when_all_that_is_preferred_is_ejected_the_choice_spills_as_far_as_the_policies_let_it() {
+    let any = json!({});
+    let local = json!({"internalTrafficPolicy": "Local"});
+    let zone = json!({"trafficDistribution": "PreferSameZone"});
+    let node = json!({"trafficDistribution": "PreferSameNode"});
+    let (strict, none) = (json!({"edgemesh.dev/endpoint-choice": "kubernetes"}), json!({}));
+    let tiers = "edge-a1:1:r edge-a1:2:r edge-a2:1:r edge-b1:1:r cloud-1:1:r";
+    let table: &[(&Value, &Value, &str, &str, &str, &str, bool)] = &[
+        // policy, annotations, endpoints, ejected, tried in vain, expected addresses, whether it spilled
+        (&any, &none, tiers, "", "", "1.1 1.2", false),
+        (&any, &none, tiers, "1.1", "", "1.2", false),
+        (&any, &none, tiers, "2.1 4.1 5.1", "", "1.1 1.2", false),
+        (&any, &none, tiers, "1.1 1.2", "", "2.1", true),
+        (&any, &none, tiers, "1.1 1.2 2.1", "", "4.1", true),
+        (&any, &none, tiers, "1.1 1.2 2.1 4.1", "", "5.1", true),
+        // all of them: a wrong guess must not take the Service away
+        (&any, &none, tiers, "1.1 1.2 2.1 4.1 5.1", "", "1.1 1.2", false),
+        // within one connection: the healthy ones, then those that are ejected, each once
+        (&any, &none, tiers, "1.2", "1.1", "2.1", true),
+        (&any, &none, tiers, "1.2", "1.1 2.1 4.1", "5.1", true),
+        (&any, &none, tiers, "1.2", "1.1 2.1 4.1 5.1", "1.2", false),
+        (&any, &none, tiers, "1.2", "1.1 1.2 2.1 4.1 5.1", "", false),
+        // not ready ones are none to spill to; terminating ones neither, while there are ready ones
+        (&any, &none, "edge-a1:1:r edge-a2:1:n edge-b1:1:t", "1.1", "", "1.1", false),
+        (&any, &none, "edge-a1:1:t edge-b1:1:t", "1.1", "", "4.1", true),
+        // a node that is not Ready comes before what is farther away, as ever
+        (&any, &none, "edge-a2:1:r edge-a3:1:r edge-b1:1:r", "2.1", "", "3.1", true),
+        // Local never leaves the node
+        (&local, &none, tiers, "1.1 1.2", "", "1.1 1.2", false),
+        (&local, &none, tiers, "1.1", "", "1.2", false),
+        (&local, &none, tiers, "", "1.1 1.2", "", false),
+        // strict spreading has no order
+        (&any, &strict, tiers, "1.1 1.2", "", "2.1 4.1 5.1", false),
+        // trafficDistribution and hints are preferences
+        (&zone, &none, tiers, "1.1 1.2", "", "4.1", false),
+        (&zone, &none, tiers, "1.1 1.2 4.1", "", "2.1", true),
+        (&zone, &strict, tiers, "1.1 1.2 4.1", "", "2.1 5.1", true),
+        (&node, &none, tiers, "1.1 1.2", "", "4.1", true),
+        (&any, &none, "edge-a2:1:r:z1 edge-a2:2:r:z2 edge-b1:1:r:z1", "2.1", "", "4.1", true),
+        (&any, &none, "edge-a2:1:r:z1 edge-a2:2:r:z2 edge-b1:1:r:z1", "2.1 4.1", "", "2.2", true),
+    ];
+    for (policy, annotations, endpoints, ejected, tried, expected, spilled) in table {
+        let got = choose_besides(policy, annotations, endpoints, ejected, tried);
+        assert_eq!((&*got.0, got.1), (*expected, *spilled), "{endpoints} {policy}: ejected {ejected}, tried {tried}");
     }
 }
 

@@ -113,13 +113,13 @@ impl Worker {
     }
 
     async fn remember_address(&self, sandbox: &str) -> Result<(), RuntimeError> {
-        let status = self.shared.runtime.sandbox_status(sandbox).await?;
+        let (status, namespace) = self.shared.runtime.sandbox_with_namespace(sandbox).await?;
         let address = status.network.map(|network| network.ip).unwrap_or_default();
         if let Err(error) = self.shared.addresses.remember(self.folder.path(), &address) {
             tracing::warn!(pod = %self.name(), %error, "the pod's address can't be kept for its next sandbox");
         }
         if let Ok(address) = address.parse()
-            && let Some(namespace) = self.shared.runtime.sandbox_network_namespace(sandbox).await?
+            && let Some(namespace) = namespace
             && let Err(error) = link_address::set(&namespace, address).await
         {
             tracing::warn!(pod = %self.name(), %error, "the pod keeps a random link address: if it gets a new sandbox, it may be out of reach for a minute");

@@ -239,18 +239,23 @@ impl Runtime {
         answer.status.ok_or(RuntimeError::Incomplete { operation, part: "status" })
     }
 
-    /// The file of a sandbox's network namespace, as the runtime tells it in its own words (containerd and CRI-O alike); none
-    /// where it doesn't.
+    /// The state of one sandbox, and the file of its network namespace, as the runtime tells it in its own words (containerd and
+    /// CRI-O alike); none where it doesn't.
     ///
     /// # Errors
     /// When the sandbox does not exist or the runtime can't be reached.
-    pub async fn sandbox_network_namespace(&self, id: &str) -> Result<Option<PathBuf>, RuntimeError> {
+    pub async fn sandbox_with_namespace(
+        &self,
+        id: &str,
+    ) -> Result<(v1::PodSandboxStatus, Option<PathBuf>), RuntimeError> {
         let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
-        let answer = self.call("pod_sandbox_status", READ_DEADLINE, self.runtime().pod_sandbox_status(request)).await?;
+        let operation = "pod_sandbox_status";
+        let answer = self.call(operation, READ_DEADLINE, self.runtime().pod_sandbox_status(request)).await?;
         let info: Value = answer.info.get("info").and_then(|info| serde_json::from_str(info).ok()).unwrap_or_default();
         let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array();
         let network = namespaces.into_iter().flatten().find(|namespace| namespace["type"] == "network");
-        Ok(network.and_then(|network| network["path"].as_str()).map(PathBuf::from))
+        let file = network.and_then(|network| network["path"].as_str()).map(PathBuf::from);
+        Ok((answer.status.ok_or(RuntimeError::Incomplete { operation, part: "status" })?, file))
     }
 
     /// The state of one container, with its exit code.

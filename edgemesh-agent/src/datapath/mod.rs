@@ -50,6 +50,8 @@ use stale::{Reaper, Sweep};
 const DEBOUNCE: Duration = Duration::from_millis(5);
 /// How long to wait before what could not be programmed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// The longest pause between attempts to write the rules for callers from outside, each pause being twice as long as the last.
+const MAX_RETRY: Duration = Duration::from_secs(60);
 /// How soon a change of the host's addresses is seen, where Services have `externalIPs`.
 const HOST_ADDRESSES: Duration = Duration::from_secs(15);
 
@@ -126,7 +128,7 @@ impl Datapath {
             rules,
             outside: OutsidePlan::new(),
             planned_outside: None,
-            outside_failed: false,
+            outside_failures: 0,
             reaper,
             looked_at: None,
             plan: Arc::new(RwLock::new(adopted)),
@@ -171,8 +173,8 @@ struct Worker {
     outside: OutsidePlan,
     /// From which catalog it was planned, unless it has to be planned in full; or something is not in force.
     planned_outside: Option<Arc<Catalog>>,
-    /// Whether the rules could not be written last: said once.
-    outside_failed: bool,
+    /// How often in a row the rules could not be written: said once.
+    outside_failures: u32,
     reaper: Option<Reaper>,
     /// The last complete catalog that was programmed.
     looked_at: Option<Arc<Catalog>>,
@@ -232,6 +234,7 @@ impl Worker {
                     return;
                 },
                 () = tokio::time::sleep(RETRY), if retry => {}
+                () = tokio::time::sleep(pause_after(self.outside_failures)), if self.outside_failures > 0 => {}
                 () = tokio::time::sleep(HOST_ADDRESSES), if self.has_external => {}
                 () = shutdown.forced().cancelled() => return,
             }
@@ -304,8 +307,8 @@ impl Worker {
         }
     }
 
-    /// Brings the rules for callers from outside to what is planned, beside the programs. They are tried again with the next
-    /// change: the node's own sockets don't wait for them.
+    /// Brings the rules for callers from outside to what is planned, beside the programs. If that fails it is tried
+    /// again with pauses of its own: the node's own sockets, and readiness, don't wait for it.
     fn write_outside(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>, all: bool) {
         if !catalog.is_synced() {
             return;
@@ -319,15 +322,20 @@ impl Worker {
             Some(outside) => self.rules.apply(nftables::Changes { inside: Vec::new(), outside }, &is_local),
         };
         match written {
-            Ok(_) => self.planned_outside = Some(Arc::clone(catalog)),
-            Err(error) => {
-                if !std::mem::replace(&mut self.outside_failed, true) {
-                    tracing::warn!(%error, "NodePorts and external addresses are not served to callers outside of this node");
+            Ok(_) => {
+                self.planned_outside = Some(Arc::clone(catalog));
+                if std::mem::take(&mut self.outside_failures) > 0 {
+                    tracing::info!("NodePorts and external addresses are served to callers outside of this node again");
                 }
-                return;
+            }
+            Err(error) => {
+                self.metrics.rules_failed();
+                if self.outside_failures == 0 {
+                    tracing::warn!(%error, "NodePorts and external addresses are not served to callers outside of this node; trying again");
+                }
+                self.outside_failures = self.outside_failures.saturating_add(1);
             }
         }
-        self.outside_failed = false;
     }
 
     /// Brings the plan for callers from outside up to date. Returns what changed, or nothing if that can be all.
@@ -394,11 +402,12 @@ impl Worker {
         match written {
             Ok(written) => {
                 self.planned_outside = Some(Arc::clone(catalog));
-                self.outside_failed = false;
+                self.outside_failures = 0;
                 (written, 0)
             }
             Err(error) => {
-                if !std::mem::replace(&mut self.outside_failed, true) {
+                self.metrics.rules_failed();
+                if std::mem::replace(&mut self.outside_failures, 1) == 0 {
                     tracing::warn!(%error, "rules can't be written; trying again");
                 }
                 (0, count.max(1))
@@ -482,6 +491,11 @@ fn passed_on(catalog: &Catalog, older: &Catalog, node: &str) -> Vec<Frontend> {
         passed_on.extend(had.filter(|at| before.of(*at) == Some(&name) && now.of(*at) != Some(&name)));
     }
     passed_on
+}
+
+/// How long to wait after so many failures in a row.
+fn pause_after(failures: u32) -> Duration {
+    RETRY.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_RETRY)
 }
 
 /// Whether a backend is an endpoint on the node from which is looked.

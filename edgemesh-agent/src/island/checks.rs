@@ -1,20 +1,29 @@
 //! Whether endpoints answer: TCP connections to those of this node and of its network, judged by several in a row.
+//!
+//! Of pods with UDP ports only it is looked whether they are there: an attempt to connect that their kernel refuses says so, and no
+//! program of theirs hears of it, as it would of a datagram. Silence says less than with TCP endpoints, since a firewall may
+//! let nothing but UDP through; so it counts only for those that have answered before.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
-use edgemesh_mesh::{Catalog, Observed, Viewpoint, choice::Reach, model::Protocol};
+use edgemesh_mesh::{
+    Catalog, Observed, Viewpoint,
+    choice::Reach,
+    model::{Endpoint, Protocol},
+};
 use futures::{StreamExt as _, stream};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::message::{Held, Report};
 use crate::overlay::is_of_this_host;
 
-/// Endpoints that are looked at; those of this node come first.
+/// Endpoints that are looked at: TCP endpoints of this node first, then those of its network, then pods with UDP ports only.
 const MAX_ENDPOINTS: usize = 2048;
 /// Connections that are made at a time.
 const CONCURRENCY: usize = 64;
@@ -23,6 +32,9 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
 const DEAD_AFTER: u32 = 3;
 /// Successes in a row after which a dead endpoint is back.
 const BACK_AFTER: u32 = 2;
+
+/// What is looked at: a TCP endpoint, or a UDP endpoint for a pod that has no others.
+pub(super) type Target = (SocketAddr, Protocol);
 
 /// What is known of one endpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,13 +49,17 @@ struct Seen {
 
 impl Seen {
     /// Takes a result in. Returns whether it turned dead or came back.
-    fn note(&mut self, answered: bool) -> bool {
+    fn note(&mut self, protocol: Protocol, answered: bool) -> bool {
+        if protocol == Protocol::Udp && !(answered || self.answered) {
+            return false;
+        }
         let before = self.answers;
         self.answered |= answered;
         if answered {
             (self.failures, self.successes) = (0, self.successes.saturating_add(1));
             if self.answers == Some(false) && self.successes >= BACK_AFTER {
-                self.answers = Some(true);
+                // That a pod is there again doesn't make its UDP endpoints ready: they are what the API said.
+                self.answers = (protocol == Protocol::Tcp).then_some(true);
             }
         } else {
             (self.failures, self.successes) = (self.failures.saturating_add(1), 0);
@@ -66,15 +82,15 @@ impl Checks {
     /// forgotten. Returns those that turned dead (false) or came back.
     pub(super) fn note(
         &mut self,
-        results: &[(SocketAddr, Option<bool>)],
+        results: &[(Target, Option<bool>)],
         followed: &[(SocketAddr, Held)],
     ) -> Vec<(SocketAddr, bool)> {
         let mut turned = Vec::new();
         let mut seen = HashMap::with_capacity(results.len() + followed.len());
-        for &(endpoint, answered) in results {
+        for &((endpoint, protocol), answered) in results {
             let mut known = self.seen.remove(&endpoint).unwrap_or_default();
             if let Some(answered) = answered
-                && known.note(answered)
+                && known.note(protocol, answered)
             {
                 turned.push((endpoint, answered));
             }
@@ -126,40 +142,59 @@ impl Checks {
     }
 }
 
-/// The TCP endpoints to look at, with their nodes: those on this node, then those in its network.
-pub(super) fn endpoints(catalog: &Catalog, viewpoint: &Viewpoint) -> Vec<(Arc<str>, SocketAddr)> {
+/// What to look at, with its node.
+pub(super) fn targets(catalog: &Catalog, viewpoint: &Viewpoint) -> Vec<(Arc<str>, Target)> {
+    let of_protocol = |protocol| {
+        let ports = catalog.services().flat_map(|service| &service.ports).filter(move |port| port.protocol == protocol);
+        ports.flat_map(|port| &port.endpoints).filter(|endpoint| !endpoint.terminating)
+    };
     let mut found = BTreeMap::new();
-    let ports = catalog.services().flat_map(|service| &service.ports).filter(|port| port.protocol == Protocol::Tcp);
-    for endpoint in ports.flat_map(|port| &port.endpoints).filter(|endpoint| !endpoint.terminating) {
-        let address = SocketAddr::new(endpoint.address, endpoint.port);
-        let Some(node) = catalog.node_of_endpoint(endpoint) else { continue };
+    let mut add = |endpoint: &Endpoint, protocol| {
+        let Some(node) = catalog.node_of_endpoint(endpoint) else { return };
+        let target = (SocketAddr::new(endpoint.address, endpoint.port), protocol);
         match viewpoint.reach(catalog, endpoint) {
             // An address that two nodes claim has the first one's word.
-            Reach::Local => drop(found.insert((0, address), node)),
-            Reach::Direct => drop(found.entry((1, address)).or_insert(node)),
+            Reach::Local => drop(found.insert((protocol, 0, target), node)),
+            Reach::Direct => drop(found.entry((protocol, 1, target)).or_insert(node)),
             // Of another network: nothing that this network could know better.
             Reach::Tunnel { .. } => {}
         }
+    };
+    let mut addresses = HashSet::new();
+    for endpoint in of_protocol(Protocol::Tcp) {
+        addresses.insert(endpoint.address);
+        add(endpoint, Protocol::Tcp);
     }
-    found.into_iter().map(|((_, address), node)| (node, address)).take(MAX_ENDPOINTS).collect()
+    for endpoint in of_protocol(Protocol::Udp) {
+        // One for each address.
+        if addresses.insert(endpoint.address) {
+            add(endpoint, Protocol::Udp);
+        }
+    }
+    found.into_iter().map(|((.., target), node)| (node, target)).take(MAX_ENDPOINTS).collect()
 }
 
 /// One connection to each. No result where this host itself could not make one.
-pub(super) async fn round(endpoints: Vec<SocketAddr>) -> Vec<(SocketAddr, Option<bool>)> {
-    let check = |endpoint: SocketAddr| async move {
+pub(super) async fn round(targets: Vec<Target>) -> Vec<(Target, Option<bool>)> {
+    let check = |(endpoint, protocol): Target| async move {
         let answered = match timeout(CONNECT_DEADLINE, TcpStream::connect(endpoint)).await {
             Ok(Ok(_)) => Some(true),
-            Ok(Err(error)) => (!is_of_this_host(&error)).then_some(false),
+            Ok(Err(error)) if is_of_this_host(&error) => None,
+            Ok(Err(error)) => Some(protocol == Protocol::Udp && error.kind() == io::ErrorKind::ConnectionRefused),
             Err(_) => Some(false),
         };
-        (endpoint, answered)
+        ((endpoint, protocol), answered)
     };
-    stream::iter(endpoints).map(check).buffer_unordered(CONCURRENCY).collect().await
+    stream::iter(targets).map(check).buffer_unordered(CONCURRENCY).collect().await
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn tcp(endpoint: SocketAddr) -> Target {
+        (endpoint, Protocol::Tcp)
+    }
 
     #[test]
     fn an_endpoint_is_dead_after_three_failures_and_back_after_two_successes() {
@@ -169,7 +204,7 @@ mod tests {
         for (at, answered) in
             [true, false, false, true, false, false, false, false, true, false, true, true].into_iter().enumerate()
         {
-            for (_, alive) in checks.note(&[(endpoint, Some(answered))], &[]) {
+            for (_, alive) in checks.note(&[(tcp(endpoint), Some(answered))], &[]) {
                 turned.push((at, alive));
             }
         }
@@ -184,12 +219,12 @@ mod tests {
         let [one, other]: [SocketAddr; 2] = ["10.244.1.5:80", "10.244.1.5:81"].map(|text| text.parse().unwrap());
         let mut checks = Checks::default();
         for _ in 0..5 {
-            checks.note(&[(one, Some(true)), (other, Some(false))], &[]);
+            checks.note(&[(tcp(one), Some(true)), (tcp(other), Some(false))], &[]);
         }
         assert_eq!(checks.observed().endpoints, HashMap::from([(other, false)]));
         assert!(checks.observed().addresses.is_empty());
         for _ in 0..5 {
-            checks.note(&[(one, Some(false)), (other, None)], &[]);
+            checks.note(&[(tcp(one), Some(false)), (tcp(other), None)], &[]);
         }
         assert_eq!(checks.observed().addresses, HashMap::from([(one.ip(), false)]));
     }
@@ -199,7 +234,7 @@ mod tests {
         let endpoint: SocketAddr = "10.244.1.5:80".parse().unwrap();
         let mut checks = Checks::default();
         assert_eq!(checks.note(&[], &[(endpoint, Held::Dead)]), [(endpoint, false)]);
-        checks.note(&[(endpoint, Some(true))], &[]);
+        checks.note(&[(tcp(endpoint), Some(true))], &[]);
         assert!(!checks.observed().endpoints[&endpoint], "one answer is not enough");
         assert_eq!(checks.note(&[], &[(endpoint, Held::AsKnown)]), [(endpoint, true)]);
         assert_eq!(
@@ -209,13 +244,32 @@ mod tests {
         );
 
         let mut checks = Checks::default();
-        checks.note(&[(endpoint, Some(false))], &[]);
+        checks.note(&[(tcp(endpoint), Some(false))], &[]);
         assert_eq!(checks.report(&[endpoint]), Report::new());
         for (answered, held) in
             [(true, Held::AsKnown), (false, Held::AsKnown), (false, Held::AsKnown), (false, Held::Dead)]
         {
-            checks.note(&[(endpoint, Some(answered))], &[]);
+            checks.note(&[(tcp(endpoint), Some(answered))], &[]);
             assert_eq!(checks.report(&[endpoint]), Report::from([(endpoint, held)]));
         }
+    }
+
+    #[test]
+    fn a_pod_with_udp_ports_only_is_dead_only_if_it_answered_before_and_no_more_ready_when_it_is_back() {
+        let endpoint: SocketAddr = "10.244.1.5:5353".parse().unwrap();
+        let mut checks = Checks::default();
+        let mut note = |answered: bool| {
+            let turned = checks.note(&[((endpoint, Protocol::Udp), Some(answered))], &[]);
+            (turned.first().map(|(_, alive)| *alive), checks.observed().addresses)
+        };
+        let (dead, nothing) = (HashMap::from([(endpoint.ip(), false)]), HashMap::new());
+        for _ in 0..5 {
+            assert_eq!(note(false), (None, nothing.clone()), "nothing is known of it");
+        }
+        assert_eq!(note(true), (None, nothing.clone()));
+        assert_eq!([note(false), note(false)], [(None, nothing.clone()), (None, nothing.clone())]);
+        assert_eq!(note(false), (Some(false), dead.clone()));
+        assert_eq!(note(true), (None, dead));
+        assert_eq!(note(true), (Some(true), nothing));
     }
 }

@@ -18,7 +18,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use edgemesh_mesh::{CatalogStore, Observed};
+use edgemesh_mesh::{CatalogStore, Observed, model::Protocol};
 use edgemesh_telemetry::Shutdown;
 use edgemesh_tunnel::Tunnel;
 use rand::Rng as _;
@@ -170,19 +170,22 @@ impl Worker {
         let check = Duration::from_secs(self.config.island_check_seconds);
         loop {
             let snapshot = self.catalog.snapshot();
-            let endpoints = checks::endpoints(&snapshot, &self.config.viewpoint(&snapshot));
+            let targets = checks::targets(&snapshot, &self.config.viewpoint(&snapshot));
             let now = Instant::now();
             self.reports.forget_old(now);
             let (mut own, mut followed, mut to_check) = (Vec::new(), Vec::new(), Vec::new());
-            for (node, endpoint) in endpoints {
-                if *node == *self.config.node_name {
-                    own.push(endpoint);
-                    to_check.push(endpoint);
-                } else if let Some(held) = self.reports.fresh(&node, endpoint, now) {
-                    followed.push((endpoint, held));
-                } else {
-                    to_check.push(endpoint);
+            for (node, target) in targets {
+                let (endpoint, protocol) = target;
+                // Whether silence counts, of pods with UDP ports only, is for each node to know.
+                if protocol == Protocol::Tcp {
+                    if *node == *self.config.node_name {
+                        own.push(endpoint);
+                    } else if let Some(held) = self.reports.fresh(&node, endpoint, now) {
+                        followed.push((endpoint, held));
+                        continue;
+                    }
                 }
+                to_check.push(target);
             }
             let checked = to_check.len();
             let results = checks::round(to_check).await;

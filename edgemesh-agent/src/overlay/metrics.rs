@@ -34,6 +34,7 @@ pub(super) struct ProxiedMetrics {
     dropped: Counter,
     evicted: Counter,
     ejections: Counter,
+    spilled: Counter,
 }
 
 impl ProxiedMetrics {
@@ -44,6 +45,11 @@ impl ProxiedMetrics {
             "ejections",
             "Endpoints that could not be reached and are passed over for a while",
             metrics.ejections.clone(),
+        );
+        registry.register(
+            "spilled",
+            "Connections and UDP flows to endpoints farther away, because all nearer ones are passed over",
+            metrics.spilled.clone(),
         );
         metrics
     }
@@ -97,6 +103,10 @@ impl ProxiedMetrics {
 
     pub(super) fn ejection(&self) {
         self.ejections.inc();
+    }
+
+    pub(super) fn spilled(&self) {
+        self.spilled.inc();
     }
 
     /// Counts as active until it is dropped.

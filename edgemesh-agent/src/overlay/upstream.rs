@@ -8,9 +8,10 @@ use std::{
 };
 
 use edgemesh_mesh::{
-    Call, Candidates, Catalog, CatalogStore, IpFamily, Reach,
+    Call, Catalog, CatalogStore, IpFamily, Reach,
+    choice::PassedOver,
     cidr::Cidr,
-    health::{EndpointKey, Health, Sorted},
+    health::{EndpointKey, Health},
     l4::{
         proxy_protocol,
         udp::{DatagramSink, DatagramSource, FlowEnd, FlowEnded, socket},
@@ -38,8 +39,6 @@ const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 const OVERALL_DEADLINE: Duration = Duration::from_secs(15);
 /// Endpoints that are tried for one connection.
 const MAX_ATTEMPTS: usize = 4;
-/// Endpoints that are looked at for that.
-const MAX_CONSIDERED: usize = 64;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -175,8 +174,13 @@ impl From<TunnelError> for Failure {
     }
 }
 
-/// The endpoints that one connection may use, in the order in which it tries them.
-type Attempts = Vec<(Arc<Endpoint>, Reach)>;
+/// What a connection tries next.
+struct Chosen {
+    endpoint: Arc<Endpoint>,
+    reach: Reach,
+    /// Those that come first for this node are all passed over.
+    spilled: bool,
+}
 
 /// Chooses and connects.
 #[derive(Debug)]
@@ -306,13 +310,19 @@ impl Dialer {
     ) -> Result<(Upstream<Direct>, Route), UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
         let mut failures = Vec::new();
-        let mut left = self.endpoints(port, family, client)?;
-        left.reverse();
-        while let Some((endpoint, reach)) = left.pop() {
-            if failures.len() == MAX_ATTEMPTS {
-                break;
-            }
+        let mut tried = PassedOver::new();
+        // With others that are no better than one that failed.
+        let mut avoided = PassedOver::new();
+        while failures.len() < MAX_ATTEMPTS {
+            let choose = |passed_over| self.choose(port, family, client, passed_over);
+            let Chosen { endpoint, reach, spilled } = match choose(&avoided).or_else(|_| choose(&tried)) {
+                Ok(chosen) => chosen,
+                Err(error) if failures.is_empty() => return Err(error),
+                Err(_) => break,
+            };
             let key = EndpointKey::of(&endpoint, port.protocol);
+            tried.insert(key.address);
+            avoided.insert(key.address);
             let began = Moment::now();
             self.health.trying(key, began);
             let attempt = async {
@@ -330,6 +340,9 @@ impl Dialer {
                     let answered = port.protocol == Protocol::Tcp || matches!(upstream, Upstream::Tunnel(_));
                     if answered && self.health.reached(key) {
                         tracing::info!(%port, endpoint = %key.address, "an endpoint is reached again");
+                    }
+                    if spilled {
+                        self.metrics.spilled();
                     }
                     let node = match reach {
                         Reach::Tunnel { node } => Some(node),
@@ -350,11 +363,10 @@ impl Dialer {
             }
             if failure.blame == Blame::Node {
                 // The others there are no better: those of other nodes first.
-                let (there, elsewhere): (Attempts, Attempts) = left.into_iter().partition(|(_, other)| *other == reach);
-                for (endpoint, _) in &there {
-                    self.eject(port, EndpointKey::of(endpoint, port.protocol), began, &failure.cause);
+                for address in self.reached_by(port, &reach) {
+                    self.eject(port, EndpointKey { address, protocol: port.protocol }, began, &failure.cause);
+                    avoided.insert(address);
                 }
-                left = there.into_iter().chain(elsewhere).collect();
             }
             failures.push(format!("{}: {}", key.address, failure.cause));
         }
@@ -386,13 +398,14 @@ impl Dialer {
         self.catalog.subscribe()
     }
 
-    /// The endpoints to try, in order: a chosen one, then those after it; those that could not be reached lately come last.
-    fn endpoints(
+    /// An endpoint for a connection that is to keep away from some.
+    fn choose(
         &self,
         name: &ServicePortName,
         family: IpFamily,
         client: SocketAddr,
-    ) -> Result<Attempts, UpstreamError> {
+        passed_over: &PassedOver,
+    ) -> Result<Chosen, UpstreamError> {
         let catalog = self.catalog.snapshot();
         let service = catalog.service_named(&name.service).ok_or(UpstreamError::NoService)?;
         let port = service.port_named(&name.port, name.protocol).ok_or(UpstreamError::NoService)?;
@@ -400,22 +413,29 @@ impl Dialer {
         // The datapath has decided who comes here: it refuses calls to cluster addresses that must stay on the node. A node-local
         // address stands for Service addresses of its family.
         let call = Call { family: Some(family), external: true, ..Call::default() };
-        let candidates = viewpoint.candidates_for(&catalog, port, call);
-        let Sorted { usable, ejected } = self.health.sort(&candidates.endpoints, name.protocol, Moment::now());
-        let candidates = Candidates { endpoints: usable, ..candidates };
-        let first = match service.client_ip_affinity {
+        let now = Moment::now();
+        let candidates = self.health.candidates(&viewpoint, &catalog, port, call, passed_over, now);
+        let chosen = match service.client_ip_affinity {
             Some(timeout) => {
-                let round = self.affinity.round(client.ip(), name, timeout, Moment::now());
+                let round = self.affinity.round(client.ip(), name, timeout, now);
                 candidates.pick_for_client(client.ip(), round)
             }
             None => candidates.pick(rand::random()),
-        }
-        .ok_or(UpstreamError::NoEndpoint)?;
-        let at = candidates.endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, first)).unwrap_or(0);
-        let (before, from) = candidates.endpoints.split_at(at);
-        // Enough that a node with many endpoints, when it is cut off, doesn't use up all of them.
-        let order = from.iter().chain(before).chain(&ejected).take(MAX_CONSIDERED);
-        Ok(order.map(|endpoint| (endpoint.clone(), viewpoint.reach(&catalog, endpoint))).collect())
+        };
+        let endpoint = chosen.ok_or(UpstreamError::NoEndpoint)?;
+        let reach = viewpoint.reach(&catalog, endpoint);
+        Ok(Chosen { endpoint: endpoint.clone(), reach, spilled: candidates.spilled })
+    }
+
+    /// The endpoints of a Service port on the node that is reached in this way.
+    fn reached_by(&self, name: &ServicePortName, reach: &Reach) -> Vec<SocketAddr> {
+        let catalog = self.catalog.snapshot();
+        let viewpoint = self.standpoint.viewpoint(&catalog);
+        let service = catalog.service_named(&name.service);
+        let port = service.and_then(|service| service.port_named(&name.port, name.protocol));
+        let endpoints = port.into_iter().flat_map(|port| &port.endpoints);
+        let there = endpoints.filter(|endpoint| viewpoint.reach(&catalog, endpoint) == *reach);
+        there.map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port)).collect()
     }
 }
 

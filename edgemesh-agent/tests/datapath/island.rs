@@ -171,6 +171,46 @@ fn dead_endpoints_leave_and_return_while_the_cloud_is_away_and_its_word_counts_w
     assert_eq!(names(), [POD_A[0], POD_B[0]]);
 }
 
+#[test]
+fn pods_with_udp_ports_only_leave_when_they_are_gone_and_not_when_they_never_answered() {
+    let endpoint = |pod: &str, node| json!({"addresses": [pod], "nodeName": node, "conditions": {"ready": true}});
+    let objects = [
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "names", "namespace": "default"},
+            "spec": {"clusterIP": "None", "clusterIPs": ["None"], "ports": [{"port": 5353, "protocol": "UDP"}]},
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "names", "namespace": "default", "labels": {"kubernetes.io/service-name": "names"}},
+            "ports": [{"port": 5353, "protocol": "UDP", "name": ""}],
+            "endpoints": [endpoint(POD_A[0], "a"), endpoint(POD_B[0], "b")],
+        }),
+    ];
+    let sites = Sites::start(&objects, |config| config.island_check_seconds = 1);
+    sites.move_node("b", "site-a");
+    let names = || addresses_of(&sites.a.pod, "names.default.svc.cluster.local.");
+    let checks = |result| sites.a.metric(&format!("edgemesh_agent_island_checks_total{{result=\"{result}\"}}"));
+    // Only UDP gets to the pod of b, as a policy can have it.
+    nft(&sites.b.pod, "table ip t { chain c { type filter hook input priority 0; meta l4proto tcp drop; }; }");
+    until("the cloud to be missed", || sites.a.metric("edgemesh_agent_island_active") == 1);
+    until("more silence than would be enough", || checks("failed") > 3);
+    assert_eq!(names(), [POD_A[0], POD_B[0]]);
+    nft(&sites.b.pod, "delete table ip t");
+    let before = checks("answered");
+    until("both to answer", || checks("answered") > before + 3);
+
+    sites.b.host.run(|| crate::sandbox::ip("link set wan-b down"));
+    until("the name without the pod that is cut off", || names() == [POD_A[0]]);
+    sites.a.pod.run(|| crate::sandbox::ip("link set eth0 down"));
+    let dead = "edgemesh_agent_island_endpoints{state=\"dead\"}";
+    until("the pod of this node to be dead, too", || sites.a.metric(dead) == 2);
+    sites.b.host.run(|| crate::sandbox::ip("link set wan-b up"));
+    sites.a.pod.run(|| crate::sandbox::ip("link set eth0 up"));
+    sites.a.pod.run(|| crate::sandbox::ip("route add default via 10.244.1.1"));
+    until("both names", || names() == [POD_A[0], POD_B[0]]);
+    assert_eq!(sites.a.metric("edgemesh_agent_island_endpoints{state=\"back\"}"), 0);
+}
+
 /// Connections of this host to the pod of b fail; those that it forwards don't.
 const NO_WAY_TO_B: &str = "table ip t { chain c { type filter hook output priority 0; \
                            ip daddr 10.244.7.5 tcp dport 8080 reject with tcp reset; }; }";

@@ -1,25 +1,27 @@
 //! The agent as a process of its own: which datapath it takes with what the kernel allows it, and what stays when it is killed.
 
 use std::{
+    io::{ErrorKind, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
-use edgemesh_agent::datapath::nftables::Rules;
+use edgemesh_agent::datapath::nftables::{Rules, TABLE};
 
 use crate::{
     hosts::{client, node, pod, who_calls},
     outside::call,
     sandbox::Sandbox,
+    sites::until,
     whole_agent::{admin, catalog},
 };
 
 /// What an agent needs for eBPF and not for rules.
 const WITHOUT_BPF: &str = "-bpf,-sys_admin,-perfmon";
 
-/// An agent that ends with the test.
+/// An agent, or another program, that ends with the test.
 struct Agent(Child);
 
 impl Agent {
@@ -142,4 +144,40 @@ fn with_ebpf_callers_from_outside_are_served_by_rules_that_go_when_nothing_is_to
     let agent = start(command, port);
     assert!(!Rules::is_present());
     agent.kill();
+}
+
+/// The agent's table, owned by a process that ends with this: nobody else may write it, and it goes with its owner.
+fn held_table() -> Agent {
+    let mut nft = Command::new("nft").arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let script = format!("add table inet {TABLE} {{ flags owner; }}\n");
+    nft.stdin.as_mut().unwrap().write_all(script.as_bytes()).unwrap();
+    let is_there = || Command::new("nft").args(["list", "table", "inet", TABLE]).output().unwrap().status.success();
+    until("the table", is_there);
+    Agent(nft)
+}
+
+#[test]
+fn rules_for_callers_from_outside_that_could_not_be_written_are_tried_again_and_nothing_else_waits_for_them() {
+    let sandbox = node();
+    let (pod5, client, data, port) = (pod(5), client(), tempfile::tempdir().unwrap(), free_port());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let elsewhere = format!("cgroup={}", sandbox.child_cgroup().display());
+    let command = command(&sandbox, data.path(), port, "+all", &["datapath=ebpf", &elsewhere]);
+    // Nothing but the failure itself has the agent look again: the host's addresses don't matter.
+    let mut items = catalog();
+    items["items"][0]["spec"].as_object_mut().unwrap().remove("externalIPs");
+    std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
+    let held = held_table();
+    let _agent = start(command, port);
+    let refused = client.run(|| call("192.168.1.11:30080")).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    let metrics = || admin(SocketAddr::from(([127, 0, 0, 1], port)), "/metrics");
+    let failures = || -> u32 {
+        let name = "edgemesh_agent_datapath_rules_failures_total ";
+        metrics().lines().find_map(|line| line.strip_prefix(name)?.parse().ok()).unwrap()
+    };
+    until("another attempt", || failures() > 1);
+    held.kill();
+    until("the rules", || client.run(|| call("192.168.1.11:30080")).is_ok());
+    assert_eq!(client.run(|| call("192.168.1.11:30080")).unwrap(), "10.244.1.5:8080 192.168.1.50");
 }

@@ -9,7 +9,7 @@ use tokio::{
 
 use crate::{
     rig::{Node, service, two_sites, two_sites_behind_a_relay, within},
-    servers::{black_hole, call, greeting_server, server, server_at},
+    servers::{black_hole, call, greeting_server, nobody, server, server_at},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -153,11 +153,7 @@ async fn an_endpoint_that_swallows_connections_is_passed_over_and_used_again_whe
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_whose_only_endpoint_was_away_is_served_as_soon_as_it_is_back() {
     let (a, b) = two_sites().await;
-    let address = server("before").await;
-    let gone = std::net::SocketAddr::from((address.ip(), {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        listener.local_addr().unwrap().port()
-    }));
+    let gone = nobody().await;
     service(&[&a, &b], "web", "TCP", &[(gone, "b")]);
     for _ in 0..5 {
         assert!(call(&a, "web", b"x").await.is_err());
@@ -178,4 +174,29 @@ async fn a_node_that_is_gone_takes_all_its_endpoints_out_of_the_choice_at_once()
         assert_eq!(call(&a, "web", b"x").await.unwrap(), "good 1");
     }
     assert_eq!(a.metric("edgemesh_agent_proxied_ejections_total"), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_spill_to_farther_endpoints_while_all_nearer_ones_fail_and_return_with_these() {
+    let (a, b) = two_sites().await;
+    let gone = nobody().await;
+    service(&[&a, &b], "web", "TCP", &[(gone, "a"), (server("far").await, "b")]);
+    // The first finds out, and goes on itself; the others know.
+    for _ in 0..10 {
+        assert_eq!(call(&a, "web", b"x").await.unwrap(), "far 1");
+    }
+    assert!(a.metric("edgemesh_agent_proxied_ejections_total") >= 1);
+    assert_eq!(a.metric("edgemesh_agent_proxied_spilled_total"), 10);
+    let _healed = server_at(gone, "near").await;
+    within("the nearer endpoint to be used again", async {
+        while call(&a, "web", b"x").await.unwrap() != "near 1" {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    let spilled = a.metric("edgemesh_agent_proxied_spilled_total");
+    for _ in 0..10 {
+        assert_eq!(call(&a, "web", b"x").await.unwrap(), "near 1");
+    }
+    assert_eq!(a.metric("edgemesh_agent_proxied_spilled_total"), spilled);
 }

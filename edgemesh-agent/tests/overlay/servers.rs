@@ -35,6 +35,11 @@ pub(crate) async fn server_at(address: SocketAddr, name: &'static str) -> Socket
     address
 }
 
+/// An address at which nothing listens.
+pub(crate) async fn nobody() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+}
+
 /// A UDP server that sends back what it gets.
 pub(crate) async fn udp_server() -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();

@@ -1,9 +1,5 @@
 //! Nodes and cluster agree: at once, after the node was away, and after the hub was killed again and again.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
-
-mod nodes;
-
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
@@ -20,8 +16,9 @@ use kube::{
     api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
     discovery::ApiResource,
 };
-use nodes::{Edge, Hub, eventually, http_get};
 use serde_json::{Value, json};
+
+use crate::rig::{Edge, Hub, eventually, http_get};
 
 fn from<K: serde::de::DeserializeOwned>(value: Value) -> K {
     serde_json::from_value(value).unwrap()

@@ -1,7 +1,5 @@
 //! A small cluster for tests: the real `hub --standalone` as a child process, and real edgecores in this process.
 
-#![allow(dead_code)] // Each test file uses a part of it.
-
 use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
@@ -18,7 +16,6 @@ use kube::{
     Client,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -178,13 +175,6 @@ pub(crate) async fn http_get(address: SocketAddr, path: &str) -> Result<String, 
     };
     let answer = tokio::time::timeout(Duration::from_secs(5), exchange).await.map_err(|_| "no answer".to_owned())?;
     answer.map_err(|error| error.to_string())
-}
-
-/// The JSON body of a plain GET.
-pub(crate) async fn json_get(address: SocketAddr, path: &str) -> Result<Value, String> {
-    let answer = http_get(address, path).await?;
-    let (_, body) = answer.split_once("\r\n\r\n").ok_or("no body")?;
-    serde_json::from_str(body).map_err(|error| format!("{error}: {answer}"))
 }
 
 /// A node of the cluster: its folder, and its edgecore while it runs.

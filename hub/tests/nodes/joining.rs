@@ -1,9 +1,5 @@
 //! Who gets in: tokens, certificates, and what the nodes' port does with everything else.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
-
-mod nodes;
-
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,13 +14,14 @@ use edgemesh_link::{
 };
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, ResourceExt};
-use nodes::{DEADLINE, Edge, Hub, eventually};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
+
+use crate::rig::{DEADLINE, Edge, Hub, eventually};
 
 async fn refusal(hub: &Hub, token: &str, node: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
