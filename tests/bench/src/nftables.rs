@@ -40,7 +40,7 @@ pub(crate) fn write_rules(path: &Path, services: u32, endpoints: u32, server: So
         "table ip {TABLE} {{\n{chains}\
          map services {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {map} }} }}\n\
          chain prerouting {{ type nat hook prerouting priority dstnat; ip daddr . meta l4proto . th dport vmap @services; }}\n\
-         chain output {{ type nat hook output priority dstnat; ip daddr . meta l4proto . th dport vmap @services; }}\n\
+         chain output {{ type nat hook output priority -100; ip daddr . meta l4proto . th dport vmap @services; }}\n\
          }}\n"
     );
     fs::write(path, rules).with_context(|| path.display().to_string())?;
