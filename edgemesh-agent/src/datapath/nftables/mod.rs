@@ -29,7 +29,7 @@ pub use nft::NftError;
 use routes::ServiceRoutes;
 pub use ruleset::TABLE;
 use ruleset::{Chain, Family, Map, Place, Scope};
-use transaction::{Elements, Transaction};
+use transaction::{Elements, Kernel, Transaction};
 
 /// Whether an endpoint is on this node.
 pub type IsLocal<'a> = &'a dyn Fn(SocketAddr, Protocol) -> bool;
@@ -50,6 +50,7 @@ pub(super) type Served = Arc<RwLock<HashSet<Frontend>>>;
 #[derive(Debug)]
 pub struct Rules {
     scope: Scope,
+    kernel: Kernel,
     table: Table,
     programmed: HashMap<(Place, Frontend), Programmed>,
     /// Chains that were made on demand.
@@ -112,6 +113,7 @@ impl Rules {
     fn new(scope: Scope) -> Self {
         Self {
             scope,
+            kernel: Kernel::default(),
             table: Table::Unknown,
             programmed: HashMap::new(),
             chains: HashSet::new(),
@@ -128,12 +130,14 @@ impl Rules {
     /// When they can't be removed.
     pub fn uninstall() -> Result<(), NftError> {
         routes::remove_all()?;
-        transaction::remove(&transaction::tables()?)
+        let mut kernel = Kernel::default();
+        let tables = kernel.tables()?;
+        kernel.remove(&tables)
     }
 
     /// Whether an agent left a table here that serves.
     pub fn is_present() -> bool {
-        transaction::tables().is_ok_and(|tables| !tables.is_empty())
+        Kernel::default().tables().is_ok_and(|tables| !tables.is_empty())
     }
 
     /// What ends flows of these rules whose endpoint is gone; `cgroup` is where sockets are looked for.
@@ -238,11 +242,11 @@ impl Rules {
                     None => drop(all.remove(key)),
                 }
             }
-            found = transaction::tables()?;
+            found = self.kernel.tables()?;
             self.chains.clear();
             if !self.scope.inside && all.is_empty() {
                 // Even an empty table has the kernel track connections.
-                transaction::remove(&found)?;
+                self.kernel.remove(&found)?;
                 self.commit(changed, next);
                 self.table = Table::Absent;
                 return Ok(count);
@@ -259,7 +263,7 @@ impl Rules {
         self.commit(changed, next);
         self.table = Table::Kept;
         if !self.scope.inside && self.programmed.is_empty() {
-            transaction::remove(&[TABLE.to_owned()])?;
+            self.kernel.remove(&[TABLE.to_owned()])?;
             self.chains.clear();
             self.table = Table::Absent;
         }
@@ -277,9 +281,9 @@ impl Rules {
         elements: &Transaction,
         mut found: Vec<String>,
     ) -> Result<(), NftError> {
-        let write = |structure: &str| match structure {
-            "" => elements.commit(),
-            structure => nft::transaction(structure).and_then(|()| elements.commit()),
+        let mut write = |structure: &str| match structure {
+            "" => self.kernel.commit(elements),
+            structure => nft::transaction(structure).and_then(|()| self.kernel.commit(elements)),
         };
         let taken_over = found.iter().position(|table| table == TABLE).map(|at| found.swap_remove(at));
         if let Err(error) = write(structure) {
@@ -294,7 +298,7 @@ impl Rules {
             anew.push_str(structure);
             write(&anew)?;
         }
-        if let Err(error) = transaction::remove(&found) {
+        if let Err(error) = self.kernel.remove(&found) {
             tracing::warn!(%error, "tables of other versions can't be removed");
         }
         Ok(())

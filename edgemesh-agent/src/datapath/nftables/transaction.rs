@@ -1,7 +1,7 @@
 //! Elements that go and come in one transaction, without a process: a batch of netlink messages (linux/netfilter/nf_tables.h).
 //! What they are elements of is made by the program `nft`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use super::{
     super::netlink::{NLM_F_CREATE, Netlink, Refused, Request, attribute, attributes, nested, nfgenmsg},
@@ -106,59 +106,80 @@ impl Transaction {
         self.requests.push(Request { kind, flags, body });
         self.maps.push(map);
     }
+}
 
-    /// Has all of it in force in the network namespace of the calling thread.
+/// What is asked of the kernel without a process.
+///
+/// The socket stays open: to close one waits until the kernel has freed what was deleted, some 15 ms.
+#[derive(Debug, Default)]
+pub(super) struct Kernel(Option<Netlink>);
+
+impl Kernel {
+    /// Has a transaction in force, in the network namespace in which the calling thread was at the first call.
     ///
     /// # Errors
     /// When none of it is.
-    pub(super) fn commit(&self) -> Result<(), NftError> {
-        send(&self.requests, |request| {
-            let map = request.and_then(|request| self.maps.get(request));
+    pub(super) fn commit(&mut self, transaction: &Transaction) -> Result<(), NftError> {
+        self.send(&transaction.requests, |request| {
+            let map = request.and_then(|request| transaction.maps.get(request));
             map.map_or_else(|| TABLE.to_owned(), Map::to_string)
         })
     }
-}
 
-/// The agent's tables, of this layout and others.
-///
-/// # Errors
-/// When they can't be listed.
-pub(super) fn tables() -> Result<Vec<String>, NftError> {
-    let mut names = Vec::new();
-    let listed = Netlink::open(libc::NETLINK_NETFILTER).and_then(|mut netlink| {
-        netlink.dump(GETTABLE, &nfgenmsg(INET, 0), |body| {
-            let of_name = attributes(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == TABLE_NAME);
-            let text = of_name.and_then(|(_, value)| std::str::from_utf8(value.strip_suffix(&[0])?).ok());
-            names.extend(text.filter(|text| text.starts_with(NAME)).map(str::to_owned));
-        })
-    });
-    match listed {
-        // So a kernel says that it has no nftables, or nothing that they could be asked for with.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPROTONOSUPPORT)) => Ok(names),
-        Err(error) => Err(NftError::Kernel { what: "tables".to_owned(), error }),
-        Ok(()) => Ok(names),
+    /// The agent's tables, of this layout and others.
+    ///
+    /// # Errors
+    /// When they can't be listed.
+    pub(super) fn tables(&mut self) -> Result<Vec<String>, NftError> {
+        let mut names = Vec::new();
+        let listed = self.with_socket(|socket| {
+            socket.dump(GETTABLE, &nfgenmsg(INET, 0), |body| {
+                let of_name = attributes(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == TABLE_NAME);
+                let text = of_name.and_then(|(_, value)| std::str::from_utf8(value.strip_suffix(&[0])?).ok());
+                names.extend(text.filter(|text| text.starts_with(NAME)).map(str::to_owned));
+            })
+        });
+        match listed {
+            // So a kernel says that it has no nftables, or nothing that they could be asked for with.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPROTONOSUPPORT)) => Ok(names),
+            Err(error) => Err(NftError::Kernel { what: "tables".to_owned(), error }),
+            Ok(()) => Ok(names),
+        }
     }
-}
 
-/// Removes tables, all or none.
-///
-/// # Errors
-/// When they are still there.
-pub(super) fn remove(tables: &[String]) -> Result<(), NftError> {
-    let request = |table: &String| {
-        let mut body = nfgenmsg(INET, 0).to_vec();
-        attribute(&mut body, TABLE_NAME, &name(table));
-        Request { kind: DELTABLE, flags: 0, body }
-    };
-    let requests: Vec<Request> = tables.iter().map(request).collect();
-    send(&requests, |_| tables.join(", "))
-}
+    /// Removes tables, all or none.
+    ///
+    /// # Errors
+    /// When they are still there.
+    pub(super) fn remove(&mut self, tables: &[String]) -> Result<(), NftError> {
+        let request = |table: &String| {
+            let mut body = nfgenmsg(INET, 0).to_vec();
+            attribute(&mut body, TABLE_NAME, &name(table));
+            Request { kind: DELTABLE, flags: 0, body }
+        };
+        let requests: Vec<Request> = tables.iter().map(request).collect();
+        self.send(&requests, |_| tables.join(", "))
+    }
 
-/// Sends requests, of which `what` says what they are about.
-fn send(requests: &[Request], what: impl FnOnce(Option<usize>) -> String) -> Result<(), NftError> {
-    let netlink = Netlink::open(libc::NETLINK_NETFILTER).map_err(Refused::from);
-    let sent = netlink.and_then(|mut netlink| netlink.send_batch(SUBSYSTEM, requests));
-    sent.map_err(|Refused { request, error }| NftError::Kernel { what: what(request), error })
+    /// Sends requests, of which `what` says what they are about.
+    fn send(&mut self, requests: &[Request], what: impl FnOnce(Option<usize>) -> String) -> Result<(), NftError> {
+        self.with_socket(|socket| socket.send_batch(SUBSYSTEM, requests))
+            .map_err(|Refused { request, error }| NftError::Kernel { what: what(request), error })
+    }
+
+    fn with_socket<T, E: From<io::Error>>(
+        &mut self,
+        ask: impl FnOnce(&mut Netlink) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut socket = match self.0.take() {
+            Some(socket) => socket,
+            None => Netlink::open(libc::NETLINK_NETFILTER)?,
+        };
+        let answer = ask(&mut socket)?;
+        // After an error, answers that nobody waits for can be left in a socket.
+        self.0 = Some(socket);
+        Ok(answer)
+    }
 }
 
 /// Names end with a zero.
