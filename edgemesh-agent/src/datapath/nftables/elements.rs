@@ -238,8 +238,7 @@ mod tests {
     #[test]
     fn backends_that_clients_keep_have_the_same_number_in_every_set() {
         let timeout = Duration::from_secs(7);
-        let sticky =
-            |list: &[&str]| elements(Inside, tcp("10.96.0.20:80"), Target::Sticky(backends(list), timeout));
+        let sticky = |list: &[&str]| elements(Inside, tcp("10.96.0.20:80"), Target::Sticky(backends(list), timeout));
         let (one, two) = (sticky(&["10.244.1.5:8080"]), sticky(&["10.244.1.6:8080", "10.244.1.5:8080"]));
         assert_eq!(one[3].value, Some(Value::Goto(Chain::Sticky(Inside, V4, 1, timeout))));
         let kept = |all: &[Element]| *all.iter().find(|element| element.value == Some(to("10.244.1.5:8080"))).unwrap();

@@ -93,7 +93,7 @@ impl Rules {
     /// # Errors
     /// When `nft` can't be run or the kernel has no nftables.
     pub fn for_all() -> Result<Self, NftError> {
-        nft::works()?;
+        nft::check(&format!("add table inet {TABLE}\n"))?;
         let bridged_answers = routes::let_bridged_answers_pass();
         let mut rules = Self::new(Scope { inside: true, bridged_answers });
         match ServiceRoutes::open() {
@@ -235,10 +235,10 @@ impl Rules {
             next.chains.retain(|chain| !self.chains.contains(chain));
         } else {
             // All over again: what was programmed before is only what should be there.
-            let mut all = self.programmed.clone();
+            let mut all: HashMap<_, _> = self.programmed.iter().collect();
             for (key, target) in &changed {
                 match target {
-                    Some(target) => drop(all.insert(*key, target.clone())),
+                    Some(target) => drop(all.insert(key, target)),
                     None => drop(all.remove(key)),
                 }
             }
@@ -251,7 +251,7 @@ impl Rules {
                 self.table = Table::Absent;
                 return Ok(count);
             }
-            for (key, target) in &all {
+            for (key, target) in all {
                 next.exchange(*key, None, Some(target));
             }
             ruleset::write_base(&mut structure, self.scope, &self.pods);

@@ -57,12 +57,12 @@ pub(super) fn transaction(script: &str) -> Result<(), NftError> {
     run(&["-f", "-"], script)
 }
 
-/// Tries whether the program runs, and the kernel has what it needs.
+/// Tries whether the program runs and the kernel would take a script. What there is isn't listed: that reads all elements.
 ///
 /// # Errors
 /// When not.
-pub(super) fn works() -> Result<(), NftError> {
-    run(&["list", "tables"], "")
+pub(super) fn check(script: &str) -> Result<(), NftError> {
+    run(&["-c", "-f", "-"], script)
 }
 
 fn run(arguments: &[&str], input: &str) -> Result<(), NftError> {

@@ -1,11 +1,7 @@
 //! The text of the table: maps that hold what is planned, and a few chains that look there. Nothing in the chains depends on
 //! how many Services there are, so that a change is one of elements only.
 
-use std::{
-    fmt::Write as _,
-    net::IpAddr,
-    time::Duration,
-};
+use std::{fmt::Write as _, net::IpAddr, time::Duration};
 
 use edgemesh_mesh::cidr::Cidr;
 

@@ -167,10 +167,7 @@ impl Kernel {
             .map_err(|Refused { request, error }| NftError::Kernel { what: what(request), error })
     }
 
-    fn with_socket<T, E: From<io::Error>>(
-        &mut self,
-        ask: impl FnOnce(&mut Netlink) -> Result<T, E>,
-    ) -> Result<T, E> {
+    fn with_socket<T, E: From<io::Error>>(&mut self, ask: impl FnOnce(&mut Netlink) -> Result<T, E>) -> Result<T, E> {
         let mut socket = match self.0.take() {
             Some(socket) => socket,
             None => Netlink::open(libc::NETLINK_NETFILTER)?,
