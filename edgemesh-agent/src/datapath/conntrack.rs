@@ -8,7 +8,7 @@ use std::{
 
 use edgemesh_mesh::model::Protocol;
 
-use super::netlink::{Netlink, Request, attribute, attributes, nested};
+use super::netlink::{Netlink, Request, attribute, attributes, nested, nfgenmsg};
 
 const CTNETLINK: u16 = 1 << 8;
 const GET: u16 = CTNETLINK | 1;
@@ -52,7 +52,7 @@ impl Conntrack {
     /// Calls `each` for every TCP and UDP flow.
     pub(super) fn flows(&mut self, mut each: impl FnMut(Flow)) -> io::Result<()> {
         for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-            self.0.dump(GET, &header(family), |body| {
+            self.0.dump(GET, &nfgenmsg(family, 0), |body| {
                 if let Some(flow) = flow(body) {
                     each(flow);
                 }
@@ -66,8 +66,8 @@ impl Conntrack {
         let requests: Vec<Request> = flows
             .iter()
             .map(|flow| {
-                let mut body = header(flow.family).to_vec();
-                nested(&mut body, TUPLE_ORIG, &flow.tuple);
+                let mut body = nfgenmsg(flow.family, 0).to_vec();
+                nested(&mut body, TUPLE_ORIG, |body| body.extend(&flow.tuple));
                 attribute(&mut body, ID, &flow.id);
                 if let Some(zone) = &flow.zone {
                     attribute(&mut body, ZONE, zone);
@@ -84,11 +84,6 @@ impl Conntrack {
         }
         outcome
     }
-}
-
-/// `struct nfgenmsg`.
-fn header(family: u8) -> [u8; 4] {
-    [family, 0, 0, 0]
 }
 
 fn flow(body: &[u8]) -> Option<Flow> {
@@ -146,22 +141,26 @@ mod tests {
     use super::*;
 
     fn tuple_of(source: &[u8], destination: &[u8], ports: (u16, u16), first: u16) -> Vec<u8> {
-        let (mut ip, mut proto, mut tuple) = (Vec::new(), Vec::new(), Vec::new());
-        attribute(&mut ip, first, source);
-        attribute(&mut ip, first + 1, destination);
-        attribute(&mut proto, PROTO_NUM, &[17]);
-        attribute(&mut proto, PROTO_SRC_PORT, &ports.0.to_be_bytes());
-        attribute(&mut proto, PROTO_DST_PORT, &ports.1.to_be_bytes());
-        nested(&mut tuple, TUPLE_IP, &ip);
-        nested(&mut tuple, TUPLE_PROTO, &proto);
+        let mut tuple = Vec::new();
+        nested(&mut tuple, TUPLE_IP, |ip| {
+            attribute(ip, first, source);
+            attribute(ip, first + 1, destination);
+        });
+        nested(&mut tuple, TUPLE_PROTO, |proto| {
+            attribute(proto, PROTO_NUM, &[17]);
+            attribute(proto, PROTO_SRC_PORT, &ports.0.to_be_bytes());
+            attribute(proto, PROTO_DST_PORT, &ports.1.to_be_bytes());
+        });
         tuple
     }
 
     #[test]
     fn a_translated_flow_is_read() {
-        let mut body = header(2).to_vec();
-        nested(&mut body, TUPLE_ORIG, &tuple_of(&[10, 244, 1, 7], &[10, 96, 0, 10], (4000, 53), 1));
-        nested(&mut body, TUPLE_REPLY, &tuple_of(&[10, 244, 1, 5], &[10, 244, 1, 7], (5353, 4000), 1));
+        let mut body = nfgenmsg(2, 0).to_vec();
+        let original = tuple_of(&[10, 244, 1, 7], &[10, 96, 0, 10], (4000, 53), 1);
+        let reply = tuple_of(&[10, 244, 1, 5], &[10, 244, 1, 7], (5353, 4000), 1);
+        nested(&mut body, TUPLE_ORIG, |body| body.extend(original));
+        nested(&mut body, TUPLE_REPLY, |body| body.extend(reply));
         attribute(&mut body, ID, &[1, 2, 3, 4]);
         let found = flow(&body).unwrap();
         assert_eq!(found.protocol, Protocol::Udp);

@@ -92,10 +92,6 @@ pub fn uninstall(config: &Config) -> Result<(), DatapathError> {
         Err(EbpfDatapathError::NoCgroup2) => Ok(()),
         removed => removed,
     };
-    match Rules::uninstall() {
-        // Rules are written by that program only.
-        Err(NftError::Run(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
-        removed => removed?,
-    }
+    Rules::uninstall()?;
     Ok(programs?)
 }

@@ -1,11 +1,12 @@
-//! Netlink in small: requests that are acknowledged, dumps, and attributes (netlink(7)). What is asked is answered from the
-//! kernel's memory, so callers wait.
+//! Netlink in small: requests that are acknowledged, batches, dumps, and attributes (netlink(7)). What is asked is answered
+//! from the kernel's memory, so callers wait.
 
 use std::{
     io::{self, Read, Write},
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 
 pub(super) const NLM_F_REQUEST: u16 = 1;
@@ -18,6 +19,9 @@ pub(super) const NLMSG_ERROR: u16 = 2;
 pub(super) const NLMSG_DONE: u16 = 3;
 /// Length of `struct nlmsghdr`.
 pub(super) const HEADER: usize = 16;
+/// Begin and end of a batch (linux/netfilter/nfnetlink.h).
+const NFNL_MSG_BATCH_BEGIN: u16 = 16;
+const NFNL_MSG_BATCH_END: u16 = 17;
 /// Type bits of an attribute; the others say that it is nested, or in network byte order.
 const ATTRIBUTE_TYPE: u16 = 0x3fff;
 /// An attribute that holds attributes.
@@ -25,6 +29,8 @@ const NESTED: u16 = 0x8000;
 /// Requests that are sent together: their acknowledgements must fit into the socket's buffer.
 const BATCH: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Bytes that can be sent and received without larger buffers in the kernel than sockets have.
+const SMALL: usize = 64 << 10;
 
 /// A netlink socket of the network namespace in which the calling thread is when it is opened.
 #[derive(Debug)]
@@ -41,12 +47,26 @@ pub(super) struct Request {
     pub(super) body: Vec<u8>,
 }
 
+/// Why a batch is not done.
+#[derive(Debug)]
+pub(super) struct Refused {
+    /// Index of the request that was refused first, unless it is the batch that was.
+    pub(super) request: Option<usize>,
+    pub(super) error: io::Error,
+}
+
+impl From<io::Error> for Refused {
+    fn from(error: io::Error) -> Self {
+        Self { request: None, error }
+    }
+}
+
 impl Netlink {
     /// Opens a socket of a netlink family (`NETLINK_ROUTE`, ...).
     pub(super) fn open(family: libc::c_int) -> io::Result<Self> {
         let socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(family.into()))?;
         socket.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { socket, buffer: vec![0; 64 << 10] })
+        Ok(Self { socket, buffer: vec![0; SMALL] })
     }
 
     /// Sends requests; the outcome of each in their order.
@@ -56,7 +76,7 @@ impl Netlink {
             let mut bytes = Vec::new();
             for request in batch {
                 let flags = request.flags | NLM_F_REQUEST | NLM_F_ACK;
-                message(&mut bytes, request.kind, flags, &request.body);
+                message(&mut bytes, request.kind, flags, 0, &request.body);
             }
             self.socket.write_all(&bytes)?;
             let until = outcomes.len() + batch.len();
@@ -72,10 +92,47 @@ impl Netlink {
         Ok(outcomes)
     }
 
+    /// Sends requests of which one of netfilter's subsystems does all or none. None may be larger than half of [`SMALL`]: a
+    /// refusal repeats it.
+    pub(super) fn send_batch(&mut self, subsystem: u16, requests: &[Request]) -> Result<(), Refused> {
+        let Ok(last) = u32::try_from(requests.len()) else { return Err(Refused::from(io::Error::other("too many"))) };
+        if last == 0 {
+            return Ok(());
+        }
+        let mut bytes = Vec::new();
+        message(&mut bytes, NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, 0, &nfgenmsg(0, subsystem));
+        for (request, number) in requests.iter().zip(1..) {
+            // The acknowledgement of the last is that of all: refusals of others come before it.
+            let flags = request.flags | NLM_F_REQUEST | if number == last { NLM_F_ACK } else { 0 };
+            message(&mut bytes, request.kind, flags, number, &request.body);
+        }
+        message(&mut bytes, NFNL_MSG_BATCH_END, NLM_F_REQUEST, 0, &nfgenmsg(0, subsystem));
+        if bytes.len() > SMALL {
+            setsockopt(&self.socket, sockopt::SndBufForce, &bytes.len()).map_err(io::Error::from)?;
+            setsockopt(&self.socket, sockopt::RcvBufForce, &bytes.len()).map_err(io::Error::from)?;
+        }
+        self.socket.write_all(&bytes)?;
+        loop {
+            let length = self.socket.read(&mut self.buffer)?;
+            for (kind, body) in messages(&self.buffer[..length]) {
+                if kind != NLMSG_ERROR {
+                    continue;
+                }
+                // Behind the outcome stands the header of what it is about.
+                let number = body.get(12..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes);
+                match acknowledged(body) {
+                    Ok(()) if number == last => return Ok(()),
+                    Ok(()) => {}
+                    Err(error) => return Err(Refused { request: (number as usize).checked_sub(1), error }),
+                }
+            }
+        }
+    }
+
     /// Has objects listed, and calls `each` with the body of every message.
     pub(super) fn dump(&mut self, kind: u16, body: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
         let mut bytes = Vec::new();
-        message(&mut bytes, kind, NLM_F_REQUEST | NLM_F_DUMP, body);
+        message(&mut bytes, kind, NLM_F_REQUEST | NLM_F_DUMP, 0, body);
         self.socket.write_all(&bytes)?;
         loop {
             let length = self.socket.read(&mut self.buffer)?;
@@ -90,11 +147,18 @@ impl Netlink {
     }
 }
 
-fn message(bytes: &mut Vec<u8>, kind: u16, flags: u16, body: &[u8]) {
+/// `struct nfgenmsg`, with which bodies of netfilter's messages begin.
+pub(super) fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
+}
+
+fn message(bytes: &mut Vec<u8>, kind: u16, flags: u16, number: u32, body: &[u8]) {
     bytes.extend(((HEADER + body.len()) as u32).to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(flags.to_ne_bytes());
-    bytes.extend([0; 8]);
+    bytes.extend(number.to_ne_bytes());
+    bytes.extend([0; 4]);
     bytes.extend(body);
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
@@ -128,9 +192,13 @@ pub(super) fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// Appends an attribute that holds attributes.
-pub(super) fn nested(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    attribute(bytes, kind | NESTED, value);
+/// Appends an attribute that holds those that `write` appends.
+pub(super) fn nested(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
+    let at = bytes.len();
+    attribute(bytes, kind | NESTED, &[]);
+    write(bytes);
+    let length = (bytes.len() - at) as u16;
+    bytes[at..at + 2].copy_from_slice(&length.to_ne_bytes());
 }
 
 /// The attributes in a body, after its fixed part: type and value.
@@ -151,17 +219,18 @@ mod tests {
     #[test]
     fn malformed_datagrams_and_attributes_end_and_never_panic() {
         let mut datagram = Vec::new();
-        message(&mut datagram, 7, 0, &[1, 2, 3]);
-        message(&mut datagram, 8, 0, &[]);
+        message(&mut datagram, 7, 0, 0, &[1, 2, 3]);
+        message(&mut datagram, 8, 0, 0, &[]);
         assert_eq!(messages(&datagram).collect::<Vec<_>>(), [(7, &[1, 2, 3][..]), (8, &[])]);
         for length in [0_u32, 3, 15, 4096, u32::MAX] {
             datagram[..4].copy_from_slice(&length.to_ne_bytes());
             assert_eq!(messages(&datagram).count(), 0, "{length}");
         }
         let mut body = Vec::new();
-        nested(&mut body, 1, &[9]);
+        nested(&mut body, 1, |body| attribute(body, 3, &[9]));
         attribute(&mut body, 2, &[]);
-        assert_eq!(attributes(&body).collect::<Vec<_>>(), [(1, &[9][..]), (2, &[])]);
+        let [outer, (2, [])] = attributes(&body).collect::<Vec<_>>()[..] else { panic!("{body:?}") };
+        assert_eq!((outer.0, attributes(outer.1).collect::<Vec<_>>()), (1, vec![(3, &[9][..])]));
         for length in [0_u16, 3, 64, u16::MAX] {
             body[..2].copy_from_slice(&length.to_ne_bytes());
             assert_eq!(attributes(&body).count(), 0, "{length}");

@@ -50,10 +50,15 @@ impl Host {
 
     /// Does something in the host's namespace.
     pub(crate) fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        self.begin(work).recv().expect("the work failed in the host")
+    }
+
+    /// Begins to do something there, of which the outcome is told.
+    pub(crate) fn begin<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> mpsc::Receiver<T> {
         let (done, wait) = mpsc::channel();
         let job = Box::new(move || drop(done.send(work())));
         self.jobs.as_ref().unwrap().send(job).unwrap();
-        wait.recv().expect("the work failed in the host")
+        wait
     }
 }
 

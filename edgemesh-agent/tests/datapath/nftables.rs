@@ -10,7 +10,7 @@ use std::{
 };
 
 use edgemesh_agent::datapath::{
-    nftables::{Changes, Rules},
+    nftables::{Changes, NftError, Rules, TABLE},
     outside::OutsideTarget,
     plan::{Frontend, Target},
     stale::Swept,
@@ -19,7 +19,7 @@ use edgemesh_mesh::model::Protocol::{self, Tcp, Udp};
 
 use crate::{
     hosts::{Host, node, other_node, pod, who_calls},
-    outside::{call, call_udp, direct, is_local, rules},
+    outside::{call, call_udp, direct, is_local, nft, rules, shown, while_calling},
     sandbox::{Mode, Sandbox, at, ip, tcp_server},
 };
 
@@ -238,6 +238,82 @@ fn the_next_agent_takes_over_the_table_with_the_clients_that_it_remembers() {
     rules(Mode::Nftables).replace(&Default::default(), &Default::default(), &is_local).unwrap();
     assert!(client.run(|| TcpStream::connect_timeout(&at(VIP), Duration::from_millis(300))).is_err());
     drop((held, pod5, pod6, pod7));
+}
+
+#[test]
+fn nft_shows_the_elements_as_they_were_meant() {
+    let _node = node();
+    let mut rules = rules(Mode::Nftables);
+    for (protocol, vip, backend) in [(Tcp, VIP, "10.244.1.5:8080"), (Udp, VIP6, "[fd00:1::5]:8080")] {
+        serve(&mut rules, protocol, vip, Some(&[backend]));
+        serve(&mut rules, protocol, &vip.replace(":80", ":0"), Some(&[]));
+    }
+    let frontend = Frontend { address: at("0.0.0.0:30080"), protocol: Tcp };
+    let target = OutsideTarget::Target(Target::Sticky(vec![at("10.244.2.5:8080")], Duration::from_secs(60)));
+    let outside = vec![(frontend, Some(target))];
+    rules.apply(Changes { outside, ..Changes::default() }, &is_local).unwrap();
+    let table = shown("nft", &["list", "table", "inet", TABLE]);
+    for elements in [
+        "elements = { 10.96.0.20 . tcp . 80 : goto services4_of_1 }",
+        "elements = { 10.96.0.20 . tcp . 80 . none : 10.244.1.5 . 8080 }",
+        "elements = { fd00:96::20 . udp . 80 : goto services6_of_1 }",
+        "elements = { fd00:96::20 . udp . 80 . none : fd00:1::5 . 8080 }",
+        "elements = { 10.96.0.20 . tcp }",
+        "elements = { 10.244.1.5 . 10.244.1.5 }",
+        "elements = { fd00:1::5 }",
+        "elements = { tcp . 30080 : goto nodeports4_of_1_for_60s }",
+    ] {
+        assert!(table.contains(elements), "{elements}: {table}");
+    }
+    let number = table.split_once("{ tcp . 30080 . none : ").unwrap().1.split(' ').next().unwrap();
+    for elements in
+        [format!("{{ tcp . 30080 . {number} : 10.244.2.5 . 8080 }}"), format!("{{ tcp . 30080 . {number} }}")]
+    {
+        assert!(table.contains(&elements), "{elements}: {table}");
+    }
+}
+
+#[test]
+fn a_table_of_another_layout_serves_until_its_successor_does() {
+    let _node = node();
+    let [pod5, pod6] = pods([5, 6]);
+    let mut before = rules(Mode::Nftables);
+    serve(&mut before, Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    let others = shown("nft", &["list", "table", "inet", TABLE]).replace(TABLE, &format!("{TABLE}_of_others"));
+    let calls = while_calling(&pod6, VIP, || {
+        for _ in 0..10 {
+            nft(&others);
+            nft(&format!("delete table inet {TABLE}"));
+            let plan = [(Frontend { address: at(VIP), protocol: Tcp }, direct(&["10.244.1.5:8080"]))];
+            rules(Mode::Nftables).replace(&plan.into_iter().collect(), &Default::default(), &is_local).unwrap();
+            assert_eq!(shown("nft", &["list", "tables", "inet"]), format!("table inet {TABLE}\n"));
+        }
+    });
+    assert!(calls > 20, "{calls} calls");
+    drop(pod5);
+}
+
+#[test]
+fn what_the_kernel_refuses_is_named_among_many_elements() {
+    let _node = node();
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    nft(&format!("delete table inet {TABLE}"));
+    let frontend = |number: u16| Frontend { address: SocketAddr::new(at(VIP).ip(), number), protocol: Tcp };
+    let inside = (1..20_000).map(|number| (frontend(number), Some(direct(&["10.244.1.5:8080"])))).collect();
+    let error = rules.apply(Changes { inside, ..Changes::default() }, &is_local).unwrap_err();
+    let NftError::Kernel { what, error } = error else { panic!("{error}") };
+    assert_eq!((what.as_str(), error.kind()), ("services4", ErrorKind::NotFound), "{error}");
+}
+
+#[test]
+fn a_table_that_can_not_be_taken_over_is_replaced() {
+    let _node = node();
+    let [pod5] = pods([5]);
+    nft(&format!("table inet {TABLE} {{ map services4 {{ type ipv4_addr : verdict; }}; }}"));
+    serve(&mut rules(Mode::Nftables), Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    assert!(call(VIP).is_ok());
+    drop(pod5);
 }
 
 #[test]

@@ -4,6 +4,10 @@ use std::{
     io::{ErrorKind, Read},
     net::{SocketAddr, TcpStream, UdpSocket},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -18,7 +22,7 @@ use edgemesh_mesh::{
 };
 
 use crate::{
-    hosts::{client, node, other_node, pod, who_calls},
+    hosts::{Host, client, node, other_node, pod, who_calls},
     sandbox::{Mode, at, in_both_modes},
 };
 
@@ -81,6 +85,23 @@ fn call_within(address: &str, patience: Duration) -> std::io::Result<String> {
     Ok(answer)
 }
 
+/// How many calls a host made while something was done. None may fail.
+pub(crate) fn while_calling(host: &Host, address: &'static str, work: impl FnOnce()) -> usize {
+    let done = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&done);
+    let calls = host.begin(move || {
+        let mut calls = 0;
+        while !stop.load(Ordering::Relaxed) {
+            call(address).unwrap();
+            calls += 1;
+        }
+        calls
+    });
+    work();
+    done.store(true, Ordering::Relaxed);
+    calls.recv().expect("a call failed")
+}
+
 pub(crate) fn call_udp(address: &str) -> std::io::Result<String> {
     let any = if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
     let socket = UdpSocket::bind(any)?;
@@ -92,12 +113,12 @@ pub(crate) fn call_udp(address: &str) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
 }
 
-fn shown(program: &str, arguments: &[&str]) -> String {
+pub(crate) fn shown(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn nft(script: &str) {
+pub(crate) fn nft(script: &str) {
     let output = Command::new("nft").arg(script).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
@@ -265,32 +286,20 @@ fn connections_from_outside_go_on_while_agents_come_and_go(mode: Mode) {
     let _node = node();
     let (pod5, client) = (pod(5), client());
     pod5.run(|| who_calls("10.244.1.5:8080"));
+    // So many that a moment without them would be noticed.
     let plan = || {
-        let target = OutsideTarget::Target(direct(&["10.244.1.5:8080"]));
-        [(frontend("0.0.0.0:30080", Tcp), target)].into_iter().collect()
+        let target = OutsideTarget::Target(direct(&["10.244.1.5:8080"; 10]));
+        (30_080..32_080).map(|port| (frontend(&format!("0.0.0.0:{port}"), Tcp), target.clone())).collect()
     };
     rules(mode).replace(&Default::default(), &plan(), &is_local).unwrap();
-    let calls = std::thread::scope(|scope| {
-        let (stop, stopped) = std::sync::mpsc::channel::<()>();
-        let calls = scope.spawn(move || {
-            client.run(move || {
-                let mut calls = 0;
-                while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
-                    assert_eq!(call("192.168.1.11:30080").unwrap(), "10.244.1.5:8080 192.168.1.50");
-                    calls += 1;
-                }
-                calls
-            })
-        });
+    let calls = while_calling(&client, "192.168.1.11:30080", || {
         let until = Instant::now() + Duration::from_secs(2);
         let mut agents = 0;
         while Instant::now() < until || agents < 3 {
             rules(mode).replace(&Default::default(), &plan(), &is_local).unwrap();
             agents += 1;
         }
-        stop.send(()).unwrap();
         println!("{agents} agents");
-        calls.join().unwrap()
     });
     assert!(calls > 50, "{calls} calls");
 }

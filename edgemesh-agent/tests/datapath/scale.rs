@@ -58,12 +58,11 @@ fn cluster() -> Arc<CatalogStore> {
     store
 }
 
-/// How long all Services may take, and one change: in a build without optimization, beside other work. A change of rules
-/// includes the run of `nft`.
+/// How long all Services may take, and one change: in a build without optimization, beside other work.
 fn limits(mode: Mode) -> (Duration, Duration) {
     match mode {
         Mode::Ebpf => (Duration::from_secs(2), Duration::from_millis(10)),
-        Mode::Nftables => (Duration::from_secs(20), Duration::from_millis(200)),
+        Mode::Nftables => (Duration::from_secs(5), Duration::from_millis(20)),
     }
 }
 

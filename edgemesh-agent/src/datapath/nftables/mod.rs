@@ -5,10 +5,10 @@ mod elements;
 mod nft;
 mod routes;
 mod ruleset;
+mod transaction;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    fmt::Write as _,
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
@@ -24,11 +24,12 @@ use super::{
     outside::{OutsidePlan, OutsideTarget},
     plan::{Frontend, Plan, Target},
 };
-use elements::{Element, Needs};
+use elements::{Joined, Needs};
 pub use nft::NftError;
 use routes::ServiceRoutes;
 pub use ruleset::TABLE;
-use ruleset::{Chain, Family, LAYOUT, Map, Place, Scope};
+use ruleset::{Chain, Family, Map, Place, Scope};
+use transaction::{Elements, Kernel, Transaction};
 
 /// Whether an endpoint is on this node.
 pub type IsLocal<'a> = &'a dyn Fn(SocketAddr, Protocol) -> bool;
@@ -49,6 +50,7 @@ pub(super) type Served = Arc<RwLock<HashSet<Frontend>>>;
 #[derive(Debug)]
 pub struct Rules {
     scope: Scope,
+    kernel: Kernel,
     table: Table,
     programmed: HashMap<(Place, Frontend), Programmed>,
     /// Chains that were made on demand.
@@ -91,10 +93,7 @@ impl Rules {
     /// # Errors
     /// When `nft` can't be run or the kernel has no nftables.
     pub fn for_all() -> Result<Self, NftError> {
-        nft::exists(&["tables"]).and_then(|works| match works {
-            true => Ok(()),
-            false => Err(NftError::Refused("the kernel's tables can't be listed".to_owned())),
-        })?;
+        nft::check(&format!("add table inet {TABLE}\n"))?;
         let bridged_answers = routes::let_bridged_answers_pass();
         let mut rules = Self::new(Scope { inside: true, bridged_answers });
         match ServiceRoutes::open() {
@@ -114,6 +113,7 @@ impl Rules {
     fn new(scope: Scope) -> Self {
         Self {
             scope,
+            kernel: Kernel::default(),
             table: Table::Unknown,
             programmed: HashMap::new(),
             chains: HashSet::new(),
@@ -124,18 +124,20 @@ impl Rules {
         }
     }
 
-    /// Removes the table and the routes, whichever of them there are.
+    /// Removes the table, those of other versions, and the routes, whichever of them there are.
     ///
     /// # Errors
     /// When they can't be removed.
     pub fn uninstall() -> Result<(), NftError> {
         routes::remove_all()?;
-        nft::transaction(&ruleset::removal())
+        let mut kernel = Kernel::default();
+        let tables = kernel.tables()?;
+        kernel.remove(&tables)
     }
 
     /// Whether an agent left a table here that serves.
     pub fn is_present() -> bool {
-        nft::exists(&["chain", "inet", TABLE, LAYOUT]).unwrap_or(false)
+        Kernel::default().tables().is_ok_and(|tables| !tables.is_empty())
     }
 
     /// What ends flows of these rules whose endpoint is gone; `cgroup` is where sockets are looked for.
@@ -171,7 +173,7 @@ impl Rules {
         }
     }
 
-    /// Brings the table to plans, in one transaction: what an earlier agent left serves until then. Returns how many
+    /// Brings the table to plans: what an earlier agent left serves until then. Returns how many
     /// frontends differ from what was known to be in force.
     ///
     /// # Errors
@@ -223,57 +225,45 @@ impl Rules {
         }
         let count = changed.len();
         let forgotten = self.forgotten_flows(&changed);
-        let mut next = Next { chains: self.chains.clone(), local: self.local.clone(), ..Next::default() };
-        let (mut script, mut present) = (String::new(), false);
         let kept = self.table == Table::Kept;
+        let (mut next, mut structure, mut found) = (Next::default(), String::new(), Vec::new());
         if kept {
+            next.local = self.local.clone();
             for (key, target) in &changed {
                 next.exchange(*key, self.programmed.get(key), target.as_ref());
             }
+            next.chains.retain(|chain| !self.chains.contains(chain));
         } else {
             // All over again: what was programmed before is only what should be there.
-            next = Next::default();
-            let mut all = self.programmed.clone();
+            let mut all: HashMap<_, _> = self.programmed.iter().collect();
             for (key, target) in &changed {
                 match target {
-                    Some(target) => drop(all.insert(*key, target.clone())),
+                    Some(target) => drop(all.insert(key, target)),
                     None => drop(all.remove(key)),
                 }
             }
+            found = self.kernel.tables()?;
+            self.chains.clear();
             if !self.scope.inside && all.is_empty() {
                 // Even an empty table has the kernel track connections.
-                remove_if_present()?;
+                self.kernel.remove(&found)?;
                 self.commit(changed, next);
                 self.table = Table::Absent;
                 return Ok(count);
             }
-            for (key, target) in &all {
+            for (key, target) in all {
                 next.exchange(*key, None, Some(target));
             }
-            for range in &self.pods {
-                let map = Map::Pods(range.network().into());
-                next.add.push(map, &format!("{}/{}", range.network(), range.prefix()), None);
-            }
-            present = Self::is_present();
-            ruleset::write_base(&mut script, self.scope, !present);
+            ruleset::write_base(&mut structure, self.scope, &self.pods);
         }
-        next.write(&mut script, &self.chains, kept);
-        if let Err(error) = nft::transaction(&script) {
-            // The table is not what it was thought to be: another program can have changed it, or removed it.
-            self.table = Table::Unknown;
-            if !present {
-                return Err(error);
-            }
-            tracing::warn!(%error, "the table that an earlier agent left can't be taken over; it is replaced");
-            let mut anew = String::new();
-            ruleset::write_base(&mut anew, self.scope, true);
-            next.write(&mut anew, &self.chains, false);
-            nft::transaction(&anew)?;
+        for chain in &next.chains {
+            chain.write(&mut structure);
         }
+        self.write_to_kernel(&structure, &next.take_transaction(!kept), found)?;
         self.commit(changed, next);
         self.table = Table::Kept;
         if !self.scope.inside && self.programmed.is_empty() {
-            nft::transaction(&ruleset::removal())?;
+            self.kernel.remove(&[TABLE.to_owned()])?;
             self.chains.clear();
             self.table = Table::Absent;
         }
@@ -281,6 +271,37 @@ impl Rules {
             tracing::warn!(%error, "UDP flows that began before their Service may stay untranslated");
         }
         Ok(count)
+    }
+
+    /// Has what is new of the structure made, which nothing leads to yet, then the elements all at once. Of the tables that were
+    /// `found`, ours is replaced if it can't be taken over; those of other versions go when ours serves.
+    fn write_to_kernel(
+        &mut self,
+        structure: &str,
+        elements: &Transaction,
+        mut found: Vec<String>,
+    ) -> Result<(), NftError> {
+        let mut write = |structure: &str| match structure {
+            "" => self.kernel.commit(elements),
+            structure => nft::transaction(structure).and_then(|()| self.kernel.commit(elements)),
+        };
+        let taken_over = found.iter().position(|table| table == TABLE).map(|at| found.swap_remove(at));
+        if let Err(error) = write(structure) {
+            // The table is not what it was thought to be: another program can have changed it, or removed it.
+            self.table = Table::Unknown;
+            if taken_over.is_none() || error.is_shortage() {
+                return Err(error);
+            }
+            tracing::warn!(%error, "the table that an earlier agent left can't be taken over; it is replaced");
+            let mut anew = String::new();
+            ruleset::write_removal(&mut anew);
+            anew.push_str(structure);
+            write(&anew)?;
+        }
+        if let Err(error) = self.kernel.remove(&found) {
+            tracing::warn!(%error, "tables of other versions can't be removed");
+        }
+        Ok(())
     }
 
     fn commit(&mut self, changed: Vec<((Place, Frontend), Option<Programmed>)>, next: Next) {
@@ -300,7 +321,7 @@ impl Rules {
             *served = self.programmed.keys().map(|key| key.1).collect();
         }
         drop(served);
-        self.chains = next.chains;
+        self.chains.extend(next.chains);
         self.local = next.local;
     }
 
@@ -335,50 +356,17 @@ impl Rules {
     }
 }
 
-fn remove_if_present() -> Result<(), NftError> {
-    match nft::exists(&["table", "inet", TABLE]) {
-        Ok(true) => nft::transaction(&ruleset::removal()),
-        Ok(false) => Ok(()),
-        // Where the program was never installed, no agent wrote rules.
-        Err(NftError::Run(error)) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// What a transaction is about to bring.
+/// What is about to be brought.
 #[derive(Debug, Default)]
 struct Next {
-    delete: Commands,
-    add: Commands,
+    delete: Elements,
+    add: Elements,
+    /// Chains to make.
     chains: HashSet<Chain>,
     local: HashMap<IpAddr, usize>,
     /// Backends that begin to be on this node, and that cease to be.
     arrived: BTreeSet<IpAddr>,
     departed: BTreeSet<IpAddr>,
-}
-
-/// Elements as nft reads them, by map.
-#[derive(Debug, Default)]
-struct Commands(BTreeMap<Map, String>);
-
-impl Commands {
-    fn push(&mut self, map: Map, key: &str, value: Option<&str>) {
-        let text = self.0.entry(map).or_default();
-        if !text.is_empty() {
-            text.push_str(", ");
-        }
-        text.push_str(key);
-        if let Some(value) = value {
-            text.push_str(" : ");
-            text.push_str(value);
-        }
-    }
-
-    fn write(&self, script: &mut String, command: &str) {
-        for (map, elements) in &self.0 {
-            let _ = writeln!(script, "{command} element inet {TABLE} {map} {{ {elements} }}");
-        }
-    }
 }
 
 impl Next {
@@ -388,25 +376,13 @@ impl Next {
             programmed.map(|programmed| elements::of(place, frontend, &programmed.target)).unwrap_or_default()
         };
         let (Needs { elements: old_elements, .. }, Needs { elements: new_elements, chain }) = (needs(old), needs(new));
-        {
-            let by_key = |elements: &'_ [Element]| -> HashMap<(Map, String), Option<String>> {
-                elements.iter().map(|e| ((e.map, e.key.clone()), e.value.clone())).collect()
-            };
-            let (before, after) = match old {
-                Some(_) => (by_key(&old_elements), by_key(&new_elements)),
-                None => Default::default(),
-            };
+        if old_elements.is_empty() {
+            new_elements.iter().for_each(|element| self.add.push(element));
+        } else {
+            let (before, after) = (HashSet::<_>::from_iter(old_elements), HashSet::from_iter(new_elements));
             // A value is no part of what is deleted.
-            for Element { map, key, value } in old_elements {
-                if after.get(&(map, key.clone())) != Some(&value) {
-                    self.delete.push(map, &key, None);
-                }
-            }
-            for Element { map, key, value } in new_elements {
-                if before.is_empty() || before.get(&(map, key.clone())) != Some(&value) {
-                    self.add.push(map, &key, value.as_deref());
-                }
-            }
+            before.difference(&after).for_each(|element| self.delete.push_key(element.map, element.key));
+            after.difference(&before).for_each(|element| self.add.push(element));
         }
         self.chains.extend(chain.filter(|chain| chain.is_made_on_demand()));
         for &address in new.iter().flat_map(|new| &new.local) {
@@ -428,23 +404,22 @@ impl Next {
         }
     }
 
-    fn write(&self, script: &mut String, known: &HashSet<Chain>, kept: bool) {
-        for chain in &self.chains {
-            if !kept || !known.contains(chain) {
-                chain.write(script);
-            }
-        }
-        self.delete.write(script, "delete");
-        self.add.write(script, "add");
-        for (addresses, command) in [(&self.departed, "delete"), (&self.arrived, "add")] {
-            let mut local = Commands::default();
+    /// The transaction that brings it; with `anew`, whatever elements there are.
+    fn take_transaction(&mut self, anew: bool) -> Transaction {
+        for (addresses, elements) in [(&self.departed, &mut self.delete), (&self.arrived, &mut self.add)] {
             for &address in addresses {
-                let (family, text) = (Family::from(address), address.to_string());
-                local.push(Map::Local(family), &text, None);
-                local.push(Map::Hairpin(family), &format!("{text} . {text}"), None);
+                let (family, key) = (Family::from(address), Joined::default().address(address));
+                elements.push_key(Map::Local(family), key);
+                elements.push_key(Map::Hairpin(family), key.address(address));
             }
-            local.write(script, command);
         }
+        let mut transaction = Transaction::default();
+        if anew {
+            Map::all().into_iter().filter(|map| !matches!(map, Map::Pods(_))).for_each(|map| transaction.empty(map));
+        }
+        transaction.delete(std::mem::take(&mut self.delete));
+        transaction.add(std::mem::take(&mut self.add));
+        transaction
     }
 }
 

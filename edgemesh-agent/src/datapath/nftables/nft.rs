@@ -1,4 +1,5 @@
-//! Runs the `nft` program: a script is one transaction, in force as a whole or not at all (nft(8)).
+//! Runs the `nft` program, which makes tables, maps and chains: a script is one transaction, in force as a whole or not at
+//! all (nft(8)).
 
 use std::{
     io::{self, Write},
@@ -13,7 +14,7 @@ use nix::{
     unistd::Pid,
 };
 
-/// A hundred thousand elements take about a second on a small machine.
+/// Even the whole table takes a small machine a fraction of a second.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// How much of what `nft` complains about is passed on, in bytes: it repeats the line, which can be long.
 const MAX_COMPLAINT: usize = 400;
@@ -30,6 +31,22 @@ pub enum NftError {
     /// It refuses, or the kernel does.
     #[error("nft: {0}")]
     Refused(String),
+    /// The kernel refuses what is asked of it without the program.
+    #[error("nftables: {what}: {error}")]
+    Kernel {
+        /// The table or map that it is about.
+        what: String,
+        /// What the kernel says.
+        error: io::Error,
+    },
+}
+
+impl NftError {
+    /// Whether the kernel lacks memory, so that it says nothing of what is in it.
+    pub(super) fn is_shortage(&self) -> bool {
+        let Self::Kernel { error, .. } = self else { return false };
+        matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS | libc::EMSGSIZE))
+    }
 }
 
 /// Runs a script as one transaction, in the network namespace of the calling thread.
@@ -37,23 +54,18 @@ pub enum NftError {
 /// # Errors
 /// When it is not in force.
 pub(super) fn transaction(script: &str) -> Result<(), NftError> {
-    run(&["-f", "-"], script).map(drop)
+    run(&["-f", "-"], script)
 }
 
-/// Whether something can be listed: `["chain", "inet", TABLE, NAME]`.
+/// Tries whether the program runs and the kernel would take a script. What there is isn't listed: that reads all elements.
 ///
 /// # Errors
-/// When `nft` can't be run.
-pub(super) fn exists(what: &[&str]) -> Result<bool, NftError> {
-    let arguments: Vec<&str> = ["-t", "list"].into_iter().chain(what.iter().copied()).collect();
-    match run(&arguments, "") {
-        Ok(_) => Ok(true),
-        Err(NftError::Refused(_)) => Ok(false),
-        Err(error) => Err(error),
-    }
+/// When not.
+pub(super) fn check(script: &str) -> Result<(), NftError> {
+    run(&["-c", "-f", "-"], script)
 }
 
-fn run(arguments: &[&str], input: &str) -> Result<String, NftError> {
+fn run(arguments: &[&str], input: &str) -> Result<(), NftError> {
     let mut child = Command::new("nft")
         .args(arguments)
         .stdin(Stdio::piped())
@@ -81,7 +93,7 @@ fn run(arguments: &[&str], input: &str) -> Result<String, NftError> {
         return Err(NftError::Deadline(DEADLINE));
     }
     if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        return Ok(());
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
     let mut complaint = complaint.trim().to_owned();

@@ -1,20 +1,15 @@
 //! The text of the table: maps that hold what is planned, and a few chains that look there. Nothing in the chains depends on
 //! how many Services there are, so that a change is one of elements only.
 
-use std::{
-    fmt::Write as _,
-    net::{IpAddr, SocketAddr},
-    time::Duration,
-};
+use std::{fmt::Write as _, net::IpAddr, time::Duration};
 
-use edgemesh_mesh::model::Protocol;
+use edgemesh_mesh::cidr::Cidr;
 
-use crate::datapath::tables::protocol_number;
-
-/// The table that belongs to the agent, of family `inet`.
+/// What names of the agent's tables begin with, of family `inet`.
+pub(super) const NAME: &str = "edgemesh_services";
+/// The table of this layout. It gets another name with every change of the maps, so that an agent can fill its own table
+/// while an older one's still serves.
 pub const TABLE: &str = "edgemesh_services";
-/// An empty chain by which an agent knows a table that it can take over: the number grows with every change of the maps.
-pub(super) const LAYOUT: &str = "layout_1";
 /// Bit of the packet mark between the hooks, of the first packet of a flow that was sent to a backend. Those of
 /// kube-proxy (0x4000, 0x8000) and of the CNI port mappings (0x2000) are others.
 const MARK: u32 = 0x1000;
@@ -279,15 +274,6 @@ fn client(place: Place, family: Family) -> (String, String) {
     }
 }
 
-/// A frontend as the key of an element.
-pub(super) fn element_key(place: Place, address: SocketAddr, protocol: Protocol) -> String {
-    let (protocol, port) = (protocol_number(protocol), address.port());
-    match place {
-        Place::Inside | Place::Outside => format!("{} . {protocol} . {port}", address.ip()),
-        Place::NodePort => format!("{protocol} . {port}"),
-    }
-}
-
 /// What the chains do beside looking up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Scope {
@@ -298,17 +284,20 @@ pub(super) struct Scope {
     pub(super) bridged_answers: bool,
 }
 
-/// Writes the table without the elements that are planned. `anew` replaces whatever table there is; else what is there is
-/// kept with the clients that it remembers, and all of its planned elements are removed.
-pub(super) fn write_base(script: &mut String, scope: Scope, anew: bool) {
+/// Writes the table without the elements that frontends need. What is in a table that is there stays, with the clients that
+/// it remembers, but for the pods' ranges.
+pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
     let _ = writeln!(script, "add table inet {TABLE}");
-    if anew {
-        let _ = writeln!(script, "delete table inet {TABLE}\nadd table inet {TABLE}");
-    }
     for map in Map::all() {
         let kind = if map.is_map() { "map" } else { "set" };
         let _ = writeln!(script, "add {kind} inet {TABLE} {map} {{ {}; }}", map.declaration());
-        let _ = writeln!(script, "flush {kind} inet {TABLE} {map}");
+    }
+    for family in Family::ALL {
+        let _ = writeln!(script, "flush set inet {TABLE} {}", Map::Pods(family));
+    }
+    for range in pods {
+        let (map, prefix) = (Map::Pods(range.network().into()), range.prefix());
+        let _ = writeln!(script, "add element inet {TABLE} {map} {{ {}/{prefix} }}", range.network());
     }
     for family in Family::ALL {
         for place in Place::ALL {
@@ -319,7 +308,6 @@ pub(super) fn write_base(script: &mut String, scope: Scope, anew: bool) {
             );
         }
     }
-    let _ = writeln!(script, "add chain inet {TABLE} {LAYOUT}");
     let mut chain = |name: &str, hook: &str, rules: &[&str]| {
         let _ = writeln!(script, "add chain inet {TABLE} {name} {hook}\nflush chain inet {TABLE} {name}");
         for rule in rules {
@@ -401,7 +389,7 @@ pub(super) fn write_base(script: &mut String, scope: Scope, anew: bool) {
     chain("postrouting", "{ type nat hook postrouting priority 99; policy accept; }", &rules.concat());
 }
 
-/// Removes the table, whether there is one or not.
-pub(super) fn removal() -> String {
-    format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")
+/// Writes the removal of the table, whether there is one or not.
+pub(super) fn write_removal(script: &mut String) {
+    let _ = writeln!(script, "add table inet {TABLE}\ndelete table inet {TABLE}");
 }
