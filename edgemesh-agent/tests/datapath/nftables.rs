@@ -5,7 +5,6 @@ use std::{
     io::{ErrorKind, Read},
     net::{SocketAddr, TcpStream, UdpSocket},
     process::Command,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -13,14 +12,13 @@ use edgemesh_agent::datapath::{
     nftables::{Changes, NftError, Rules, TABLE},
     outside::OutsideTarget,
     plan::{Frontend, Target},
-    stale::Swept,
 };
 use edgemesh_mesh::model::Protocol::{self, Tcp, Udp};
 
 use crate::{
     hosts::{Host, node, other_node, pod, who_calls},
-    outside::{call, call_udp, direct, is_local, nft, rules, shown, while_calling},
-    sandbox::{Mode, Sandbox, at, ip, tcp_server},
+    outside::{call, call_udp, direct, is_local, nft, rules, shown, sweep, while_calling},
+    sandbox::{Mode, at, ip, tcp_server},
 };
 
 const VIP: &str = "10.96.0.20:80";
@@ -31,12 +29,6 @@ fn serve(rules: &mut Rules, protocol: Protocol, frontend: &str, backends: Option
     let frontend = Frontend { address: at(frontend), protocol };
     let inside = vec![(frontend, backends.map(direct))];
     rules.apply(Changes { inside, ..Changes::default() }, &is_local).unwrap();
-}
-
-fn sweep(rules: &Rules, sandbox: &Sandbox, gone: &[&str]) -> Swept {
-    let mut sweeper = rules.sweeper(Some(sandbox.cgroup_folder())).unwrap();
-    let gone: Vec<SocketAddr> = gone.iter().map(|backend| at(backend)).collect();
-    thread::scope(|scope| scope.spawn(|| sweeper.sweep(&|_, backend, _| gone.contains(&backend))).join().unwrap())
 }
 
 fn pods<const N: usize>(numbers: [u8; N]) -> [Host; N] {

@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -15,6 +16,7 @@ use edgemesh_agent::datapath::{
     nftables::{Changes, Rules, TABLE},
     outside::OutsideTarget,
     plan::{Frontend, Target},
+    stale::Swept,
 };
 use edgemesh_mesh::{
     cidr::Cidr,
@@ -23,7 +25,7 @@ use edgemesh_mesh::{
 
 use crate::{
     hosts::{Host, client, node, other_node, pod, who_calls},
-    sandbox::{Mode, at, in_both_modes},
+    sandbox::{Mode, Sandbox, at, in_both_modes},
 };
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -37,6 +39,7 @@ in_both_modes! {
     external_and_load_balancer_addresses_are_served_to_callers_from_outside,
     ipv6_callers_from_outside_reach_node_ports,
     clients_from_outside_keep_their_endpoint,
+    udp_flows_of_callers_from_outside_move_on,
     it_works_beside_kube_proxy_whoever_came_first,
     uninstall_leaves_nothing,
     connections_from_outside_go_on_while_agents_come_and_go,
@@ -103,14 +106,30 @@ pub(crate) fn while_calling(host: &Host, address: &'static str, work: impl FnOnc
 }
 
 pub(crate) fn call_udp(address: &str) -> std::io::Result<String> {
+    ask(&udp_client(address)?)
+}
+
+/// A socket that is connected to an address.
+fn udp_client(address: &str) -> std::io::Result<UdpSocket> {
     let any = if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
     let socket = UdpSocket::bind(any)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(address)?;
+    Ok(socket)
+}
+
+fn ask(socket: &UdpSocket) -> std::io::Result<String> {
     socket.send(b"?")?;
     let mut buffer = [0; 128];
     let length = socket.recv(&mut buffer)?;
     Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Ends the flows of backends that are gone, as is done after a change. The thread that does it is in another namespace afterwards.
+pub(crate) fn sweep(rules: &Rules, sandbox: &Sandbox, gone: &[&str]) -> Swept {
+    let mut sweeper = rules.sweeper(Some(sandbox.cgroup_folder())).unwrap();
+    let gone: Vec<SocketAddr> = gone.iter().map(|backend| at(backend)).collect();
+    thread::scope(|scope| scope.spawn(|| sweeper.sweep(&|_, backend, _| gone.contains(&backend))).join().unwrap())
 }
 
 pub(crate) fn shown(program: &str, arguments: &[&str]) -> String {
@@ -217,6 +236,40 @@ fn clients_from_outside_keep_their_endpoint(mode: Mode) {
     assert_ne!(next, kept);
     assert!((0..20).all(|_| answer() == next));
     drop(pods);
+}
+
+/// An endpoint that is gone takes no flow with it, on this node or another, be it called at a node port or at a load balancer's address.
+fn udp_flows_of_callers_from_outside_move_on(mode: Mode) {
+    let sandbox = node();
+    let (pod5, pod6, other, client) = (pod(5), pod(6), other_node(), client());
+    pod5.run(|| {
+        who_calls("10.244.1.5:8080");
+        who_calls("[fd00:1::5]:8080");
+    });
+    pod6.run(|| {
+        who_calls("10.244.1.6:8080");
+        who_calls("[fd00:1::6]:8080");
+    });
+    other.run(|| who_calls("10.244.2.5:8080"));
+    let mut rules = rules(mode);
+    let cases = [
+        ("0.0.0.0:30080", "192.168.1.11:30080", ["10.244.1.5:8080 192.168.1.50", "10.244.1.6:8080 192.168.1.50"]),
+        ("0.0.0.0:30081", "192.168.1.11:30081", ["10.244.2.5:8080 192.168.1.11", "10.244.1.6:8080 192.168.1.50"]),
+        ("203.0.113.7:80", "203.0.113.7:80", ["10.244.1.5:8080 192.168.1.50", "10.244.2.5:8080 192.168.1.11"]),
+        ("[::]:30080", "[fd00:a::11]:30080", ["[fd00:1::5]:8080 fd00:a::50", "[fd00:1::6]:8080 fd00:a::50"]),
+    ];
+    for (frontend, called, answers) in cases {
+        let [gone, next] = answers.map(|answer| answer.split_once(' ').unwrap().0);
+        serve(&mut rules, frontend, &[gone]);
+        let socket = client.run(move || udp_client(called).unwrap());
+        let ask = |socket: UdpSocket| client.run(move || (ask(&socket), socket));
+        let (answer, socket) = ask(socket);
+        assert_eq!(answer.unwrap(), answers[0]);
+        serve(&mut rules, frontend, &[next]);
+        let swept = sweep(&rules, &sandbox, &[gone]);
+        assert_eq!((swept.udp, swept.failed), (1, 0), "{called}: {swept:?}");
+        assert_eq!(ask(socket).0.unwrap(), answers[1], "{called}");
+    }
 }
 
 fn it_works_beside_kube_proxy_whoever_came_first(mode: Mode) {

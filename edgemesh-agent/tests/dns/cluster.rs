@@ -1,8 +1,16 @@
 //! Names of the cluster: the records of the Kubernetes DNS specification 1.1.0, and what clients expect beyond it.
 
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
 use hickory_proto::{
     op::{Edns, Message, ResponseCode},
-    rr::{Name, RecordType},
+    rr::{Name, RData, RecordType},
 };
 use serde_json::{Value, json};
 
@@ -222,6 +230,89 @@ async fn a_change_of_the_catalog_is_in_the_next_answer() {
     dns.catalog.delete_service("default", "new");
     dns.catalog.publish();
     assert_eq!(dns.ask(name, RecordType::A).await.metadata.response_code, ResponseCode::NXDomain);
+}
+
+/// The number of an address that [`moving`] gave out.
+fn number(data: &RData) -> Option<usize> {
+    let RData::A(address) = data else { return None };
+    let [_, _, high, low] = address.octets();
+    (high >= 128).then(|| usize::from(high - 128) << 8 | usize::from(low))
+}
+
+fn moving(number: usize) -> String {
+    format!("10.244.{}.{}", 128 + (number >> 8), number & 255)
+}
+
+/// In each round a headless Service gets a new endpoint in a new slice and loses the old one, a Service gets other ports and labels,
+/// and another comes and goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_everything_changes_no_name_is_denied_and_nobody_is_led_to_what_was_gone() {
+    const ROUNDS: usize = 1000;
+    let ports = || json!([{"name": "http", "port": 8080, "protocol": "TCP"}]);
+    let one_more =
+        move |round: usize| slice("db/sts", 9 + round % 2, "IPv4", ports(), json!([{"addresses": [moving(round)]}]));
+    let dns = Dns::start(&[&objects()[..], &[one_more(0)]].concat(), &[]);
+    // Rounds that have begun, and that are over.
+    let (begun, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let catalog = Arc::clone(&dns.catalog);
+    let (begin, end) = (Arc::clone(&begun), Arc::clone(&over));
+    let changes = tokio::task::spawn_blocking(move || {
+        for round in 1..=ROUNDS {
+            begin.store(round, Ordering::SeqCst);
+            let all = json!([{"name": "http", "port": 80}, {"name": format!("port-{round}"), "port": 1000 + round}]);
+            let mut web = service("default/web", json!({"clusterIP": "10.96.0.20", "ports": all}));
+            web["metadata"]["labels"] = json!({"round": round.to_string()});
+            let other = service("default/other", json!({"clusterIP": "10.96.1.1", "ports": [{"port": 80}]}));
+            apply(&catalog, &[one_more(round), web, other]);
+            catalog.publish();
+            catalog.delete_endpoint_slice("db", &format!("sts-{}", 9 + (round - 1) % 2));
+            catalog.delete_service("default", "other");
+            catalog.publish();
+            end.store(round, Ordering::SeqCst);
+        }
+    });
+    let mut questions = 0;
+    while !changes.is_finished() || questions < 100 {
+        let web = dns.ask("web.default.svc.cluster.local.", RecordType::A).await;
+        assert_eq!(sorted(&web.answers), ["web.default.svc.cluster.local. 5 IN A 10.96.0.20"]);
+        let before = over.load(Ordering::SeqCst);
+        let headless = dns.ask("sts.db.svc.cluster.local.", RecordType::A).await;
+        let after = begun.load(Ordering::SeqCst);
+        assert_eq!(headless.metadata.response_code, ResponseCode::NoError);
+        let moved: Vec<_> = headless.answers.iter().filter_map(|record| number(&record.data)).collect();
+        assert!(
+            !moved.is_empty() && moved.iter().all(|round| (before..=after).contains(round)),
+            "{moved:?} in rounds {before} to {after}"
+        );
+        assert_eq!(headless.answers.len() - moved.len(), 2, "those that stay: {:?}", headless.answers);
+        questions += 1;
+    }
+    changes.await.unwrap();
+    println!("{questions} questions of each name in {ROUNDS} rounds");
+}
+
+#[tokio::test]
+async fn each_of_ten_thousand_services_is_answered_by_its_name_without_delay() {
+    let name = |number: usize| format!("service-{number}.default.svc.cluster.local.");
+    let ip = |number: usize| format!("10.97.{}.{}", number >> 8, number & 255);
+    let services: Vec<_> = (0..10_000)
+        .map(|number| {
+            let spec = json!({"clusterIP": ip(number), "ports": [{"name": "http", "port": 80}]});
+            service(&format!("default/service-{number}"), spec)
+        })
+        .collect();
+    let dns = Dns::start(&services, &[]);
+    let mut took = Vec::with_capacity(services.len());
+    for number in 0..services.len() {
+        let started = Instant::now();
+        let answer = dns.ask(&name(number), RecordType::A).await;
+        took.push(started.elapsed());
+        assert_eq!(sorted(&answer.answers), [format!("{} 5 IN A {}", name(number), ip(number))]);
+    }
+    took.sort();
+    let p99 = took[took.len() * 99 / 100];
+    println!("p50 {:?}, p99 {p99:?}", took[took.len() / 2]);
+    assert!(p99 < Duration::from_millis(100), "{p99:?}");
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use tokio_rustls::{
     rustls::{self, pki_types::PrivateKeyDer},
 };
 
-use crate::harness::{Dns, addresses, eventually};
+use crate::harness::{Dns, Upstream, addresses, eventually, sorted};
 
 /// A server over TLS with a certificate for `dns.test`, and the file in which that is trusted.
 struct TlsUpstream {
@@ -196,6 +196,21 @@ async fn a_certificate_for_another_name_or_of_an_unknown_authority_is_not_accept
         assert!(dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 0"), "{}", dns.metrics());
     }
     assert_eq!(upstream.state.asked.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn plain_servers_of_a_mixed_list_are_asked_only_when_those_over_tls_fail() {
+    let server = TlsUpstream::start().await;
+    server.state.hasty.store(true, Ordering::SeqCst);
+    let plain = Upstream::fixed("192.0.2.2", 60).await;
+    let dns = server.dns("dns.test", |config| config.upstreams.push(plain.address.to_string()));
+    let first = async |name: &str| sorted(&dns.ask(name, RecordType::A).await.answers);
+    for name in ["one.example.", "two.example."] {
+        assert_eq!(first(name).await, [format!("{name} 60 IN A 192.0.2.1")]);
+    }
+    assert_eq!(plain.asked(), 0, "in plain text");
+    drop(server);
+    assert_eq!(first("three.example.").await, ["three.example. 60 IN A 192.0.2.2"]);
 }
 
 #[tokio::test]

@@ -9,7 +9,8 @@
 //!   --count N       calls each URL N times and prints one line a call: the first of the answer, or `error: REASON`
 //!   --every MS      waits between two calls
 //!   --from PORT     local port of UDP sockets
-//!   --keep          UDP: one connected socket for all calls, until it fails
+//!   --keep          one connection for all calls (TCP and UDP). A UDP socket is kept whatever happens to its datagrams, as programs
+//!                   do, until the system ends it
 //!   --size BYTES    sends that many bytes in place of a greeting, and checks that all came back (TCP and UDP)
 //!   --timeout MS    how long a call may take (5000)
 
@@ -69,7 +70,7 @@ fn run() -> Result<bool, Box<dyn Error>> {
     if urls.is_empty() {
         return Err(USAGE.into());
     }
-    let mut kept = None;
+    let mut kept = Kept::default();
     let mut all_good = true;
     let rounds = options.count.unwrap_or(1);
     for round in 0..rounds {
@@ -97,15 +98,23 @@ fn run() -> Result<bool, Box<dyn Error>> {
     Ok(all_good)
 }
 
-fn call(url: &str, options: &Options, kept: &mut Option<UdpSocket>) -> Answer {
+/// What goes on from call to call.
+#[derive(Default)]
+struct Kept {
+    /// With the greeting that began it.
+    tcp: Option<(BufReader<TcpStream>, Vec<u8>)>,
+    udp: Option<UdpSocket>,
+}
+
+fn call(url: &str, options: &Options, kept: &mut Kept) -> Answer {
     let (scheme, rest) = url.split_once("://").ok_or("a URL begins with http://, tcp:// or udp://")?;
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let (host, port) = authority.rsplit_once(':').unwrap_or((authority, "80"));
     let address = (host, port.parse::<u16>()?).to_socket_addrs()?.find(SocketAddr::is_ipv4).ok_or("no address")?;
     match scheme {
         "http" => http(address, authority, path, options),
-        "tcp" => tcp(address, options),
-        "udp" => udp(address, options, kept),
+        "tcp" => tcp(address, options, &mut kept.tcp),
+        "udp" => udp(address, options, &mut kept.udp),
         _ => Err("only http://, tcp:// and udp:// are spoken here".into()),
     }
 }
@@ -132,24 +141,25 @@ fn message(options: &Options) -> Vec<u8> {
     if options.size > 0 { vec![b'x'; options.size] } else { b"hello\n".to_vec() }
 }
 
-fn tcp(address: SocketAddr, options: &Options) -> Answer {
-    let mut stream = connect(address, options)?;
+fn tcp(address: SocketAddr, options: &Options, kept: &mut Option<(BufReader<TcpStream>, Vec<u8>)>) -> Answer {
+    let (mut reader, mut greeting) = match kept.take() {
+        Some(connection) => connection,
+        None => (BufReader::new(connect(address, options)?), Vec::new()),
+    };
     let message = message(options);
-    stream.write_all(&message)?;
-    let mut reader = BufReader::new(stream.take(MAX_ANSWER));
-    let mut line = Vec::new();
-    reader.read_until(b'\n', &mut line)?;
-    if line.is_empty() {
-        return Err("no answer".into());
+    reader.get_mut().write_all(&message)?;
+    if greeting.is_empty() {
+        reader.by_ref().take(MAX_ANSWER).read_until(b'\n', &mut greeting)?;
     }
-    if options.size > 0 {
-        let mut back = vec![0; message.len()];
-        reader.read_exact(&mut back)?;
-        if back != message {
-            return Err("something else came back".into());
-        }
+    let mut back = vec![0; message.len()];
+    reader.read_exact(&mut back)?;
+    if back != message {
+        return Err("something else came back".into());
     }
-    Ok(line)
+    if options.keep {
+        *kept = Some((reader, greeting.clone()));
+    }
+    Ok(greeting)
 }
 
 fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> Answer {
@@ -162,6 +172,15 @@ fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> 
             socket
         }
     };
+    let answer = ask(&socket, options);
+    // One that the system ended has no peer any more.
+    if options.keep && socket.peer_addr().is_ok() {
+        *kept = Some(socket);
+    }
+    answer
+}
+
+fn ask(socket: &UdpSocket, options: &Options) -> Answer {
     let message = message(options);
     let mut answer = vec![0; 65536];
     let mut refused = None;
@@ -173,9 +192,6 @@ fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> 
                 answer.truncate(length);
                 if options.size > 0 && !answer.ends_with(&message) {
                     return Err(format!("{length} bytes came back of {}", message.len()).into());
-                }
-                if options.keep {
-                    *kept = Some(socket);
                 }
                 return Ok(answer);
             }

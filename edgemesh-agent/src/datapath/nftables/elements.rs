@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn parts_are_joined_as_the_kernel_has_them_in_registers() {
         let key = Joined::frontend(Inside, tcp("10.96.0.20:443")).priority(0x1_0002);
-        let [number @ ..] = 0x1_0002_u32.to_ne_bytes();
+        let number = 0x1_0002_u32.to_ne_bytes();
         assert_eq!(key.as_bytes(), [&[10, 96, 0, 20, 6, 0, 0, 0, 1, 187, 0, 0], &number[..]].concat());
         assert_eq!(Joined::frontend(NodePort, tcp("0.0.0.0:443")).as_bytes(), [6, 0, 0, 0, 1, 187, 0, 0]);
         let six = IpAddr::from([7; 16]);

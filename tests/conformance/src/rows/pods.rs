@@ -53,8 +53,7 @@ fn host_ports(case: &Case<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Upstream's API takes such an address as decimal numbers; this one refuses what programs read in two ways. A call to such an
-/// address is no call to the Service's.
+/// Upstream's API takes such an address as decimal numbers; this one refuses what programs read in two ways.
 fn leading_zeros(case: &Case<'_>) -> Result<()> {
     let free = case.service("free", json!({}))?;
     let octets: Vec<_> = free.ip().split('.').collect();

@@ -194,7 +194,7 @@ fn esipp_node_port(case: &Case<'_>) -> Result<()> {
 }
 
 /// Gives a load balancer's address to a Service, and lets the outside client send it to a node, as a load balancer would.
-fn balanced(case: &Case<'_>, service: &Service, address: &str, node: &str) -> Result<String> {
+pub(super) fn balanced(case: &Case<'_>, service: &Service, address: &str, node: &str) -> Result<String> {
     let ingress = json!({"status": {"loadBalancer": {"ingress": [{"ip": address}]}}});
     case.patch(&format!("service/{} --subresource=status", service.name), &ingress)?;
     let via = case.field.address(node)?;
