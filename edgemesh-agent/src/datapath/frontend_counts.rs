@@ -1,8 +1,11 @@
 //! What a datapath counts by frontend, and which Services have these frontends.
 
-use std::{cell::OnceCell, collections::HashMap, fmt};
+use std::{cell::OnceCell, collections::HashMap, fmt, sync::Arc};
 
-use edgemesh_mesh::{Catalog, model::ServiceName};
+use edgemesh_mesh::{
+    Catalog,
+    model::{ServiceName, ServicePort},
+};
 
 use super::{mode::DatapathError, plan::Frontend, planner};
 
@@ -46,7 +49,7 @@ pub trait CountsFrontends: fmt::Debug + Send + Sync {
 pub struct Owners<'a> {
     catalog: &'a Catalog,
     /// Those at external addresses, which no index of the catalog leads to; looked for when one is asked for.
-    external: OnceCell<HashMap<Frontend, &'a ServiceName>>,
+    external: OnceCell<HashMap<Frontend, &'a Arc<ServicePort>>>,
 }
 
 impl<'a> Owners<'a> {
@@ -57,21 +60,24 @@ impl<'a> Owners<'a> {
 
     /// The Service that has a frontend, as [`super::plan::plan`] gives them out.
     pub fn of(&self, frontend: Frontend) -> Option<&'a ServiceName> {
-        let (ip, port) = (frontend.address.ip(), frontend.address.port());
-        if port == 0 {
-            return self.catalog.service_at(ip).map(|service| &service.name);
+        if frontend.address.port() == 0 {
+            return self.catalog.service_at(frontend.address.ip()).map(|service| &service.name);
         }
-        let is_node = || ip.is_unspecified() || ip.is_loopback() || self.catalog.node_of_address(ip).is_some();
-        self.catalog
-            .port_at(ip, port, frontend.protocol)
-            .or_else(|| self.catalog.node_port(port, frontend.protocol).filter(|_| is_node()))
-            .map(|port| &port.service)
-            .or_else(|| self.external().get(&frontend).copied())
+        self.port(frontend).map(|port| &port.service)
     }
 
-    fn external(&self) -> &HashMap<Frontend, &'a ServiceName> {
-        let of_service = |service| planner::external(service).map(|frontend| (frontend, &service.name));
-        self.external.get_or_init(|| self.catalog.services().flat_map(|service| of_service(service)).collect())
+    /// The Service port that has a frontend.
+    pub fn port(&self, Frontend { address, protocol }: Frontend) -> Option<&'a Arc<ServicePort>> {
+        let (ip, port) = (address.ip(), address.port());
+        let is_node = || ip.is_unspecified() || ip.is_loopback() || self.catalog.node_of_address(ip).is_some();
+        self.catalog
+            .port_at(ip, port, protocol)
+            .or_else(|| self.catalog.node_port(port, protocol).filter(|_| is_node()))
+            .or_else(|| self.external().get(&Frontend { address, protocol }).copied())
+    }
+
+    fn external(&self) -> &HashMap<Frontend, &'a Arc<ServicePort>> {
+        self.external.get_or_init(|| self.catalog.services().flat_map(|service| planner::external(service)).collect())
     }
 }
 

@@ -487,7 +487,8 @@ fn passed_on(catalog: &Catalog, older: &Catalog, node: &str) -> Vec<Frontend> {
     let mut passed_on = Vec::new();
     for name in catalog.changed_services(older) {
         let Some(service) = older.service_named(&name) else { continue };
-        let had = planner::frontends(service, &own_addresses).into_iter().chain(planner::external(service));
+        let had =
+            planner::frontends(service, &own_addresses).into_iter().chain(planner::external(service).map(|(at, _)| at));
         passed_on.extend(had.filter(|at| before.of(*at) == Some(&name) && now.of(*at) != Some(&name)));
     }
     passed_on

@@ -8,7 +8,7 @@ use std::{
 
 use edgemesh_mesh::{
     Catalog, Viewpoint,
-    model::{Protocol, Service},
+    model::{Protocol, Service, ServicePort},
 };
 
 use super::plan::{self, Frontend, Plan, Surroundings, Target};
@@ -54,7 +54,7 @@ impl Planner {
             viewpoint: surroundings.viewpoint.clone(),
             host_addresses: surroundings.host_addresses.clone(),
             dns: surroundings.dns,
-            external: catalog.services().flat_map(|service| external(service)).collect(),
+            external: catalog.services().flat_map(|service| external(service).map(|(at, _)| at)).collect(),
         });
         Wanted::All(all)
     }
@@ -115,11 +115,11 @@ pub(super) fn frontends(service: &Service, own_addresses: &[IpAddr]) -> Vec<Fron
     frontends
 }
 
-/// The frontends that a Service may have at external addresses.
-pub(super) fn external(service: &Service) -> impl Iterator<Item = Frontend> {
+/// The frontends that a Service may have at external addresses, with the port behind each.
+pub(super) fn external(service: &Service) -> impl Iterator<Item = (Frontend, &Arc<ServicePort>)> {
     service.external_ips.iter().chain(&service.load_balancer_ips).flat_map(|&ip| {
         let at = move |address, protocol| Frontend { address: SocketAddr::new(ip, address), protocol };
-        service.ports.iter().map(move |port| at(port.port, port.protocol))
+        service.ports.iter().map(move |port| (at(port.port, port.protocol), port))
     })
 }
 

@@ -25,7 +25,9 @@ use nix::sched::{CloneFlags, setns};
 
 use super::{
     counters::{Peer, Peers},
+    frontend_counts::Owners,
     namespaces,
+    plan::Frontend,
     sock_diag::{Connected, Diagnostics},
 };
 use crate::metrics::DatapathMetrics;
@@ -150,11 +152,17 @@ impl Swept {
 ///
 /// A UDP socket has lost it when it no longer serves, as kube-proxy forgets UDP flows then; a TCP connection, which would end
 /// by itself with its pod, only when the Service port is there without it.
-pub fn is_gone(catalog: &Catalog, service: SocketAddr, backend: SocketAddr, protocol: Protocol) -> bool {
-    let port = port_at(catalog, service, protocol);
+pub fn is_gone(
+    catalog: &Catalog,
+    owners: &Owners<'_>,
+    service: SocketAddr,
+    backend: SocketAddr,
+    protocol: Protocol,
+) -> bool {
+    let port = owners.port(Frontend { address: service, protocol });
     let endpoint = match port {
         Some(port) => port.endpoint(backend),
-        // Of a Service that is gone, or called at an address that is in no index.
+        // Of a Service that is gone.
         None => catalog.endpoint_at(backend, protocol),
     };
     match (protocol, endpoint) {
@@ -167,12 +175,6 @@ pub fn is_gone(catalog: &Catalog, service: SocketAddr, backend: SocketAddr, prot
             !(endpoint.ready || endpoint.serving || publish_not_ready)
         }
     }
-}
-
-fn port_at(catalog: &Catalog, service: SocketAddr, protocol: Protocol) -> Option<&Arc<ServicePort>> {
-    catalog
-        .port_at(service.ip(), service.port(), protocol)
-        .or_else(|| catalog.node_port(service.port(), protocol).filter(|_| catalog.service_at(service.ip()).is_none()))
 }
 
 /// Sweeps in a thread of its own, when it is told that endpoints went. The thread ends with this.
@@ -221,7 +223,9 @@ fn run(
     while next {
         next = false;
         let Some(catalog) = mailbox.load_full() else { return };
-        let gone = |service, backend, protocol| !is_ours(backend) && is_gone(&catalog, service, backend, protocol);
+        let owners = Owners::new(&catalog);
+        let gone =
+            |service, backend, protocol| !is_ours(backend) && is_gone(&catalog, &owners, service, backend, protocol);
         let mut sweep = || {
             let mut all = Swept::default();
             sweepers.iter_mut().for_each(|sweeper| all.add(sweeper.sweep(&gone)));
@@ -267,9 +271,17 @@ mod tests {
 
     fn store(endpoints: &Value) -> Arc<CatalogStore> {
         let store = CatalogStore::new();
-        for (name, ip) in [("web", "10.96.0.20"), ("other", "10.96.0.21")] {
+        let node = json!({"metadata": {"name": "a1"},
+            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.11"}]}});
+        store.apply_node(&serde_json::from_value(node).unwrap());
+        // The load balancer's port is another Service's node port.
+        for (name, ip, port, node_port, balanced) in
+            [("web", "10.96.0.20", 80, 30080, "203.0.113.6"), ("other", "10.96.0.21", 30080, 30081, "203.0.113.7")]
+        {
             let service = json!({"metadata": {"name": name, "namespace": "d"}, "spec": {"clusterIP": ip, "ports": [
-                {"name": "tcp", "port": 80, "nodePort": 30080}, {"name": "udp", "port": 80, "protocol": "UDP"}]}});
+                {"name": "tcp", "port": port, "nodePort": node_port},
+                {"name": "udp", "port": port, "nodePort": node_port, "protocol": "UDP"}]},
+                "status": {"loadBalancer": {"ingress": [{"ip": balanced}]}}});
             store.apply_service(&serde_json::from_value(service).unwrap());
         }
         set(&store, "web", endpoints);
@@ -294,13 +306,19 @@ mod tests {
             [(ready, false, false), (terminating, false, false), (dead, false, true), (json!([]), true, true)]
         {
             let catalog = store(&endpoints).snapshot();
+            let owners = Owners::new(&catalog);
             let gone = |service: &str, backend: &str, protocol| {
-                is_gone(&catalog, service.parse().unwrap(), backend.parse().unwrap(), protocol)
+                is_gone(&catalog, &owners, service.parse().unwrap(), backend.parse().unwrap(), protocol)
             };
             for (protocol, expected) in [(Protocol::Tcp, tcp), (Protocol::Udp, udp)] {
-                assert_eq!(gone("10.96.0.20:80", "10.244.1.5:8080", protocol), expected, "{endpoints} {protocol:?}");
-                assert!(!gone("10.96.0.21:80", "10.244.1.9:8080", protocol), "another Service's");
-                assert!(gone("10.96.0.20:80", "10.244.1.9:8080", protocol), "it is not this Service's any more");
+                for called in ["10.96.0.20:80", "192.168.1.11:30080", "127.0.0.1:30080", "203.0.113.6:80"] {
+                    let case = format!("{called} {endpoints} {protocol:?}");
+                    assert_eq!(gone(called, "10.244.1.5:8080", protocol), expected, "{case}");
+                    assert!(gone(called, "10.244.1.9:8080", protocol), "it is not this Service's any more: {case}");
+                }
+                for called in ["10.96.0.21:30080", "203.0.113.7:30080"] {
+                    assert!(!gone(called, "10.244.1.9:8080", protocol), "another Service's, at {called}");
+                }
             }
             // A Service that was deleted ends no connection of a pod.
             assert!(!gone("10.96.9.9:80", "10.244.1.5:8080", Protocol::Tcp));
