@@ -12,6 +12,7 @@ use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    datapath::map_sizes::MapSizes,
     dns::UpstreamAddress,
     node_local::{Ipv4Range, Ipv6Range},
 };
@@ -41,6 +42,8 @@ pub struct Config {
     pub cgroup: PathBuf,
     /// Folder of the BPF filesystem in which the programs and their maps outlive the agent; it is mounted there if none is.
     pub bpffs: PathBuf,
+    /// Slots for backends in the maps of the eBPF programs, a power of two; 0 for as many as suit the machine's memory.
+    pub backend_slots: u32,
     /// Whether the programs are removed when the agent stops. They serve on if not: see `edgemesh-agent uninstall`.
     pub detach_on_stop: bool,
     /// Addresses that exist on this node for itself: the first is the DNS listener's, the others belong to Service ports that the agent proxies.
@@ -149,6 +152,7 @@ impl Default for Config {
             datapath: DatapathMode::Auto,
             cgroup: PathBuf::from("/"),
             bpffs: PathBuf::from("/sys/fs/bpf"),
+            backend_slots: 0,
             detach_on_stop: false,
             node_local_cidr: Ipv4Range::default(),
             node_local_cidr6: Ipv6Range::default(),
@@ -232,6 +236,11 @@ impl Validate for Config {
         }
         if !self.bpffs.is_absolute() {
             problems.add("bpffs", "must be an absolute path, for example /sys/fs/bpf");
+        }
+        if self.backend_slots != 0
+            && !(self.backend_slots.is_power_of_two() && MapSizes::SLOTS.contains(&self.backend_slots))
+        {
+            problems.add("backendSlots", "must be 0 or a power of two from 16 to 16777216");
         }
         if self.node_name.is_empty() {
             problems.add("nodeName", "must be set: the host has no name");

@@ -7,6 +7,7 @@ pub mod flows;
 pub mod frontend_counts;
 pub(crate) mod host;
 mod map_batch;
+pub mod map_sizes;
 pub mod mode;
 mod namespaces;
 mod netlink;
@@ -559,7 +560,7 @@ fn view(state: &State, about: &About) -> Value {
         "datapath": about.mode,
         "reason": about.reason,
         "cgroup": about.cgroup,
-        "rememberedPeers": about.counters.as_ref().map(|counters| counters.remembered_peers()),
+        "rememberedPeers": about.counters.as_ref().and_then(|counters| counters.remembered_peers().ok()),
         "generation": state.generation,
         "network": state.viewpoint.as_ref().map(|viewpoint| &viewpoint.network),
         "frontends": frontends,
