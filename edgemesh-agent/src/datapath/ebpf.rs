@@ -111,6 +111,19 @@ pub enum EbpfDatapathError {
     },
 }
 
+impl EbpfDatapathError {
+    /// Whether a map has no room for what was to be written.
+    pub(super) fn is_full(&self) -> bool {
+        match self {
+            Self::Full { .. } => true,
+            Self::Map { source, .. } => {
+                matches!(&**source, MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG))
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Attached programs and their maps.
 pub struct Programs {
     ipv4: Table<V4>,

@@ -67,7 +67,12 @@ impl Sandbox {
 
     /// The eBPF programs, attached to this cgroup.
     pub(crate) fn programs(&self) -> (Programs, Counters) {
-        Programs::start(&self.cgroup, MapSizes::new(0)).unwrap()
+        self.sized_programs(0)
+    }
+
+    /// The same with so many slots for backends.
+    pub(crate) fn sized_programs(&self, slots: u32) -> (Programs, Counters) {
+        Programs::start(&self.cgroup, MapSizes::new(slots)).unwrap()
     }
 
     /// What translates Service addresses for this sandbox, in a mode.
