@@ -73,7 +73,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
 
     let api_url = config.kubeconfig.is_none().then(|| config.api_url());
     let client = api_client(config.kubeconfig.as_deref(), api_url.as_deref()).await?;
-    let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")) };
+    let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")), services: config.services };
     let catalog = Discovery::start(client.clone(), discovery, shutdown, readiness.task("catalog"));
 
     let mut allocator = Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?;

@@ -11,6 +11,7 @@ use edgemesh_agent::{
     app,
     config::{Config, DatapathMode},
 };
+use edgemesh_mesh::from_kubernetes::ServiceSelection;
 use hickory_proto::{
     op::{Message, Query},
     rr::RecordType,
@@ -302,5 +303,33 @@ fn services_for_which_the_maps_have_no_room_hold_up_no_others() {
     while call("10.96.0.30:80").ok().as_deref() != Some(POD) {
         assert!(std::time::Instant::now() < until);
     }
+    runtime.block_on(agent.stop());
+}
+
+#[test]
+fn where_services_are_taken_in_by_label_the_others_are_left_to_whoever_serves_them() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    tcp_server(POD);
+    let data = tempfile::tempdir().unwrap();
+    let mut catalog = catalog();
+    catalog["items"][0]["metadata"]["labels"] = json!({"edgemesh.dev/proxy": "true"});
+    std::fs::write(data.path().join("catalog.json"), catalog.to_string()).unwrap();
+    let config = Config {
+        services: ServiceSelection::Labelled,
+        detach_on_stop: true,
+        ..config(&sandbox, data.path(), DatapathMode::Ebpf)
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(async {
+        let agent = app::build(config).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    let mut answer = String::new();
+    TcpStream::connect("10.96.0.20:80").unwrap().read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, POD);
+    let left = TcpStream::connect("10.96.0.22:80").unwrap_err();
+    assert_eq!(left.kind(), std::io::ErrorKind::NetworkUnreachable, "the kernel's own answer");
+    assert_eq!(lookup("nowhere.default.svc.cluster.local."), ["10.96.0.22"]);
     runtime.block_on(agent.stop());
 }
