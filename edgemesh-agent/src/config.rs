@@ -7,11 +7,12 @@ use std::{
 };
 
 use edgemesh_api::names;
-use edgemesh_mesh::{Catalog, Viewpoint};
+use edgemesh_mesh::{Catalog, Viewpoint, from_kubernetes::ServiceSelection};
 use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    datapath::map_sizes::MapSizes,
     dns::UpstreamAddress,
     node_local::{Ipv4Range, Ipv6Range},
 };
@@ -35,12 +36,16 @@ pub struct Config {
     pub api_server: Option<String>,
     /// Network of this node, in place of the label `edgemesh.dev/network` of its Node.
     pub network: Option<String>,
+    /// Which Services the mesh carries: `all` that no label leaves to others, or those only that are `labelled`.
+    pub services: ServiceSelection,
     /// How Service addresses are translated.
     pub datapath: DatapathMode,
     /// Cgroup below which sockets are served, relative to the cgroup2 mount. `/` serves the whole host.
     pub cgroup: PathBuf,
     /// Folder of the BPF filesystem in which the programs and their maps outlive the agent; it is mounted there if none is.
     pub bpffs: PathBuf,
+    /// Slots for backends in the maps of the eBPF programs, a power of two; 0 for as many as suit the machine's memory.
+    pub backend_slots: u32,
     /// Whether the programs are removed when the agent stops. They serve on if not: see `edgemesh-agent uninstall`.
     pub detach_on_stop: bool,
     /// Addresses that exist on this node for itself: the first is the DNS listener's, the others belong to Service ports that the agent proxies.
@@ -146,9 +151,11 @@ impl Default for Config {
             kubeconfig: None,
             api_server: None,
             network: None,
+            services: ServiceSelection::All,
             datapath: DatapathMode::Auto,
             cgroup: PathBuf::from("/"),
             bpffs: PathBuf::from("/sys/fs/bpf"),
+            backend_slots: 0,
             detach_on_stop: false,
             node_local_cidr: Ipv4Range::default(),
             node_local_cidr6: Ipv6Range::default(),
@@ -232,6 +239,11 @@ impl Validate for Config {
         }
         if !self.bpffs.is_absolute() {
             problems.add("bpffs", "must be an absolute path, for example /sys/fs/bpf");
+        }
+        if self.backend_slots != 0
+            && !(self.backend_slots.is_power_of_two() && MapSizes::SLOTS.contains(&self.backend_slots))
+        {
+            problems.add("backendSlots", "must be 0 or a power of two from 16 to 16777216");
         }
         if self.node_name.is_empty() {
             problems.add("nodeName", "must be set: the host has no name");

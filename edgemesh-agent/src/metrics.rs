@@ -16,12 +16,19 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::datapath::{ebpf::Counters, plan::Target, stale::Swept};
+use crate::datapath::{Programmed, ebpf::Counters, plan::Target, stale::Swept};
 
 /// What a frontend leads to, as a label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TargetLabel {
     target: &'static str,
+}
+
+/// Slots of one family, in one state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SlotLabels {
+    family: &'static str,
+    state: &'static str,
 }
 
 /// How Service addresses are translated, as a label.
@@ -41,6 +48,7 @@ struct ProtocolLabel {
 pub struct DatapathMetrics {
     mode: Family<ModeLabel, Gauge>,
     frontends: Family<TargetLabel, Gauge>,
+    slots: Family<SlotLabels, Gauge>,
     outside_frontends: Gauge,
     changes: Counter,
     failures: Counter,
@@ -58,6 +66,7 @@ impl DatapathMetrics {
         let metrics = Self {
             mode: Family::default(),
             frontends: Family::default(),
+            slots: Family::default(),
             outside_frontends: Gauge::default(),
             changes: Counter::default(),
             failures: Counter::default(),
@@ -74,6 +83,7 @@ impl DatapathMetrics {
             "Service addresses and node ports that are programmed for callers from outside",
             metrics.outside_frontends.clone(),
         );
+        registry.register("backend_slots", "Slots for backends in the eBPF maps", metrics.slots.clone());
         registry.register("frontends", "Service addresses that are programmed", metrics.frontends.clone());
         registry.register("changes", "Frontends that were written or removed", metrics.changes.clone());
         registry.register("failures", "Frontends that could not be written", metrics.failures.clone());
@@ -108,13 +118,22 @@ impl DatapathMetrics {
     }
 
     /// One round of programming.
-    pub(crate) fn record(&self, planned: Duration, written: Duration, changes: usize, failures: usize) {
+    pub(crate) fn record(&self, planned: Duration, took: Duration, programmed: Programmed) {
+        let Programmed { written, failed, without_room } = programmed;
         self.plan_seconds.observe(planned.as_secs_f64());
-        if changes + failures > 0 {
-            self.write_seconds.observe(written.as_secs_f64());
+        if programmed != Programmed::default() {
+            self.write_seconds.observe(took.as_secs_f64());
         }
-        self.changes.inc_by(changes as u64);
-        self.failures.inc_by(failures as u64);
+        self.changes.inc_by(written as u64);
+        self.failures.inc_by((failed + without_room) as u64);
+    }
+
+    /// Slots of the programs' maps, of IPv4 and of IPv6: how many are in use and how many there are.
+    pub(crate) fn slots(&self, slots: Option<[(u32, u32); 2]>) {
+        for ((used, all), family) in slots.into_iter().flatten().zip(["ipv4", "ipv6"]) {
+            self.slots.get_or_create(&SlotLabels { family, state: "used" }).set(used.into());
+            self.slots.get_or_create(&SlotLabels { family, state: "free" }).set((all - used).into());
+        }
     }
 
     /// One look for sockets whose endpoint is gone.

@@ -2,7 +2,7 @@
 //! node-local addresses, and the pod ranges that are captured.
 //!
 //! Only routes that carry our protocol number are ever changed or removed. They stay when the agent ends, so that pods
-//! keep talking while it restarts; what is no longer wanted goes at the next start.
+//! keep talking while it restarts; what is no longer wanted goes at the next start, and all at the uninstallation.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -60,6 +60,9 @@ pub enum RouteError {
     /// The kernel's routes can't be listed.
     #[error("listing routes: {0}")]
     List(Box<rtnetlink::Error>),
+    /// One of ours can't be removed.
+    #[error("removing a route: {0}")]
+    Remove(Box<rtnetlink::Error>),
 }
 
 /// What a round of [`HostRoutes::sync`] did.
@@ -244,6 +247,23 @@ impl HostRoutes {
             outcome.present += 1;
         }
         Ok(outcome)
+    }
+
+    /// Removes every route of ours, of both families and in all tables.
+    ///
+    /// # Errors
+    /// When the routes can't be listed, or one is still there.
+    pub async fn remove_all(&self) -> Result<(), RouteError> {
+        let failed = |error| RouteError::List(Box::new(error));
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            let listed: Vec<RouteMessage> = self.0.route().get(filter).execute().try_collect().await.map_err(failed)?;
+            for route in listed.into_iter().filter(|route| route.header.protocol == PROTOCOL) {
+                self.0.route().del(route).execute().await.map_err(|error| RouteError::Remove(Box::new(error)))?;
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the routes to pod ranges equal to the catalog until shutdown.

@@ -19,14 +19,18 @@ pub const LAYOUT: u32 = 2;
 pub const FRONTENDS: &str = "FRONTENDS";
 /// Name of the map `slot -> Backend` (array).
 pub const BACKENDS: &str = "BACKENDS";
-/// Name of the map `PeerKey -> SocketAddress` (LRU hash).
+/// Name of the map `PeerKey -> SocketAddress` (LRU hash) of connected sockets.
 pub const PEERS: &str = "PEERS";
+/// Name of the map `PeerKey -> SocketAddress` (LRU hash) of unconnected sockets.
+pub const UNCONNECTED_PEERS: &str = "UNCONN_PEERS";
 /// Name of the map `FrontendKey6 -> Frontend` (hash).
 pub const FRONTENDS6: &str = "FRONTENDS6";
 /// Name of the map `slot -> Backend6` (array).
 pub const BACKENDS6: &str = "BACKENDS6";
-/// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash).
+/// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash) of connected sockets.
 pub const PEERS6: &str = "PEERS6";
+/// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash) of unconnected sockets.
+pub const UNCONNECTED_PEERS6: &str = "UNCONN_PEERS6";
 /// Name of the map `AffinityKey -> Affinity` (LRU hash).
 pub const AFFINITIES: &str = "AFFINITIES";
 /// Name of the map `Counter -> u64` (per-CPU array).
@@ -36,16 +40,18 @@ pub const CALLS: &str = "CALLS";
 /// Name of the map `FrontendKey6 -> Calls` (per-CPU hash).
 pub const CALLS6: &str = "CALLS6";
 
-/// How many frontends there can be, unless the loader sets another size.
-pub const MAX_FRONTENDS: u32 = 65_536;
-/// How many backend slots there are, unless the loader sets another size; at most [`Frontend::MAX_SLOT`] + 1.
-pub const MAX_BACKENDS: u32 = 262_144;
-/// How many translated peers are remembered, unless the loader sets another size; the least used is forgotten first.
+/// How many peers of connected sockets are remembered: as many sockets as can be open at once, since they are forgotten when
+/// they are closed. What failed to connect may stay; the least used is forgotten first.
 pub const MAX_PEERS: u32 = 65_536;
-/// As [`MAX_BACKENDS`], for IPv6: these maps are allocated in full, and few clusters have IPv6 Services.
-pub const MAX_BACKENDS6: u32 = 65_536;
+/// How many peers of unconnected sockets are remembered. Nothing tells when they are no longer needed, and a name server's
+/// clients leave one with each question: the least used is forgotten first.
+pub const MAX_UNCONNECTED_PEERS: u32 = 16_384;
 /// As [`MAX_PEERS`], for IPv6.
 pub const MAX_PEERS6: u32 = 16_384;
+/// As [`MAX_UNCONNECTED_PEERS`], for IPv6.
+pub const MAX_UNCONNECTED_PEERS6: u32 = 8_192;
+/// Name of the constant that holds the cookie of the network namespace for whose processes loopback addresses have node ports.
+pub const HOST_NETNS: &str = "HOST_NETNS";
 /// How many clients are remembered with the backends that they keep; the least used is forgotten first.
 pub const MAX_AFFINITIES: u32 = 8_192;
 /// How many backends a frontend with affinity can have: programs look through all of them.

@@ -1,10 +1,21 @@
 //! IPv4 and IPv6: each with its own maps, so that IPv4 keeps its one-word keys and values.
 
+use aya_ebpf::maps::LruHashMap;
 use edgemesh_ebpf_abi::{
     Backend, Backend6, Calls, Frontend, FrontendKey, FrontendKey6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
 };
 
-use crate::maps::{BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6, count_call};
+use crate::maps::{
+    BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6, UNCONN_PEERS, UNCONN_PEERS6, count_call,
+};
+
+/// A socket by its cookie.
+#[derive(Clone, Copy)]
+pub struct Socket {
+    pub cookie: u64,
+    /// Whether it has a peer, or names one with each datagram.
+    pub connected: bool,
+}
 
 /// An address family's addresses and maps.
 pub trait Family {
@@ -24,11 +35,14 @@ pub trait Family {
     /// The timeout in seconds in the slot behind the backends; nothing if the slot is of another generation.
     fn timeout(slot: u32, generation: u16) -> Option<u32>;
     /// The Service address that a socket named when it was sent to a backend.
-    fn service(cookie: u64, backend: Self::Address) -> Option<Self::Address>;
+    fn service(socket: Socket, backend: Self::Address) -> Option<Self::Address>;
     /// Remembers it.
-    fn remember(cookie: u64, backend: Self::Address, service: Self::Address);
+    fn remember(socket: Socket, backend: Self::Address, service: Self::Address);
     /// Forgets it.
-    fn forget(cookie: u64, backend: Self::Address);
+    fn forget(socket: Socket, backend: Self::Address);
+    /// Whether only processes in the host's own network may be led elsewhere from the address: it is another one in each
+    /// network namespace.
+    fn is_loopback(service: Self::Address) -> bool;
 }
 
 /// IPv4, also in mapped form.
@@ -69,26 +83,36 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn service(cookie: u64, backend: SocketAddress) -> Option<SocketAddress> {
+    fn service(socket: Socket, backend: SocketAddress) -> Option<SocketAddress> {
         // SAFETY: the value is one word, read at once; an entry that is evicted at this moment can at worst show the peer
         // of another socket to a program that asks for its name.
-        unsafe { PEERS.get(&PeerKey { cookie, backend }) }.copied()
+        unsafe { peers(socket).get(&PeerKey { cookie: socket.cookie, backend }) }.copied()
     }
 
     #[inline(always)]
-    fn remember(cookie: u64, backend: SocketAddress, service: SocketAddress) {
+    fn remember(socket: Socket, backend: SocketAddress, service: SocketAddress) {
         // Only a full map without anything to evict fails, and then the backend's own address is shown.
-        let _ = PEERS.insert(&PeerKey { cookie, backend }, &service, 0);
+        let _ = peers(socket).insert(&PeerKey { cookie: socket.cookie, backend }, &service, 0);
     }
 
     #[inline(always)]
-    fn forget(cookie: u64, backend: SocketAddress) {
-        let key = PeerKey { cookie, backend };
+    fn forget(socket: Socket, backend: SocketAddress) {
+        let key = PeerKey { cookie: socket.cookie, backend };
         // A lookup takes no lock, and nearly always finds nothing.
-        if PEERS.get_ptr(&key).is_some() {
-            let _ = PEERS.remove(&key);
+        if peers(socket).get_ptr(&key).is_some() {
+            let _ = peers(socket).remove(&key);
         }
     }
+
+    #[inline(always)]
+    fn is_loopback(service: SocketAddress) -> bool {
+        service.octets()[0] == 127
+    }
+}
+
+#[inline(always)]
+fn peers(socket: Socket) -> &'static LruHashMap<PeerKey, SocketAddress> {
+    if socket.connected { &PEERS } else { &UNCONN_PEERS }
 }
 
 #[inline(always)]
@@ -136,23 +160,34 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn service(cookie: u64, backend: SocketAddress6) -> Option<SocketAddress6> {
+    fn service(socket: Socket, backend: SocketAddress6) -> Option<SocketAddress6> {
         // SAFETY: as for IPv4; an entry that is evicted at this moment can show words of two peers.
-        unsafe { PEERS6.get(&PeerKey6 { cookie, backend }) }.copied()
+        unsafe { peers6(socket).get(&PeerKey6 { cookie: socket.cookie, backend }) }.copied()
     }
 
     #[inline(always)]
-    fn remember(cookie: u64, backend: SocketAddress6, service: SocketAddress6) {
-        let _ = PEERS6.insert(&PeerKey6 { cookie, backend }, &service, 0);
+    fn remember(socket: Socket, backend: SocketAddress6, service: SocketAddress6) {
+        let _ = peers6(socket).insert(&PeerKey6 { cookie: socket.cookie, backend }, &service, 0);
     }
 
     #[inline(always)]
-    fn forget(cookie: u64, backend: SocketAddress6) {
-        let key = PeerKey6 { cookie, backend };
-        if PEERS6.get_ptr(&key).is_some() {
-            let _ = PEERS6.remove(&key);
+    fn forget(socket: Socket, backend: SocketAddress6) {
+        let key = PeerKey6 { cookie: socket.cookie, backend };
+        if peers6(socket).get_ptr(&key).is_some() {
+            let _ = peers6(socket).remove(&key);
         }
     }
+
+    #[inline(always)]
+    fn is_loopback(_: SocketAddress6) -> bool {
+        // Node ports are not served at `::1`.
+        false
+    }
+}
+
+#[inline(always)]
+fn peers6(socket: Socket) -> &'static LruHashMap<PeerKey6, SocketAddress6> {
+    if socket.connected { &PEERS6 } else { &UNCONN_PEERS6 }
 }
 
 #[inline(always)]

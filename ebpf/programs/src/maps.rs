@@ -1,40 +1,53 @@
 //! The maps that the agent fills and reads.
 
 use aya_ebpf::{
+    Global,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap},
 };
 use edgemesh_ebpf_abi::{
-    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_BACKENDS,
-    MAX_BACKENDS6, MAX_FRONTENDS, MAX_PEERS, MAX_PEERS6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_PEERS, MAX_PEERS6, MAX_UNCONNECTED_PEERS, MAX_UNCONNECTED_PEERS6, PeerKey, PeerKey6,
+    SocketAddress, SocketAddress6,
 };
 
 /// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
 const BPF_F_NO_PREALLOC: u32 = 1;
 
+/// The size of a map that the loader gives another one.
+const SET_WHEN_LOADED: u32 = 1;
+
 /// Service addresses.
 #[map]
-pub static FRONTENDS: HashMap<FrontendKey, Frontend> = HashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+pub static FRONTENDS: HashMap<FrontendKey, Frontend> = HashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
 
 /// Backends of all frontends, in [`edgemesh_ebpf_abi::Backend`]'s form; a frontend names its first and how many follow.
 #[map]
-pub static BACKENDS: Array<u64> = Array::with_max_entries(MAX_BACKENDS, 0);
+pub static BACKENDS: Array<u64> = Array::with_max_entries(SET_WHEN_LOADED, 0);
 
-/// The Service address that a socket named when it was sent to a backend.
+/// The Service address that a connected socket named when it was sent to a backend.
 #[map]
 pub static PEERS: LruHashMap<PeerKey, SocketAddress> = LruHashMap::with_max_entries(MAX_PEERS, 0);
 
+/// The same of unconnected sockets. They are many and end unseen, so they must not take the places of connected ones.
+#[map]
+pub static UNCONN_PEERS: LruHashMap<PeerKey, SocketAddress> = LruHashMap::with_max_entries(MAX_UNCONNECTED_PEERS, 0);
+
 /// As [`FRONTENDS`], for IPv6.
 #[map]
-pub static FRONTENDS6: HashMap<FrontendKey6, Frontend> = HashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+pub static FRONTENDS6: HashMap<FrontendKey6, Frontend> = HashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
 
 /// As [`BACKENDS`], in [`edgemesh_ebpf_abi::Backend6`]'s form.
 #[map]
-pub static BACKENDS6: Array<[u64; 3]> = Array::with_max_entries(MAX_BACKENDS6, 0);
+pub static BACKENDS6: Array<[u64; 3]> = Array::with_max_entries(SET_WHEN_LOADED, 0);
 
 /// As [`PEERS`], for IPv6.
 #[map]
 pub static PEERS6: LruHashMap<PeerKey6, SocketAddress6> = LruHashMap::with_max_entries(MAX_PEERS6, 0);
+
+/// As [`UNCONN_PEERS`], for IPv6.
+#[map]
+pub static UNCONN_PEERS6: LruHashMap<PeerKey6, SocketAddress6> =
+    LruHashMap::with_max_entries(MAX_UNCONNECTED_PEERS6, 0);
 
 /// The backends that clients keep.
 #[map]
@@ -42,12 +55,16 @@ pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_
 
 /// What became of calls, by Service address. Addresses that nobody calls have no entry.
 #[map]
-pub static CALLS: PerCpuHashMap<FrontendKey, Calls> = PerCpuHashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+pub static CALLS: PerCpuHashMap<FrontendKey, Calls> = PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
 
 /// As [`CALLS`], for IPv6.
 #[map]
 pub static CALLS6: PerCpuHashMap<FrontendKey6, Calls> =
-    PerCpuHashMap::with_max_entries(MAX_FRONTENDS, BPF_F_NO_PREALLOC);
+    PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
+
+/// The cookie of the network namespace in which the agent is; set when the programs are loaded.
+#[unsafe(no_mangle)]
+pub static HOST_NETNS: Global<u64> = Global::new(0);
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use edgemesh_ebpf_abi::{SocketAddress, SocketAddress6};
 
-use crate::families::{Family, V4, V6};
+use crate::families::{Family, Socket, V4, V6};
 
 /// A call with a socket address that a program may read and change.
 pub trait SocketCall {
@@ -33,6 +33,16 @@ pub trait SocketCall {
     fn cookie(&self) -> u64 {
         // SAFETY: the helper takes the context of these program types.
         unsafe { bpf_get_socket_cookie(self.context().as_ptr()) }
+    }
+
+    /// The socket with its peer, if it has one at this moment.
+    #[inline(always)]
+    fn socket(&self) -> Socket {
+        // SAFETY: the union has one field that is used in programs.
+        let raw = read(unsafe { &raw const raw(self.context()).__bindgen_anon_1.sk });
+        // SAFETY: the kernel gives a valid socket for the length of the program.
+        let port = read(unsafe { &raw const (*raw).dst_port });
+        Socket { cookie: self.cookie(), connected: port != 0 }
     }
 
     /// The cookie of the socket's network namespace.

@@ -9,8 +9,8 @@ use edgemesh_ebpf_abi::{Calls, Counter, Frontend, SocketAddress, SocketAddress6,
 
 use crate::{
     PROCEED, affinity,
-    families::{Family, V4, V6},
-    maps::count,
+    families::{Family, Socket, V4, V6},
+    maps::{HOST_NETNS, count},
     sockets::{SocketCall, read},
 };
 
@@ -48,13 +48,13 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
     }
     let service = call.address();
     let tcp = protocol == u32::from(TCP);
-    let cookie = call.cookie();
-    match choose(call, service, protocol as u8, cookie) {
+    let socket = Socket { cookie: call.cookie(), connected: connect };
+    match choose(call, service, protocol as u8, socket.cookie) {
         Choice::Backend { address: backend, listener } => {
             // Most datagrams of a socket go where the one before went: a lookup is cheaper than an update.
-            let new = C::Family::service(cookie, backend) != Some(service);
+            let new = C::Family::service(socket, backend) != Some(service);
             if new {
-                C::Family::remember(cookie, backend, service);
+                C::Family::remember(socket, backend, service);
             }
             if (connect || new) && !listener {
                 C::Family::count(service, protocol as u8, Calls::SENT);
@@ -69,7 +69,7 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
         }
         Choice::None => {
             // The socket talks to this address itself from now on, though it may have come here through a Service before.
-            C::Family::forget(cookie, service);
+            C::Family::forget(socket, service);
             count(Counter::Misses);
             PROCEED
         }
@@ -93,7 +93,7 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
 /// Shows the Service's address in place of the backend's, if that is what the socket asked for.
 #[inline(always)]
 pub fn to_service<C: SocketCall>(call: &C) {
-    if let Some(service) = C::Family::service(call.cookie(), call.address()) {
+    if let Some(service) = C::Family::service(call.socket(), call.address()) {
         call.set_address(service);
     }
 }
@@ -109,13 +109,14 @@ pub fn forget(socket: &SockContext) {
     }
     // SAFETY: the helper takes the context of this program type.
     let cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
+    let socket = Socket { cookie, connected: true };
     let address = read(&raw const raw.dst_ip4);
     // An IPv6 socket with an IPv4 peer has this field too.
     if address != 0 {
-        return V4::forget(cookie, SocketAddress::from_network(address, port));
+        return V4::forget(socket, SocketAddress::from_network(address, port));
     }
     let word = |at: usize| read(&raw const raw.dst_ip6[at]);
-    V6::forget(cookie, SocketAddress6::from_network([word(0), word(1), word(2), word(3)], port));
+    V6::forget(socket, SocketAddress6::from_network([word(0), word(1), word(2), word(3)], port));
 }
 
 #[inline(always)]
@@ -126,6 +127,10 @@ fn choose<C: SocketCall>(call: &C, service: AddressOf<C>, protocol: u8, cookie: 
             let closed = C::Family::is_service(service, protocol);
             return if closed { Choice::Closed } else { Choice::None };
         };
+        // What listens at a pod's own loopback address is the pod's.
+        if C::Family::is_loopback(service) && call.netns() != HOST_NETNS.load() {
+            return Choice::None;
+        }
         if frontend.count() == 0 {
             return Choice::NoBackend;
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf,
+    Ebpf, Pod,
     maps::{HashMap as BpfHashMap, Map, MapData, PerCpuArray},
 };
 use edgemesh_ebpf_abi as abi;
@@ -16,7 +16,7 @@ use edgemesh_ebpf_abi as abi;
 use super::{
     ebpf::{EbpfDatapathError, map_error, take_map},
     frontend_counts::{CountsFrontends, FrontendCounts},
-    map_batch::PerCpuBatches,
+    map_batch::Batches,
     mode::DatapathError,
     plan::Frontend,
     tables::{Family, V4, V6},
@@ -25,10 +25,10 @@ use super::{
 /// What the programs counted since they were loaded, and what they remember.
 pub struct Counters {
     counters: PerCpuArray<MapData, u64>,
-    calls: PerCpuBatches<<V4 as Family>::Key, [u64; 2]>,
-    calls6: PerCpuBatches<<V6 as Family>::Key, [u64; 2]>,
-    peers: BpfHashMap<MapData, [u64; 2], u64>,
-    peers6: BpfHashMap<MapData, [u64; 4], [u64; 3]>,
+    calls: Batches<<V4 as Family>::Key, [u64; 2]>,
+    calls6: Batches<<V6 as Family>::Key, [u64; 2]>,
+    peers: Batches<[u64; 2], u64>,
+    peers6: Batches<[u64; 4], [u64; 3]>,
 }
 
 impl fmt::Debug for Counters {
@@ -42,10 +42,10 @@ impl Counters {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, EbpfDatapathError> {
         Ok(Self {
             counters: PerCpuArray::try_from(take_map(ebpf, abi::COUNTERS)?).map_err(map_error(abi::COUNTERS))?,
-            calls: PerCpuBatches::new(open_again(ebpf, abi::CALLS)?).map_err(map_error(abi::CALLS))?,
-            calls6: PerCpuBatches::new(open_again(ebpf, abi::CALLS6)?).map_err(map_error(abi::CALLS6))?,
-            peers: BpfHashMap::try_from(take_map(ebpf, abi::PEERS)?).map_err(map_error(abi::PEERS))?,
-            peers6: BpfHashMap::try_from(take_map(ebpf, abi::PEERS6)?).map_err(map_error(abi::PEERS6))?,
+            calls: batches(ebpf, abi::CALLS)?,
+            calls6: batches(ebpf, abi::CALLS6)?,
+            peers: batches(ebpf, abi::PEERS)?,
+            peers6: batches(ebpf, abi::PEERS6)?,
         })
     }
 
@@ -58,10 +58,15 @@ impl Counters {
         Ok(values.iter().sum())
     }
 
-    /// How many backends of sockets are remembered with their Service addresses. Walks the whole maps.
-    pub fn remembered_peers(&self) -> usize {
-        self.peers.keys().take(abi::MAX_PEERS as usize).filter(Result::is_ok).count()
-            + self.peers6.keys().take(abi::MAX_PEERS6 as usize).filter(Result::is_ok).count()
+    /// How many backends of connected sockets are remembered with their Service addresses. Walks the whole maps.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn remembered_peers(&self) -> Result<usize, EbpfDatapathError> {
+        let mut count = 0;
+        each(&self.peers, abi::PEERS, |_, _| count += 1)?;
+        each(&self.peers6, abi::PEERS6, |_, _| count += 1)?;
+        Ok(count)
     }
 }
 
@@ -75,10 +80,10 @@ impl CountsFrontends for Counters {
 }
 
 fn read_calls<F: Family>(
-    calls: &PerCpuBatches<F::Key, [u64; 2]>,
+    calls: &Batches<F::Key, [u64; 2]>,
     read: &mut HashMap<Frontend, FrontendCounts>,
 ) -> Result<(), EbpfDatapathError> {
-    let each = |key, values: &[[u64; 2]]| {
+    each(calls, F::CALLS, |key, values| {
         let Some(frontend) = F::frontend(key) else { return };
         let mut counts = FrontendCounts::default();
         for abi::Calls { sent, refused } in values.iter().copied().map(abi::Calls::from_words) {
@@ -89,8 +94,7 @@ fn read_calls<F: Family>(
             }
         }
         read.insert(frontend, counts);
-    };
-    calls.each(each).map_err(|source| EbpfDatapathError::Io { path: F::CALLS.into(), source })
+    })
 }
 
 /// A socket that was sent to a backend.
@@ -104,8 +108,10 @@ pub(super) struct Peer {
     pub(super) service: SocketAddr,
 }
 
-/// What the programs remember of sockets: another handle on the same maps.
+/// What the programs remember of connected sockets: another handle on the same maps.
 pub(super) struct Peers {
+    all: Batches<[u64; 2], u64>,
+    all6: Batches<[u64; 4], [u64; 3]>,
     ipv4: BpfHashMap<MapData, [u64; 2], u64>,
     ipv6: BpfHashMap<MapData, [u64; 4], [u64; 3]>,
 }
@@ -114,6 +120,8 @@ impl Peers {
     /// Of an object whose maps were not taken yet.
     pub(super) fn open(ebpf: &Ebpf) -> Result<Self, EbpfDatapathError> {
         Ok(Self {
+            all: batches(ebpf, abi::PEERS)?,
+            all6: batches(ebpf, abi::PEERS6)?,
             ipv4: BpfHashMap::try_from(Map::LruHashMap(open_again(ebpf, abi::PEERS)?))
                 .map_err(map_error(abi::PEERS))?,
             ipv6: BpfHashMap::try_from(Map::LruHashMap(open_again(ebpf, abi::PEERS6)?))
@@ -121,23 +129,27 @@ impl Peers {
         })
     }
 
-    /// Calls `each` for everything that is remembered.
-    pub(super) fn each(&self, mut each: impl FnMut(Peer)) {
-        // The walk begins anew where the kernel evicts the entry at which it stands: the bound ends it all the same.
-        for ([cookie, backend], service) in self.ipv4.iter().take(abi::MAX_PEERS as usize).flatten() {
+    /// Calls `found` for everything that is remembered.
+    ///
+    /// # Errors
+    /// When not all of it can be read.
+    pub(super) fn each(&self, mut found: impl FnMut(Peer)) -> Result<(), EbpfDatapathError> {
+        each(&self.all, abi::PEERS, |[cookie, backend], services| {
             let address = |bits| {
                 let address = abi::SocketAddress::from_bits(bits);
                 SocketAddr::from((Ipv4Addr::from(address.octets()), address.port()))
             };
-            each(Peer { cookie, backend: address(backend), service: address(service) });
-        }
-        for ([cookie, high, low, port], service) in self.ipv6.iter().take(abi::MAX_PEERS6 as usize).flatten() {
+            let Some(&service) = services.first() else { return };
+            found(Peer { cookie, backend: address(backend), service: address(service) });
+        })?;
+        each(&self.all6, abi::PEERS6, |[cookie, high, low, port], services| {
             let address = |words| {
                 let address = abi::SocketAddress6::from_words(words);
                 SocketAddr::from((Ipv6Addr::from(address.octets()), address.port()))
             };
-            each(Peer { cookie, backend: address([high, low, port]), service: address(service) });
-        }
+            let Some(&service) = services.first() else { return };
+            found(Peer { cookie, backend: address([high, low, port]), service: address(service) });
+        })
     }
 
     /// Forgets a socket.
@@ -154,6 +166,19 @@ impl Peers {
             }
         }
     }
+}
+
+/// A map of an object, to be read as a whole.
+fn batches<K: Pod, V: Pod>(ebpf: &Ebpf, name: &'static str) -> Result<Batches<K, V>, EbpfDatapathError> {
+    Batches::new(open_again(ebpf, name)?).map_err(map_error(name))
+}
+
+fn each<K: Pod, V: Pod>(
+    map: &Batches<K, V>,
+    name: &'static str,
+    found: impl FnMut(K, &[V]),
+) -> Result<(), EbpfDatapathError> {
+    map.each(found).map_err(|source| EbpfDatapathError::Io { path: name.into(), source })
 }
 
 /// Another handle on a hash map of an object.

@@ -21,6 +21,8 @@ use edgemesh_ebpf_abi as abi;
 pub use super::counters::Counters;
 use super::{
     counters::Peers,
+    host,
+    map_sizes::MapSizes,
     pins::{Pins, replace_program},
     plan::{Change, Frontend, Plan},
     stale::Sweeper,
@@ -34,13 +36,15 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ed
 const ADDRESS_PROGRAMS: [&str; 8] =
     ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "connect6", "connect4"];
 /// All maps of the object.
-const MAPS: [&str; 10] = [
+const MAPS: [&str; 12] = [
     abi::FRONTENDS,
     abi::BACKENDS,
     abi::PEERS,
+    abi::UNCONNECTED_PEERS,
     abi::FRONTENDS6,
     abi::BACKENDS6,
     abi::PEERS6,
+    abi::UNCONNECTED_PEERS6,
     abi::AFFINITIES,
     abi::COUNTERS,
     abi::CALLS,
@@ -98,13 +102,26 @@ pub enum EbpfDatapathError {
     #[error("the eBPF object has no {0}")]
     Missing(&'static str),
     /// There are more backends than slots.
-    #[error("no room for {backends} more backends in the eBPF map of {slots}")]
+    #[error("no room for {backends} more backends in the eBPF map of {slots} slots; `backendSlots` gives it more")]
     Full {
         /// How many were to be added.
         backends: usize,
         /// How many slots there are.
         slots: u32,
     },
+}
+
+impl EbpfDatapathError {
+    /// Whether a map has no room for what was to be written.
+    pub(super) fn is_full(&self) -> bool {
+        match self {
+            Self::Full { .. } => true,
+            Self::Map { source, .. } => {
+                matches!(&**source, MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Attached programs and their maps.
@@ -120,13 +137,13 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads the programs and attaches them to a cgroup, given relative to the cgroup2 mount. They are detached when this is
-    /// dropped.
+    /// Loads the programs with maps of some size and attaches them to a cgroup, given relative to the cgroup2 mount. They are
+    /// detached when this is dropped.
     ///
     /// # Errors
     /// When the cgroup is missing, or the kernel lacks something or denies it.
-    pub fn start(cgroup: &Path) -> Result<(Self, Counters), EbpfDatapathError> {
-        Self::load(cgroup_path(cgroup)?, None)
+    pub fn start(cgroup: &Path, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
+        Self::load(cgroup_path(cgroup)?, None, sizes)
     }
 
     /// As [`Programs::start`], but programs and maps are pinned in a BPF filesystem: they stay when this is dropped. What an
@@ -134,13 +151,13 @@ impl Programs {
     ///
     /// # Errors
     /// As for [`Programs::start`]; also when the BPF filesystem can't be mounted or written.
-    pub fn start_pinned(cgroup: &Path, bpffs: &Path) -> Result<(Self, Counters), EbpfDatapathError> {
+    pub fn start_pinned(cgroup: &Path, bpffs: &Path, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
         let cgroup = cgroup_path(cgroup)?;
         // Named first, so that a missing cgroup is not reported as a trouble of the BPF filesystem.
         File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
-        let pins =
-            Pins::open(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })?;
-        Self::load(cgroup, Some(pins))
+        let pins = Pins::open(bpffs, &cgroup, sizes.slots())
+            .map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })?;
+        Self::load(cgroup, Some(pins), sizes)
     }
 
     /// Detaches the pinned programs of a cgroup and frees their maps.
@@ -152,9 +169,16 @@ impl Programs {
         Pins::remove(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })
     }
 
-    fn load(cgroup: PathBuf, pins: Option<Pins>) -> Result<(Self, Counters), EbpfDatapathError> {
+    fn load(cgroup: PathBuf, pins: Option<Pins>, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
         let folder = File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
+        let host =
+            host::netns_cookie().map_err(|source| EbpfDatapathError::Io { path: "SO_NETNS_COOKIE".into(), source })?;
         let mut loader = EbpfLoader::new();
+        loader.override_global(abi::HOST_NETNS, &host, true);
+        for name in [abi::FRONTENDS, abi::FRONTENDS6, abi::CALLS, abi::CALLS6] {
+            loader.map_max_entries(name, sizes.frontends());
+        }
+        loader.map_max_entries(abi::BACKENDS, sizes.slots()).map_max_entries(abi::BACKENDS6, sizes.slots6());
         for name in pins.iter().flat_map(|_| MAPS) {
             if let Some(pins) = &pins {
                 loader.map_pin_path(name, pins.map(name));
@@ -244,6 +268,11 @@ impl Programs {
     /// What ends sockets of these programs whose endpoint is gone; it can be taken once.
     pub fn take_sweeper(&mut self) -> Option<Sweeper> {
         self.sweeper.take()
+    }
+
+    /// How many slots for backends are in use and how many there are, of IPv4 and of IPv6.
+    pub fn slots(&self) -> [(u32, u32); 2] {
+        [self.ipv4.slots(), self.ipv6.slots()]
     }
 
     /// How many frontends are in the maps.

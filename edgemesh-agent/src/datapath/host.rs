@@ -1,6 +1,11 @@
-//! The addresses of this host.
+//! The addresses of this host, and its network namespace.
 
-use std::{collections::HashSet, net::IpAddr};
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+};
 
 use nix::ifaddrs::getifaddrs;
 
@@ -18,4 +23,25 @@ pub(crate) fn addresses() -> HashSet<IpAddr> {
         v4.or_else(|| storage.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
     };
     interfaces.filter_map(|interface| interface.address.and_then(address)).collect()
+}
+
+/// The cookie of the network namespace in which the calling thread is, by which programs know it.
+///
+/// # Errors
+/// When the kernel, before Linux 5.14, has none.
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`, for which any are valid.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }

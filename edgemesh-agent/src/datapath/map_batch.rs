@@ -1,5 +1,5 @@
-//! Reads whole per-CPU hash maps, hundreds of elements with one system call (bpf(2), `BPF_MAP_LOOKUP_BATCH`). Element by
-//! element takes two calls each, and begins anew when the one at which it stands is removed.
+//! Reads whole hash maps, hundreds of elements with one system call (bpf(2), `BPF_MAP_LOOKUP_BATCH`). Element by element takes
+//! two calls each, and begins anew when the one at which it stands is removed.
 
 use std::{
     io,
@@ -31,15 +31,16 @@ struct LookupBatch {
     flags: u64,
 }
 
-/// A per-CPU hash map.
+/// A hash map.
 #[derive(Debug)]
-pub(super) struct PerCpuBatches<K, V> {
+pub(super) struct Batches<K, V> {
     map: MapData,
-    cpus: usize,
+    /// How many values an element has: one, or one for each CPU.
+    values: usize,
     elements: PhantomData<(K, V)>,
 }
 
-impl<K: Pod, V: Pod> PerCpuBatches<K, V> {
+impl<K: Pod, V: Pod> Batches<K, V> {
     /// A map with keys and values of these types.
     ///
     /// # Errors
@@ -48,26 +49,25 @@ impl<K: Pod, V: Pod> PerCpuBatches<K, V> {
         // The kernel rounds the size of each CPU's value up to this.
         const { assert!(size_of::<V>().is_multiple_of(8)) };
         let info = map.info()?;
-        if info.map_type()? != MapType::PerCpuHash {
-            return Err(MapError::InvalidMapType { map_type: info.map_type()? as u32 });
-        }
+        let values = match info.map_type()? {
+            MapType::PerCpuHash => nr_cpus().map_err(|(_, error)| MapError::IoError(error))?,
+            MapType::LruHash => 1,
+            other => return Err(MapError::InvalidMapType { map_type: other as u32 }),
+        };
         match (info.key_size() as usize, info.value_size() as usize) {
             (size, _) if size != size_of::<K>() => Err(MapError::InvalidKeySize { size, expected: size_of::<K>() }),
             (_, size) if size != size_of::<V>() => Err(MapError::InvalidValueSize { size, expected: size_of::<V>() }),
-            _ => {
-                let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
-                Ok(Self { map, cpus, elements: PhantomData })
-            }
+            _ => Ok(Self { map, values, elements: PhantomData }),
         }
     }
 
-    /// Calls `each` with every element: its key, and its value on each CPU.
+    /// Calls `each` with every element: its key, and its value, or those on each CPU.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub(super) fn each(&self, mut each: impl FnMut(K, &[V])) -> io::Result<()> {
         let mut keys: Vec<K> = Vec::with_capacity(BATCH);
-        let mut values: Vec<V> = Vec::with_capacity(BATCH * self.cpus);
+        let mut values: Vec<V> = Vec::with_capacity(BATCH * self.values);
         // Number of the bucket to go on with; each call leads further.
         let (mut position, mut next) = (0_u64, 0_u64);
         loop {
@@ -82,7 +82,7 @@ impl<K: Pod, V: Pod> PerCpuBatches<K, V> {
                 flags: 0,
             };
             // SAFETY: the command reads and writes as many bytes as the structure has. For a map of this type it writes a
-            // number of four bytes to `next`, and to the others as many keys and values for each CPU as they have room for.
+            // number of four bytes to `next`, and to the others as many keys and values as they have room for.
             let result = unsafe {
                 libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut request, size_of::<LookupBatch>())
             };
@@ -95,9 +95,9 @@ impl<K: Pod, V: Pod> PerCpuBatches<K, V> {
             // SAFETY: the kernel has written so many elements, and any bytes are a value of these types.
             unsafe {
                 keys.set_len(count);
-                values.set_len(count * self.cpus);
+                values.set_len(count * self.values);
             }
-            for (key, values) in keys.iter().zip(values.chunks_exact(self.cpus)) {
+            for (key, values) in keys.iter().zip(values.chunks_exact(self.values)) {
                 each(*key, values);
             }
             if last {

@@ -7,6 +7,7 @@ pub mod flows;
 pub mod frontend_counts;
 pub(crate) mod host;
 mod map_batch;
+pub mod map_sizes;
 pub mod mode;
 mod namespaces;
 mod netlink;
@@ -50,7 +51,7 @@ use stale::{Reaper, Sweep};
 const DEBOUNCE: Duration = Duration::from_millis(5);
 /// How long to wait before what could not be programmed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
-/// The longest pause between attempts to write the rules for callers from outside, each pause being twice as long as the last.
+/// The longest pause between such attempts, each pause being twice as long as the last.
 const MAX_RETRY: Duration = Duration::from_secs(60);
 /// How soon a change of the host's addresses is seen, where Services have `externalIPs`.
 const HOST_ADDRESSES: Duration = Duration::from_secs(15);
@@ -129,6 +130,8 @@ impl Datapath {
             outside: OutsidePlan::new(),
             planned_outside: None,
             outside_failures: 0,
+            failures: 0,
+            without_room: 0,
             reaper,
             looked_at: None,
             plan: Arc::new(RwLock::new(adopted)),
@@ -175,6 +178,10 @@ struct Worker {
     planned_outside: Option<Arc<Catalog>>,
     /// How often in a row the rules could not be written: said once.
     outside_failures: u32,
+    /// How often in a row not all frontends could be programmed.
+    failures: u32,
+    /// Frontends for which the maps have no room: said when there are more.
+    without_room: usize,
     reaper: Option<Reaper>,
     /// The last complete catalog that was programmed.
     looked_at: Option<Arc<Catalog>>,
@@ -210,30 +217,29 @@ impl Worker {
                 }
                 (self, done)
             });
-            let retry;
+            let programmed;
             match round.await {
-                Ok((worker, done)) => {
-                    self = worker;
-                    retry = !done;
-                }
+                Ok((worker, outcome)) => (self, programmed) = (worker, outcome),
                 Err(error) => {
                     tracing::error!(%error, "programming failed; what is programmed stays as it is");
                     return;
                 }
             }
+            // What there is no room for must not take the rest of the node away.
             if synced
-                && !retry
+                && programmed.failed == 0
                 && let Some(readiness) = readiness.take()
             {
                 readiness.ready();
             }
+            self.failures = if programmed.is_all() { 0 } else { self.failures.saturating_add(1) };
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() {
                     // Discovery has ended: what is programmed stays until the end.
                     shutdown.forced().cancelled().await;
                     return;
                 },
-                () = tokio::time::sleep(RETRY), if retry => {}
+                () = tokio::time::sleep(pause_after(self.failures)), if self.failures > 0 => self.planner.forget(),
                 () = tokio::time::sleep(pause_after(self.outside_failures)), if self.outside_failures > 0 => {}
                 () = tokio::time::sleep(HOST_ADDRESSES), if self.has_external => {}
                 () = shutdown.forced().cancelled() => return,
@@ -242,8 +248,8 @@ impl Worker {
         }
     }
 
-    /// Plans and writes the differences. Returns whether all of them could be written.
-    fn program(&mut self, catalog: &Arc<Catalog>) -> bool {
+    /// Plans and writes the differences.
+    fn program(&mut self, catalog: &Arc<Catalog>) -> Programmed {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
         let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
@@ -261,7 +267,7 @@ impl Worker {
         }
         let planned = started.elapsed();
         let synced = catalog.is_synced();
-        let (written, failed) = match self.programs.is_some() {
+        let programmed = match self.programs.is_some() {
             true => {
                 // Before callers on the node are served in another way, those from outside are in the same.
                 self.write_outside(catalog, surroundings, matches!(wanted, Wanted::All(_)));
@@ -273,10 +279,18 @@ impl Worker {
             false => self.write_rules(catalog, surroundings, wanted),
         };
         let took = started.elapsed() - planned;
-        if written + failed > 0 {
-            tracing::debug!(generation = catalog.generation(), written, failed, ?planned, ?took, "programmed");
+        if programmed != Programmed::default() {
+            tracing::debug!(generation = catalog.generation(), ?programmed, ?planned, ?took, "programmed");
         }
-        self.metrics.record(planned, took, written, failed);
+        if programmed.without_room > self.without_room {
+            tracing::warn!(
+                frontends = programmed.without_room,
+                "the eBPF maps have no room for all Services: these are not served; `backendSlots` gives more"
+            );
+        }
+        self.without_room = programmed.without_room;
+        self.metrics.record(planned, took, programmed);
+        self.metrics.slots(self.programs.as_ref().map(Programs::slots));
         self.metrics.frontends(self.plan.read().values());
         self.metrics.outside_frontends(self.outside.len());
         self.state.store(Arc::new(State {
@@ -284,12 +298,12 @@ impl Worker {
             viewpoint: Some(viewpoint),
             plan: Arc::clone(&self.plan),
         }));
-        if failed > 0 || !synced {
+        if !synced || (self.programs.is_none() && !programmed.is_all()) {
             self.planner.forget();
-        } else if !std::mem::replace(&mut self.older_removed, true) {
+        } else if programmed.failed == 0 && !std::mem::replace(&mut self.older_removed, true) {
             self.remove_older();
         }
-        failed == 0
+        programmed
     }
 
     /// What another version, or another mode, left: it served until now.
@@ -359,16 +373,11 @@ impl Worker {
         Some(changed)
     }
 
-    /// Brings the rules to what is wanted, where they are all there is. Returns as [`Worker::write_all`].
-    fn write_rules(
-        &mut self,
-        catalog: &Arc<Catalog>,
-        surroundings: Surroundings<'_>,
-        wanted: Wanted,
-    ) -> (usize, usize) {
+    /// Brings the rules to what is wanted, where they are all there is.
+    fn write_rules(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>, wanted: Wanted) -> Programmed {
         if !catalog.is_synced() && Rules::is_present() {
             // What an earlier run left holds until it is known what there is now.
-            return (0, 0);
+            return Programmed::default();
         }
         let older = self.planned_outside.take().filter(|_| matches!(wanted, Wanted::Some(_)));
         let outside = self.plan_outside(catalog, surroundings, older);
@@ -403,33 +412,32 @@ impl Worker {
             Ok(written) => {
                 self.planned_outside = Some(Arc::clone(catalog));
                 self.outside_failures = 0;
-                (written, 0)
+                Programmed { written, ..Programmed::default() }
             }
             Err(error) => {
                 self.metrics.rules_failed();
                 if std::mem::replace(&mut self.outside_failures, 1) == 0 {
                     tracing::warn!(%error, "rules can't be written; trying again");
                 }
-                (0, count.max(1))
+                Programmed { failed: count.max(1), ..Programmed::default() }
             }
         }
     }
 
-    /// Brings the maps to a plan. Returns how many frontends were written, and how many could not be.
-    fn write_all(&mut self, mut wanted: Plan, synced: bool) -> (usize, usize) {
+    /// Brings the maps to a plan.
+    fn write_all(&mut self, mut wanted: Plan, synced: bool) -> Programmed {
         if !synced {
             // What an earlier run programmed holds until it is known what there is now.
             let new = std::mem::replace(&mut wanted, self.plan.read().clone());
             wanted.extend(new);
         }
-        let Some(programs) = &mut self.programs else { return (0, 0) };
+        let mut programmed = Programmed::default();
+        let Some(programs) = &mut self.programs else { return programmed };
         let mut failed = Vec::new();
         // Only this task writes: the plan stays as it is between the locks.
         let before = self.plan.read().clone();
-        let changes = plan::changes(&before, &wanted);
-        let count = changes.len();
-        for change in changes {
-            if !apply(programs, &change, failed.is_empty()) {
+        for change in plan::changes(&before, &wanted) {
+            if !programmed.apply(programs, &change) {
                 failed.push(change.frontend);
             }
         }
@@ -440,27 +448,24 @@ impl Worker {
             }
         }
         *self.plan.write() = wanted;
-        (count - failed.len(), failed.len())
+        programmed
     }
 
-    /// Brings some frontends to where they lead now. Returns as [`Worker::write_all`].
-    fn write_some(&mut self, wanted: Vec<(Frontend, Option<Target>)>) -> (usize, usize) {
-        let Some(programs) = &mut self.programs else { return (0, 0) };
-        let (mut written, mut failed) = (0, 0);
+    /// Brings some frontends to where they lead now.
+    fn write_some(&mut self, wanted: Vec<(Frontend, Option<Target>)>) -> Programmed {
+        let mut programmed = Programmed::default();
+        let Some(programs) = &mut self.programs else { return programmed };
         for (frontend, target) in wanted {
-            if self.plan.read().get(&frontend) != target.as_ref() {
-                if !apply(programs, &Change { frontend, target: target.as_ref() }, failed == 0) {
-                    failed += 1;
-                    continue;
-                }
-                written += 1;
+            let is_other = self.plan.read().get(&frontend) != target.as_ref();
+            if is_other && !programmed.apply(programs, &Change { frontend, target: target.as_ref() }) {
+                continue;
             }
             match target {
                 Some(target) => drop(self.plan.write().insert(frontend, target)),
                 None => drop(self.plan.write().remove(&frontend)),
             }
         }
-        (written, failed)
+        programmed
     }
 
     /// Sees to what the catalog before had and this one lacks. After the maps are written, so that no socket is sent to
@@ -514,16 +519,36 @@ fn pod_ranges(catalog: &Catalog, node: &str) -> Vec<Cidr> {
         .collect()
 }
 
-/// Writes one change. Returns whether it could be.
-fn apply(programs: &mut Programs, change: &Change<'_>, warn: bool) -> bool {
-    match programs.apply(change) {
-        Ok(()) => true,
-        Err(error) => {
-            if warn {
-                tracing::warn!(frontend = %change.frontend, %error, "can't be programmed; trying again");
+/// What became of the frontends that were to be written or removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Programmed {
+    /// They are in force.
+    pub(crate) written: usize,
+    /// They are as before.
+    pub(crate) failed: usize,
+    /// They are as before because the maps are full.
+    pub(crate) without_room: usize,
+}
+
+impl Programmed {
+    fn is_all(self) -> bool {
+        self.failed + self.without_room == 0
+    }
+
+    /// Writes one change. Returns whether it could be.
+    fn apply(&mut self, programs: &mut Programs, change: &Change<'_>) -> bool {
+        let outcome = programs.apply(change);
+        match &outcome {
+            Ok(()) => self.written += 1,
+            Err(error) if error.is_full() => self.without_room += 1,
+            Err(error) => {
+                if self.failed == 0 {
+                    tracing::warn!(frontend = %change.frontend, %error, "can't be programmed; trying again");
+                }
+                self.failed += 1;
             }
-            false
         }
+        outcome.is_ok()
     }
 }
 
@@ -559,7 +584,7 @@ fn view(state: &State, about: &About) -> Value {
         "datapath": about.mode,
         "reason": about.reason,
         "cgroup": about.cgroup,
-        "rememberedPeers": about.counters.as_ref().map(|counters| counters.remembered_peers()),
+        "rememberedPeers": about.counters.as_ref().and_then(|counters| counters.remembered_peers().ok()),
         "generation": state.generation,
         "network": state.viewpoint.as_ref().map(|viewpoint| &viewpoint.network),
         "frontends": frontends,

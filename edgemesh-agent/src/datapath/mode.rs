@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::{
     ebpf::{Counters, EbpfDatapathError, Programs, cgroup_path},
+    map_sizes::MapSizes,
     nftables::{NftError, Rules},
 };
 use crate::config::{Config, DatapathMode};
@@ -63,10 +64,11 @@ pub(super) fn choose(config: &Config) -> Result<Chosen, DatapathError> {
 }
 
 fn ebpf(config: &Config, reason: String) -> Result<Chosen, EbpfDatapathError> {
-    let (programs, counters) = match Programs::start_pinned(&config.cgroup, &config.bpffs) {
+    let sizes = MapSizes::new(config.backend_slots);
+    let (programs, counters) = match Programs::start_pinned(&config.cgroup, &config.bpffs, sizes) {
         Err(error @ EbpfDatapathError::Pins { .. }) => {
             tracing::warn!(%error, "nothing will be served while the agent is away");
-            Programs::start(&config.cgroup)?
+            Programs::start(&config.cgroup, sizes)?
         }
         started => started?,
     };

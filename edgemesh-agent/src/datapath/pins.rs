@@ -1,4 +1,5 @@
-//! Where the programs' links and maps outlive the agent: a folder of a BPF filesystem for each cgroup and layout of the maps.
+//! Where the programs' links and maps outlive the agent: a folder of a BPF filesystem for each cgroup, layout
+//! of the maps and size.
 
 use std::{
     ffi::CString,
@@ -30,16 +31,16 @@ pub(super) struct Pins {
     ours: PathBuf,
     /// The cgroup's path as a name.
     cgroup: String,
-    /// The folder of this cgroup and layout.
+    /// The folder of this cgroup, layout and size of the maps.
     folder: PathBuf,
 }
 
 impl Pins {
-    /// The pins of a cgroup in a BPF filesystem, which is mounted if it isn't yet.
+    /// The pins of a cgroup, with maps of so many slots, in a BPF filesystem, which is mounted if it isn't yet.
     ///
     /// # Errors
     /// When it can't be mounted or written.
-    pub(super) fn open(bpffs: &Path, cgroup: &Path) -> io::Result<Self> {
+    pub(super) fn open(bpffs: &Path, cgroup: &Path, slots: u32) -> io::Result<Self> {
         if !is_bpffs(bpffs) {
             fs::create_dir_all(bpffs)?;
             if !is_bpffs(bpffs) {
@@ -47,7 +48,7 @@ impl Pins {
                 mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), none)?;
             }
         }
-        let pins = Self::name(bpffs, cgroup)?;
+        let pins = Self::name(bpffs, cgroup, slots)?;
         fs::create_dir_all(&pins.folder)?;
         Ok(pins)
     }
@@ -71,11 +72,11 @@ impl Pins {
         }
     }
 
-    fn name(bpffs: &Path, cgroup: &Path) -> io::Result<Self> {
+    fn name(bpffs: &Path, cgroup: &Path, slots: u32) -> io::Result<Self> {
         // By its number too: links to a cgroup that was removed and made again are dead.
         let number = fs::metadata(cgroup)?.ino();
         let (ours, name) = (bpffs.join(OURS), cgroup_name(cgroup));
-        Ok(Self { folder: ours.join(format!("{name}-{number}-v{LAYOUT}")), ours, cgroup: name })
+        Ok(Self { folder: ours.join(format!("{name}-{number}-v{LAYOUT}-{slots}")), ours, cgroup: name })
     }
 
     /// Removes what other versions of the agent, or a cgroup of this name that is gone, left here.

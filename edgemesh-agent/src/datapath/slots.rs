@@ -17,6 +17,7 @@ pub(crate) struct Run {
 pub(crate) struct Slots {
     /// First slots of the free runs, by order.
     free: Vec<BTreeSet<u32>>,
+    used: u32,
 }
 
 impl Slots {
@@ -25,7 +26,12 @@ impl Slots {
         let top = len.max(1).ilog2();
         let mut free = vec![BTreeSet::new(); top as usize + 1];
         free[top as usize].insert(0);
-        Self { free }
+        Self { free, used: 0 }
+    }
+
+    /// How many slots are in runs that were given out.
+    pub(crate) fn used(&self) -> u32 {
+        self.used
     }
 
     /// The lowest free run with room for `count` slots; none when there is none.
@@ -36,6 +42,7 @@ impl Slots {
         for smaller in (order..found).rev() {
             self.free[smaller].insert(first + (1 << smaller));
         }
+        self.used += 1 << order;
         Some(Run { first, order: u8::try_from(order).ok()? })
     }
 
@@ -53,6 +60,7 @@ impl Slots {
             // The half in which the run is not.
             self.free[smaller].insert(start(smaller) ^ (1 << smaller));
         }
+        self.used += 1 << order;
         Some(Run { first, order: u8::try_from(order).ok()? })
     }
 
@@ -60,6 +68,7 @@ impl Slots {
     pub(crate) fn release(&mut self, run: Run) {
         let mut order = usize::from(run.order);
         let mut first = run.first;
+        self.used -= 1 << order;
         while order + 1 < self.free.len() && self.free[order].remove(&(first ^ (1 << order))) {
             first &= !(1 << order);
             order += 1;
@@ -99,9 +108,11 @@ mod tests {
         }
         assert_eq!(again.free, slots.free);
         assert_eq!((again.take_at(4096, 1), again.take_at(3, 4)), (None, None), "outside, and where no run begins");
+        assert!(again.used() == slots.used() && slots.used() > 0);
         for (run, _) in taken {
             slots.release(run);
         }
+        assert_eq!(slots.used(), 0);
         assert_eq!(slots.take(1024), Some(Run { first: 0, order: 10 }));
     }
 }

@@ -73,13 +73,17 @@ impl Sweeper {
     /// Walks what the programs remember, and if there is anything gone, all connected sockets of the node.
     pub fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept {
         let mut suspects: HashMap<(u64, SocketAddr), (bool, bool)> = HashMap::new();
-        self.peers.each(|Peer { cookie, backend, service }| {
+        let read = self.peers.each(|Peer { cookie, backend, service }| {
             let gone = (is_gone(service, backend, Protocol::Tcp), is_gone(service, backend, Protocol::Udp));
             if gone != (false, false) {
                 suspects.insert((cookie, backend), gone);
             }
         });
         let mut swept = Swept { suspects: suspects.len(), ..Swept::default() };
+        if let Err(error) = read {
+            tracing::debug!(%error, "not all remembered sockets could be looked at");
+            swept.failed += 1;
+        }
         if suspects.is_empty() {
             return swept;
         }
@@ -90,7 +94,7 @@ impl Sweeper {
                 swept.failed += 1;
             }
         }
-        // Sockets without a peer of their own, which choose again with each datagram, and those that were closed.
+        // Those that have another peer now, or were closed.
         for ((cookie, backend), _) in suspects.into_iter().filter(|(_, gone)| *gone == (true, true)) {
             self.peers.forget(cookie, backend);
         }

@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     hash::Hash,
     net::{SocketAddr, SocketAddrV4, SocketAddrV6},
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,7 +26,7 @@ pub(super) trait Family {
     /// Key of a frontend.
     type Key: Pod + Eq + Hash;
     /// A backend's slot.
-    type Slot: Pod;
+    type Slot: Pod + Eq + Hash;
     /// Address and port.
     type Address: Copy;
     /// Name of the frontends' map.
@@ -153,6 +154,43 @@ fn protocol(number: u8) -> Option<Protocol> {
     }
 }
 
+/// What a run of slots holds, without its generation.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Contents<S> {
+    /// The backends, and behind them the timeout if clients keep theirs.
+    slots: Vec<S>,
+    sticky: bool,
+    listener: bool,
+}
+
+impl<S> Contents<S> {
+    /// What a target needs, in slots of a generation; no slots if it has no backends of this family.
+    fn of<F: Family<Slot = S>>(target: &Target, generation: u16) -> Self {
+        let affinity = target.affinity().filter(|timeout| !timeout.is_zero());
+        // A Service port with more endpoints than fit in the count uses the first ones: still far more than it needs.
+        let most = if affinity.is_some() { abi::MAX_AFFINITY_BACKENDS } else { u16::MAX - 1 };
+        let backends = target.backends().iter().filter_map(|&backend| F::slot(backend, generation));
+        let mut slots: Vec<S> = backends.take(usize::from(most)).collect();
+        let affinity = affinity.filter(|_| !slots.is_empty());
+        if let Some(timeout) = affinity {
+            slots.push(F::timeout(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX), generation));
+        }
+        Self { slots, sticky: affinity.is_some(), listener: matches!(target, Target::Listener(_)) }
+    }
+}
+
+/// To what a frontend leads, unless it leads nowhere.
+type Led<S> = Option<Arc<Contents<S>>>;
+
+/// A run, to which all frontends lead that have the same backends: the cluster address of a Service port and its node ports.
+#[derive(Debug)]
+struct Shared {
+    run: Run,
+    /// What leads there.
+    frontend: abi::Frontend,
+    users: u32,
+}
+
 /// What is in the maps of one family.
 pub(super) struct Table<F: Family> {
     frontends: BpfHashMap<MapData, F::Key, u64>,
@@ -160,7 +198,8 @@ pub(super) struct Table<F: Family> {
     calls: PerCpuHashMap<MapData, F::Key, [u64; 2]>,
     slots: Slots,
     generation: u16,
-    programmed: HashMap<F::Key, Option<Run>>,
+    programmed: HashMap<F::Key, Led<F::Slot>>,
+    shared: HashMap<Arc<Contents<F::Slot>>, Shared>,
 }
 
 impl<F: Family> Table<F> {
@@ -174,27 +213,61 @@ impl<F: Family> Table<F> {
             calls: PerCpuHashMap::try_from(take_map(ebpf, F::CALLS)?).map_err(map_error(F::CALLS))?,
             generation: 0,
             programmed: HashMap::new(),
+            shared: HashMap::new(),
         })
     }
 
     /// Takes over what an earlier agent left in the maps, and adds it to `plan`. What can't be read is there as refused, so
     /// that it is written anew or removed. What was counted of frontends that are gone is forgotten.
     pub(super) fn adopt(&mut self, plan: &mut Plan) {
-        for (key, word) in self.frontends.iter().take(abi::MAX_FRONTENDS as usize).flatten() {
+        // There are no more than slots: the walk ends, though it begins anew where the frontend at which it stands is removed.
+        let most = self.backends.len() as usize;
+        let mut runs: HashMap<u64, Option<Target>> = HashMap::new();
+        let frontends: Vec<(F::Key, u64)> = self.frontends.iter().take(most).flatten().collect();
+        for (key, word) in frontends {
             let frontend = abi::Frontend::from_bits(word);
             // Newer ones than any that is there: no slot is taken for another one's.
             self.generation = self.generation.max(frontend.generation());
-            let slots = frontend.count().saturating_add(u16::from(frontend.has_affinity()));
-            let run = if slots > 0 { self.slots.take_at(frontend.first(), slots) } else { None };
-            self.programmed.insert(key, run);
+            let target = runs.entry(word).or_insert_with(|| self.adopt_run(frontend)).clone();
+            let contents = target.as_ref().and_then(|target| self.lead(target));
+            let shared = contents.as_ref().and_then(|contents| self.shared.get(contents));
+            let leads = shared.map_or(abi::Frontend::new(0, 0, frontend.generation()), |shared| shared.frontend);
+            if leads != frontend {
+                // What it led to is another one's from now on. If it can't be written, the next change of it will be.
+                drop(self.frontends.insert(key, leads.to_bits(), 0));
+            }
+            self.programmed.insert(key, contents);
             if let Some(adopted) = F::frontend(key) {
-                let target = run.and_then(|_| self.read(frontend)).unwrap_or(Target::Refuse);
-                plan.insert(adopted, target);
+                plan.insert(adopted, target.unwrap_or(Target::Refuse));
             }
         }
-        let called = self.calls.keys().take(abi::MAX_FRONTENDS as usize).flatten();
+        let called = self.calls.keys().take(most).flatten();
         let left: Vec<F::Key> = called.filter(|key| !self.programmed.contains_key(key)).collect();
         left.iter().for_each(|key| self.forget_calls(key));
+    }
+
+    /// Takes the slots over to which a frontend leads; nothing if there are none, or they are not to be read.
+    fn adopt_run(&mut self, frontend: abi::Frontend) -> Option<Target> {
+        let slots = frontend.count().saturating_add(u16::from(frontend.has_affinity()));
+        let run = if slots > 0 { self.slots.take_at(frontend.first(), slots)? } else { return None };
+        let target = self.read(frontend);
+        let contents = target.as_ref().map(|target| Contents::of::<F>(target, 0));
+        match contents {
+            // The second run of these contents is not needed.
+            Some(contents) if !self.shared.contains_key(&contents) => {
+                self.shared.insert(Arc::new(contents), Shared { run, frontend, users: 0 });
+            }
+            _ => self.slots.release(run),
+        }
+        target
+    }
+
+    /// Counts one more frontend that leads to what is there for a target.
+    fn lead(&mut self, target: &Target) -> Led<F::Slot> {
+        let contents = Contents::of::<F>(target, 0);
+        let known = self.shared.get_key_value(&contents).map(|(known, _)| Arc::clone(known))?;
+        self.shared.get_mut(&known)?.users += 1;
+        Some(known)
     }
 
     /// Forgets what was counted at a frontend.
@@ -222,6 +295,11 @@ impl<F: Family> Table<F> {
         self.programmed.len()
     }
 
+    /// How many slots are in use, and how many there are.
+    pub(super) fn slots(&self) -> (u32, u32) {
+        (self.slots.used(), self.backends.len())
+    }
+
     /// Takes a frontend out.
     pub(super) fn remove(&mut self, key: F::Key) -> Result<(), EbpfDatapathError> {
         if self.programmed.contains_key(&key) {
@@ -232,59 +310,69 @@ impl<F: Family> Table<F> {
         Ok(())
     }
 
-    /// Writes one frontend. The backends go to slots of their own, then the frontend leads there, then the old slots are
-    /// free. Backends of the other family are left out.
+    /// Writes one frontend. The backends go to slots of their own, unless they are in some already; then the frontend leads
+    /// there, then its old slots are free if no other frontend leads to them. Backends of the other family are left out.
     pub(super) fn set(&mut self, key: F::Key, target: &Target) -> Result<(), EbpfDatapathError> {
-        self.generation = self.generation.wrapping_add(1);
-        let generation = self.generation;
-        let affinity = target.affinity().filter(|timeout| !timeout.is_zero());
-        // A Service port with more endpoints than fit in the count uses the first ones: still far more than it needs.
-        let most = if affinity.is_some() { abi::MAX_AFFINITY_BACKENDS } else { u16::MAX - 1 };
-        let backends = target.backends().iter().filter_map(|&backend| F::slot(backend, generation));
-        let mut slots: Vec<F::Slot> = backends.take(usize::from(most)).collect();
-        let count = u16::try_from(slots.len()).unwrap_or(u16::MAX);
-        let mut run = None;
-        let mut frontend = abi::Frontend::new(0, 0, generation);
-        if count > 0 {
-            if let Some(timeout) = affinity {
-                slots.push(F::timeout(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX), generation));
-            }
-            let full = || EbpfDatapathError::Full { backends: slots.len(), slots: self.backends.len() };
-            let taken = self.slots.take(u16::try_from(slots.len()).unwrap_or(u16::MAX)).ok_or_else(full)?;
-            frontend = abi::Frontend::new(taken.first, count, generation);
-            if affinity.is_some() {
-                frontend = frontend.with_affinity();
-            }
-            if matches!(target, Target::Listener(_)) {
-                frontend = frontend.with_listener();
-            }
-            run = Some(taken);
-        }
         if !self.programmed.contains_key(&key) {
             // A program that had the frontend in hand when it was removed may have counted after that.
             self.forget_calls(&key);
         }
-        if let Err(error) = self.write(key, frontend, &slots) {
-            if let Some(run) = run {
-                self.slots.release(run);
-            }
-            return Err(error);
-        }
-        self.release(key);
-        self.programmed.insert(key, run);
-        Ok(())
+        let contents = match self.lead(target) {
+            None => self.write(target)?,
+            there => there,
+        };
+        let shared = contents.as_ref().and_then(|contents| self.shared.get(contents));
+        let frontend = shared.map_or(abi::Frontend::new(0, 0, self.generation), |shared| shared.frontend);
+        let led = self.frontends.insert(key, frontend.to_bits(), 0).map_err(map_error(F::FRONTENDS));
+        let left = match led {
+            Ok(()) => self.programmed.insert(key, contents).flatten(),
+            Err(_) => contents,
+        };
+        self.leave(left);
+        led
     }
 
-    fn write(&mut self, key: F::Key, frontend: abi::Frontend, slots: &[F::Slot]) -> Result<(), EbpfDatapathError> {
-        for (at, slot) in (frontend.first()..).zip(slots) {
-            self.backends.set(at, slot, 0).map_err(map_error(F::BACKENDS))?;
+    /// Writes backends to slots of their own, for one frontend. Nothing if there are no backends.
+    fn write(&mut self, target: &Target) -> Result<Led<F::Slot>, EbpfDatapathError> {
+        self.generation = self.generation.wrapping_add(1);
+        let Contents { slots, sticky, listener } = Contents::of::<F>(target, self.generation);
+        if slots.is_empty() {
+            return Ok(None);
         }
-        self.frontends.insert(key, frontend.to_bits(), 0).map_err(map_error(F::FRONTENDS))
+        let length = u16::try_from(slots.len()).unwrap_or(u16::MAX);
+        let full = || EbpfDatapathError::Full { backends: slots.len(), slots: self.backends.len() };
+        let run = self.slots.take(length).ok_or_else(full)?;
+        for (at, slot) in (run.first..).zip(&slots) {
+            if let Err(error) = self.backends.set(at, slot, 0) {
+                self.slots.release(run);
+                return Err(map_error(F::BACKENDS)(error));
+            }
+        }
+        let mut frontend = abi::Frontend::new(run.first, length - u16::from(sticky), self.generation);
+        if sticky {
+            frontend = frontend.with_affinity();
+        }
+        if listener {
+            frontend = frontend.with_listener();
+        }
+        let contents = Arc::new(Contents::of::<F>(target, 0));
+        self.shared.insert(Arc::clone(&contents), Shared { run, frontend, users: 1 });
+        Ok(Some(contents))
     }
 
     fn release(&mut self, key: F::Key) {
-        if let Some(Some(run)) = self.programmed.remove(&key) {
-            self.slots.release(run);
+        let left = self.programmed.remove(&key).flatten();
+        self.leave(left);
+    }
+
+    /// Counts one frontend less that leads to some slots. They are free when it was the last.
+    fn leave(&mut self, contents: Led<F::Slot>) {
+        let Some(contents) = contents else { return };
+        let Some(shared) = self.shared.get_mut(&contents) else { return };
+        shared.users -= 1;
+        if shared.users == 0 {
+            self.slots.release(shared.run);
+            self.shared.remove(&contents);
         }
     }
 }

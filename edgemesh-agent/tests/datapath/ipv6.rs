@@ -65,7 +65,7 @@ fn a_tcp_connection_to_an_ipv6_service_reaches_every_pod_and_its_peer_is_the_ser
     assert_eq!(answers.len(), 3, "{answers:?}");
     datapath.assert_counted(Counter::TcpConnects, 60);
     let remembered = |datapath: &Datapath| match datapath {
-        Datapath::Ebpf(_, counters) => counters.remembered_peers(),
+        Datapath::Ebpf(_, counters) => counters.remembered_peers().unwrap(),
         Datapath::Nftables(_) => 0,
     };
     assert!(mode == Mode::Nftables || remembered(&datapath) == 60);

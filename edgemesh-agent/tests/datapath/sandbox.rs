@@ -12,6 +12,7 @@ use std::{
 
 use edgemesh_agent::datapath::{
     ebpf::{Counters, Programs},
+    map_sizes::MapSizes,
     nftables::{Changes, Rules},
     plan::{Change, Frontend, Target},
 };
@@ -66,7 +67,12 @@ impl Sandbox {
 
     /// The eBPF programs, attached to this cgroup.
     pub(crate) fn programs(&self) -> (Programs, Counters) {
-        Programs::start(&self.cgroup).unwrap()
+        self.sized_programs(0)
+    }
+
+    /// The same with so many slots for backends.
+    pub(crate) fn sized_programs(&self, slots: u32) -> (Programs, Counters) {
+        Programs::start(&self.cgroup, MapSizes::new(slots)).unwrap()
     }
 
     /// What translates Service addresses for this sandbox, in a mode.
@@ -82,7 +88,7 @@ impl Sandbox {
 
     /// The eBPF programs, pinned, as an agent starts them.
     pub(crate) fn pinned_programs(&self) -> (Programs, Counters) {
-        Programs::start_pinned(&self.cgroup, &self.bpffs).unwrap()
+        Programs::start_pinned(&self.cgroup, &self.bpffs, MapSizes::new(0)).unwrap()
     }
 
     /// A cgroup below this one, in which no process is.

@@ -58,6 +58,60 @@ fn cluster() -> Arc<CatalogStore> {
     store
 }
 
+/// The same Services with two ports, a node port for each, and addresses of both families.
+fn large_cluster() -> Arc<CatalogStore> {
+    let store = CatalogStore::new();
+    let node = json!({"metadata": {"name": "here"},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.11"}]}});
+    store.apply_node(&serde_json::from_value(node).unwrap());
+    let ports = json!([{"name": "http", "port": 8080}, {"name": "admin", "port": 8081}]);
+    for service in 0..SERVICES {
+        let (name, ip) = (format!("s{service}"), address(service));
+        let ip6 = format!("fd00:96::{service:x}");
+        let object = json!({
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {"clusterIP": ip, "clusterIPs": [ip, ip6], "type": "NodePort", "ports": [
+                {"name": "http", "port": 80, "nodePort": 30_000 + service},
+                {"name": "admin", "port": 81, "nodePort": 40_000 + service}]},
+        });
+        store.apply_service(&serde_json::from_value(object).unwrap());
+        let mut slice = slice(service, 0);
+        slice["ports"] = ports.clone();
+        store.apply_endpoint_slice(&serde_json::from_value(slice.clone()).unwrap());
+        slice["metadata"]["name"] = format!("{name}-6").into();
+        slice["addressType"] = "IPv6".into();
+        slice["ports"] = json!([ports[0]]);
+        for (i, endpoint) in slice["endpoints"].as_array_mut().unwrap().iter_mut().enumerate() {
+            endpoint["addresses"] = json!([format!("fd00:1:{i}::{service:x}")]);
+        }
+        store.apply_endpoint_slice(&serde_json::from_value(slice).unwrap());
+    }
+    store.mark_synced();
+    store.publish();
+    store
+}
+
+/// All of it fits into the maps that a machine with 2 GiB of memory or more has.
+#[test]
+fn ten_thousand_services_with_two_ports_node_ports_and_both_families_have_room() {
+    let sandbox = Sandbox::new(&[]);
+    let (mut programs, _counters) = sandbox.sized_programs(524_288);
+    let catalog = large_cluster().snapshot();
+    let viewpoint = Viewpoint::of(&catalog, "here");
+    let (allocator, host_addresses) = (Allocator::in_memory(Ipv4Range::default()), Default::default());
+    let surroundings =
+        Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: None };
+    let Wanted::All(plan) = Planner::default().plan(&catalog, surroundings) else { panic!("a first plan") };
+    let started = Instant::now();
+    for (frontend, target) in &plan {
+        programs.apply(&Change { frontend: *frontend, target: Some(target) }).unwrap();
+    }
+    let [(used, all), (used6, all6)] = programs.slots();
+    println!("{} frontends in {:?}: slots {used}/{all}, {used6}/{all6}", plan.len(), started.elapsed());
+    // A port's cluster address and node ports lead to the same slots: ten, rounded up to 16.
+    assert_eq!((used, used6), (2 * 16 * SERVICES as u32, 16 * SERVICES as u32));
+}
+
 /// How long all Services may take, and one change: in a build without optimization, beside other work.
 fn limits(mode: Mode) -> (Duration, Duration) {
     match mode {

@@ -9,11 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use edgemesh_agent::datapath::plan::{Change, Frontend, Target};
+use edgemesh_agent::datapath::{
+    ebpf::Programs,
+    map_sizes::MapSizes,
+    plan::{Change, Frontend, Target},
+};
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol::{Tcp, Udp};
 
-use crate::sandbox::{Mode, Sandbox, at, in_both_modes, set, tcp_server, udp_server};
+use crate::sandbox::{Mode, Sandbox, at, in_both_modes, in_pod, set, tcp_server, udp_server};
 
 in_both_modes! {
     a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service,
@@ -232,9 +236,49 @@ fn closed_sockets_leave_nothing_behind() {
     let open: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(VIP).unwrap()).collect();
     let connected = udp_client();
     connected.connect(VIP).unwrap();
-    assert_eq!(counters.remembered_peers(), 51);
+    assert_eq!(counters.remembered_peers().unwrap(), 51);
     drop((open, connected));
-    assert_eq!(counters.remembered_peers(), 0);
+    assert_eq!(counters.remembered_peers().unwrap(), 0);
+}
+
+/// Programs that name the name server with each question leave one remembered peer a question.
+#[test]
+fn a_crowd_of_unconnected_sockets_takes_nothing_from_connected_ones() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    tcp_server(PODS[0]);
+    for protocol in [Tcp, Udp] {
+        set(&mut programs, protocol, VIP, Some(&PODS[..1]));
+    }
+    let tcp = TcpStream::connect(VIP).unwrap();
+    let udp = udp_client();
+    udp.connect(VIP).unwrap();
+    for _ in 0..70_000 {
+        udp_client().send_to(b"?", VIP).unwrap();
+    }
+    let service: SocketAddr = VIP.parse().unwrap();
+    assert_eq!((tcp.peer_addr().unwrap(), udp.peer_addr().unwrap()), (service, service));
+    assert_eq!(counters.remembered_peers().unwrap(), 2);
+    let mut sweeper = programs.take_sweeper().unwrap();
+    let swept = std::thread::scope(|scope| scope.spawn(|| sweeper.sweep(&|_, _, _| true)).join().unwrap());
+    assert_eq!((swept.tcp, swept.udp, swept.failed), (1, 1, 0), "{swept:?}");
+}
+
+/// Each network namespace has its own loopback addresses: those of pods are theirs.
+#[test]
+fn node_ports_at_the_loopback_address_are_the_hosts_only() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, _counters) = sandbox.programs();
+    tcp_server(PODS[2]);
+    let called = "127.0.0.1:30080";
+    set(&mut programs, Tcp, called, Some(&PODS[2..]));
+    assert_eq!(call_tcp(called).unwrap(), PODS[2]);
+    in_pod(|| {
+        assert_eq!(call_tcp(called).unwrap_err().kind(), ErrorKind::ConnectionRefused, "nobody listens in the pod");
+        tcp_server(called);
+        assert_eq!(call_tcp(called).unwrap(), called);
+    });
+    assert_eq!(call_tcp(called).unwrap(), PODS[2]);
 }
 
 fn endpoints_change_under_traffic_without_a_failed_connection(mode: Mode) {
@@ -327,7 +371,7 @@ fn detached_programs_leave_sockets_alone() {
 fn sockets_outside_of_the_cgroup_are_not_touched() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     tcp_server(PODS[0]);
-    let (mut programs, counters) = edgemesh_agent::datapath::ebpf::Programs::start(&sandbox.child_cgroup()).unwrap();
+    let (mut programs, counters) = Programs::start(&sandbox.child_cgroup(), MapSizes::new(0)).unwrap();
     set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
     assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
     assert_eq!(counters.get(Counter::Misses).unwrap(), 0);
@@ -336,6 +380,6 @@ fn sockets_outside_of_the_cgroup_are_not_touched() {
 #[test]
 fn a_missing_cgroup_is_an_error_that_names_it() {
     let missing = std::path::Path::new("/datapath-is-not-there");
-    let error = edgemesh_agent::datapath::ebpf::Programs::start(missing).err().unwrap().to_string();
+    let error = Programs::start(missing, MapSizes::new(0)).err().unwrap().to_string();
     assert!(error.contains("datapath-is-not-there"), "{error}");
 }

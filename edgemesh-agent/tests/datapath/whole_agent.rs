@@ -11,6 +11,7 @@ use edgemesh_agent::{
     app,
     config::{Config, DatapathMode},
 };
+use edgemesh_mesh::from_kubernetes::ServiceSelection;
 use hickory_proto::{
     op::{Message, Query},
     rr::RecordType,
@@ -255,4 +256,80 @@ fn the_agent_serves_services_from_its_disk_when_no_api_answers(mode: Mode) {
     assert!(!ebpf || metrics.contains("edgemesh_agent_datapath_changes_total 1\n"), "{metrics}");
     runtime.block_on(agent.stop());
     assert!(TcpStream::connect("10.96.0.20:80").is_err(), "the programs are gone");
+}
+
+#[test]
+fn services_for_which_the_maps_have_no_room_hold_up_no_others() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    tcp_server(POD);
+    let data = tempfile::tempdir().unwrap();
+    let mut catalog = catalog();
+    let crowd = |addresses: std::ops::Range<u8>| {
+        let endpoint = |number| json!({"addresses": [format!("10.244.1.{number}")], "nodeName": "edge-a1"});
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "crowd-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "crowd"}},
+            "ports": [{"port": 8080, "protocol": "TCP", "name": ""}],
+            "endpoints": addresses.map(endpoint).collect::<Vec<_>>(),
+        })
+    };
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "crowd", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.30", "ports": [{"port": 80}]},
+    });
+    catalog["items"].as_array_mut().unwrap().extend([service, crowd(5..25)]);
+    std::fs::write(data.path().join("catalog.json"), catalog.to_string()).unwrap();
+    let config = Config { backend_slots: 16, ..config(&sandbox, data.path(), DatapathMode::Ebpf) };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(async {
+        let agent = app::build(Config { detach_on_stop: true, ..config }).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    let call = |address: &str| {
+        let mut answer = String::new();
+        TcpStream::connect(address).and_then(|mut stream| stream.read_to_string(&mut answer)).map(|_| answer)
+    };
+    assert_eq!(call("10.96.0.20:80").unwrap(), POD);
+    call("10.96.0.30:80").unwrap_err();
+    let metrics = admin(agent.admin, "/metrics");
+    let failures = metrics.lines().find_map(|line| line.strip_prefix("edgemesh_agent_datapath_failures_total "));
+    assert!(failures.unwrap().parse::<u32>().unwrap() >= 1, "{metrics}");
+    assert!(metrics.contains("backend_slots{family=\"ipv4\",state=\"free\"}"), "{metrics}");
+    // It shrinks, and fits.
+    agent.catalog.apply_endpoint_slice(&serde_json::from_value(crowd(5..6)).unwrap());
+    agent.catalog.publish();
+    let until = std::time::Instant::now() + Duration::from_secs(10);
+    while call("10.96.0.30:80").ok().as_deref() != Some(POD) {
+        assert!(std::time::Instant::now() < until);
+    }
+    runtime.block_on(agent.stop());
+}
+
+#[test]
+fn where_services_are_taken_in_by_label_the_others_are_left_to_whoever_serves_them() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    tcp_server(POD);
+    let data = tempfile::tempdir().unwrap();
+    let mut catalog = catalog();
+    catalog["items"][0]["metadata"]["labels"] = json!({"edgemesh.dev/proxy": "true"});
+    std::fs::write(data.path().join("catalog.json"), catalog.to_string()).unwrap();
+    let config = Config {
+        services: ServiceSelection::Labelled,
+        detach_on_stop: true,
+        ..config(&sandbox, data.path(), DatapathMode::Ebpf)
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(async {
+        let agent = app::build(config).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    let mut answer = String::new();
+    TcpStream::connect("10.96.0.20:80").unwrap().read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, POD);
+    let left = TcpStream::connect("10.96.0.22:80").unwrap_err();
+    assert_eq!(left.kind(), std::io::ErrorKind::NetworkUnreachable, "the kernel's own answer");
+    assert_eq!(lookup("nowhere.default.svc.cluster.local."), ["10.96.0.22"]);
+    runtime.block_on(agent.stop());
 }
