@@ -118,8 +118,8 @@ fn kernel_state(sandbox: &Sandbox) -> Vec<String> {
         state.extend(lines("ip", &[family, "rule"]));
         state.extend(lines("ip", &[family, "route", "show", "table", "all"]));
     }
-    // The kernel makes link-local addresses a second after a link comes up.
-    state.retain(|line| !line.contains("fe80:"));
+    // Those come and go with links and their addresses.
+    state.retain(|line| !line.contains("proto kernel"));
     let pins = std::fs::read_dir(sandbox.bpffs.join("edgemesh")).into_iter().flatten().flatten();
     state.extend(pins.map(|pin| format!("pin {}", pin.path().display())));
     state
