@@ -18,6 +18,7 @@ mod outside;
 mod pinned;
 mod pods;
 mod process;
+mod rule_counts;
 mod sandbox;
 mod scale;
 mod sites;
