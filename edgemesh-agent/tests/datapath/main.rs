@@ -14,6 +14,7 @@ mod hosts;
 mod ipv6;
 mod island;
 mod nftables;
+mod out_of_window;
 mod outside;
 mod pinned;
 mod pods;

@@ -391,6 +391,15 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
     chain("prerouting", &hook("prerouting"), &[&[carried, "jump outside"], inside].concat());
     // Without inside, nothing is looked up here; the chain stays so that the table has one form.
     chain("output", &hook("output"), &[&[carried], inside].concat());
+    // A segment that is ahead of its window is not translated back: its receiver would answer the endpoint with a reset, and end the
+    // connection. Both ways of a pod's connections pass here, so that no other ones are taken for such.
+    let to_pods: &[&str] = if scope.inside { &["ip daddr @pods4 drop", "ip6 daddr @pods6 drop"] } else { &[] };
+    let from_endpoints = ["ip saddr @local4 drop", "ip6 saddr @local6 drop"];
+    chain(
+        "forward",
+        "{ type filter hook forward priority filter; policy accept; }",
+        &[&["ct state != invalid return", "meta l4proto != tcp return"], to_pods, &from_endpoints].concat(),
+    );
     let unbridged: &[&str] = if scope.inside && !scope.bridged_answers {
         &["ip saddr @pods4 ip daddr @local4 masquerade", "ip6 saddr @pods6 ip6 daddr @local6 masquerade"]
     } else {
