@@ -2,11 +2,13 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    hash::{Hash, Hasher},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
+use edgemesh_ebpf_abi::MAX_AFFINITY_BACKENDS;
 use edgemesh_mesh::{
     catalog::Catalog,
     choice::{Call, IpFamily, Tier, Viewpoint},
@@ -196,7 +198,7 @@ pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port:
         let backends = candidates.endpoints.iter().map(address).collect();
         let affinity = catalog.service_named(&port.service).and_then(|service| service.client_ip_affinity);
         return match affinity {
-            Some(timeout) => Target::Sticky(backends, timeout),
+            Some(timeout) => Target::Sticky(few(backends, &surroundings.viewpoint.node), timeout),
             None => Target::Direct(backends),
         };
     }
@@ -214,6 +216,26 @@ pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port:
             Target::Refuse
         }
     }
+}
+
+/// As many of the backends as clients with affinity can be kept at, in their order. Each node takes others, by rendezvous hashing:
+/// together they use all, and a node keeps most of its own when some come or go.
+fn few(backends: Vec<SocketAddr>, node: &str) -> Vec<SocketAddr> {
+    let most = usize::from(MAX_AFFINITY_BACKENDS);
+    if backends.len() <= most {
+        return backends;
+    }
+    let weight = |backend: &SocketAddr| {
+        // Fixed keys, so that the next agent keeps the clients of this one.
+        #[allow(deprecated)]
+        let mut hasher = std::hash::SipHasher::new();
+        (node, backend).hash(&mut hasher);
+        hasher.finish()
+    };
+    let mut weights: Vec<u64> = backends.iter().map(weight).collect();
+    let (_, least, _) = weights.select_nth_unstable_by(most - 1, |one, other| other.cmp(one));
+    let least = *least;
+    backends.into_iter().filter(|backend| weight(backend) >= least).take(most).collect()
 }
 
 /// The addresses of this node at which its NodePorts are called from the node itself. As with kube-proxy, `::1` is not.
@@ -310,6 +332,22 @@ mod tests {
         assert_eq!(&*service_of(&allocator, listener).service.name, "web");
         endpoints(&store, &[("10.244.1.5", "a1", false)]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
+    }
+
+    #[test]
+    fn of_more_backends_than_clients_can_be_kept_at_each_node_takes_others_and_keeps_most_of_its_own() {
+        let backend = |number: u8| SocketAddr::from(([10, 244, 1, number], 8080));
+        let all: Vec<SocketAddr> = (0..200).map(backend).collect();
+        assert_eq!(few(all[..64].to_vec(), "a1"), all[..64]);
+        let (a1, a2) = (few(all.clone(), "a1"), few(all.clone(), "a2"));
+        assert_eq!((a1.len(), a2.len()), (64, 64));
+        assert!(a1.is_sorted() && a1 == few(all.clone(), "a1"));
+        let common = |one: &[SocketAddr], other: &[SocketAddr]| one.iter().filter(|at| other.contains(at)).count();
+        assert!(common(&a1, &a2) < 50, "chance gives 20: {a1:?} {a2:?}");
+        let gone: Vec<SocketAddr> = all.iter().copied().filter(|at| *at != a1[7]).collect();
+        assert_eq!(common(&a1, &few(gone, "a1")), 63);
+        let together: HashSet<SocketAddr> = (0..30).flat_map(|node| few(all.clone(), &format!("n{node}"))).collect();
+        assert_eq!(together.len(), all.len());
     }
 
     #[test]
