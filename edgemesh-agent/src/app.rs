@@ -24,7 +24,7 @@ use crate::{
     metrics::{CaptureMetrics, DatapathMetrics, IslandMetrics, ProgramMetrics, RouteMetrics},
     node_local::Allocator,
     overlay::Overlay,
-    routes::{HostRoutes, enable_forwarding},
+    routes::{HostRoutes, RouteError, enable_forwarding},
 };
 
 /// A running agent.
@@ -73,7 +73,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
 
     let api_url = config.kubeconfig.is_none().then(|| config.api_url());
     let client = api_client(config.kubeconfig.as_deref(), api_url.as_deref()).await?;
-    let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")) };
+    let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")), services: config.services };
     let catalog = Discovery::start(client.clone(), discovery, shutdown, readiness.task("catalog"));
 
     let mut allocator = Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?;
@@ -164,14 +164,32 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     })
 }
 
-/// Removes what the agent of this configuration leaves in the kernel when it ends: programs with their maps, rules and routes, and
+/// Removes what the agent of this configuration leaves in the kernel when it ends: programs with their maps, rules, all routes, and
 /// what captures calls of pods. Not to be called in a Tokio runtime.
 ///
 /// # Errors
 /// When something can't be removed.
-pub fn uninstall(config: &Config) -> Result<(), DatapathError> {
-    Capture::uninstall(config);
-    mode::uninstall(config)
+pub fn uninstall(config: &Config) -> Result<(), UninstallError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RouteError::from)?;
+    let routes = runtime.block_on(async {
+        let routes = HostRoutes::open_beyond_drain()?;
+        Capture::uninstall(&routes, config).await;
+        routes.remove_all().await
+    });
+    // What serves goes in any case.
+    mode::uninstall(config)?;
+    Ok(routes?)
+}
+
+/// What an uninstallation leaves.
+#[derive(Debug, thiserror::Error)]
+pub enum UninstallError {
+    /// Programs or rules.
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    /// Routes.
+    #[error(transparent)]
+    Routes(#[from] RouteError),
 }
 
 impl Bound {

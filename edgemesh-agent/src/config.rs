@@ -7,7 +7,7 @@ use std::{
 };
 
 use edgemesh_api::names;
-use edgemesh_mesh::{Catalog, Viewpoint};
+use edgemesh_mesh::{Catalog, Viewpoint, from_kubernetes::ServiceSelection};
 use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,8 @@ pub struct Config {
     pub api_server: Option<String>,
     /// Network of this node, in place of the label `edgemesh.dev/network` of its Node.
     pub network: Option<String>,
+    /// Which Services the mesh carries: `all` that no label leaves to others, or those only that are `labelled`.
+    pub services: ServiceSelection,
     /// How Service addresses are translated.
     pub datapath: DatapathMode,
     /// Cgroup below which sockets are served, relative to the cgroup2 mount. `/` serves the whole host.
@@ -149,6 +151,7 @@ impl Default for Config {
             kubeconfig: None,
             api_server: None,
             network: None,
+            services: ServiceSelection::All,
             datapath: DatapathMode::Auto,
             cgroup: PathBuf::from("/"),
             bpffs: PathBuf::from("/sys/fs/bpf"),

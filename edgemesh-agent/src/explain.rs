@@ -366,7 +366,7 @@ fn describe(service: &Service) -> Value {
         policies.push("edgemesh.dev/endpoint-choice: kubernetes".to_owned());
     }
     if service.proxied_elsewhere {
-        policies.push("a label says that something else carries it".to_owned());
+        policies.push("by its labels something else carries it".to_owned());
     }
     view["policies"] = json!(policies);
     view

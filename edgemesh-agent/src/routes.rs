@@ -2,7 +2,7 @@
 //! node-local addresses, and the pod ranges that are captured.
 //!
 //! Only routes that carry our protocol number are ever changed or removed. They stay when the agent ends, so that pods
-//! keep talking while it restarts; what is no longer wanted goes at the next start.
+//! keep talking while it restarts; what is no longer wanted goes at the next start, and all at the uninstallation.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,9 +39,10 @@ const LOOPBACK: u32 = 1;
 /// The routing table that says which addresses are this host's own (`RT_TABLE_LOCAL` of linux/rtnetlink.h).
 const LOCAL_TABLE: u8 = 255;
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+const FORWARDING6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 
-/// Pod ranges (address and prefix length) with the node address that leads there.
-pub type PodRoutes = BTreeMap<(Ipv4Addr, u8), Ipv4Addr>;
+/// Pod ranges with the node address, of the same family, that leads there.
+pub type PodRoutes = BTreeMap<Cidr, IpAddr>;
 
 /// Why a route can't be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,9 @@ pub enum RouteError {
     /// The kernel's routes can't be listed.
     #[error("listing routes: {0}")]
     List(Box<rtnetlink::Error>),
+    /// One of ours can't be removed.
+    #[error("removing a route: {0}")]
+    Remove(Box<rtnetlink::Error>),
 }
 
 /// What a round of [`HostRoutes::sync`] did.
@@ -68,7 +72,7 @@ pub struct Outcome {
     /// Routes that are in place.
     pub present: usize,
     /// Routes that the kernel refused, with its reason.
-    pub failed: BTreeMap<(Ipv4Addr, u8), String>,
+    pub failed: BTreeMap<Cidr, String>,
 }
 
 /// The routing table of this network namespace.
@@ -136,29 +140,14 @@ impl HostRoutes {
     ) -> Result<BTreeMap<Cidr, String>, RouteError> {
         let mut failed = BTreeMap::new();
         let mut present = BTreeSet::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut filter = RouteMessage::default();
-            filter.header.address_family = family;
-            filter.header.table = LOCAL_TABLE;
-            let listed: Result<Vec<RouteMessage>, _> = self.0.route().get(filter).execute().try_collect().await;
-            let existing = match listed {
-                Ok(existing) => existing,
-                // A kernel without IPv6.
-                Err(_) if family == AddressFamily::Inet6 => continue,
-                Err(error) => return Err(RouteError::List(Box::new(error))),
-            };
-            for route in existing {
-                if route.header.protocol != PROTOCOL || route.header.table != LOCAL_TABLE {
-                    continue;
-                }
-                let range = local_range(&route);
-                match range {
-                    Some(range) if kept.contains(&range) => {}
-                    Some(range) if wanted.contains(&range) => drop(present.insert(range)),
-                    _ => {
-                        if let Err(error) = self.0.route().del(route).execute().await {
-                            tracing::debug!(?range, %error, "an old route was not removed");
-                        }
+        for route in self.existing(LOCAL_TABLE).await? {
+            let range = destination(&route);
+            match range {
+                Some(range) if kept.contains(&range) => {}
+                Some(range) if wanted.contains(&range) => drop(present.insert(range)),
+                _ => {
+                    if let Err(error) = self.0.route().del(route).execute().await {
+                        tracing::debug!(?range, %error, "an old route was not removed");
                     }
                 }
             }
@@ -207,43 +196,64 @@ impl HostRoutes {
     /// # Errors
     /// When the routes can't be listed. A single route that is refused is in the outcome.
     pub async fn sync(&self, wanted: &PodRoutes) -> Result<Outcome, RouteError> {
-        let mut filter = RouteMessage::default();
-        filter.header.address_family = AddressFamily::Inet;
-        let list = |error| RouteError::List(Box::new(error));
-        let existing: Vec<RouteMessage> = self.0.route().get(filter).execute().try_collect().await.map_err(list)?;
         let mut outcome = Outcome::default();
         let mut present = BTreeSet::new();
-        for route in existing {
-            if route.header.protocol != PROTOCOL || route.header.table != RouteHeader::RT_TABLE_MAIN {
-                continue;
-            }
+        for route in self.existing(RouteHeader::RT_TABLE_MAIN).await? {
             let range = destination(&route);
             if range.is_some_and(|range| wanted.contains_key(&range) && wanted.get(&range).copied() == gateway(&route))
             {
                 present.extend(range);
-            } else if range.is_none_or(|range| !wanted.contains_key(&range)) {
+            } else if range.is_none_or(|range| !replaces(range) || !wanted.contains_key(&range)) {
                 // A route that vanished by itself meanwhile is as good.
                 if let Err(error) = self.0.route().del(route).execute().await {
                     tracing::debug!(?range, %error, "an old route was not removed");
                 }
             }
         }
-        for (&(address, prefix), &via) in wanted {
-            if !present.contains(&(address, prefix)) {
-                let route = RouteMessageBuilder::<Ipv4Addr>::new()
-                    .protocol(PROTOCOL)
-                    .destination_prefix(address, prefix)
-                    .gateway(via)
-                    .build();
+        for (&range, &via) in wanted {
+            if !present.contains(&range) {
+                let Some(route) = pod_route(range, via) else { continue };
                 if let Err(error) = self.0.route().add(route).replace().execute().await {
-                    outcome.failed.insert((address, prefix), format!("via {via}: {error}"));
+                    outcome.failed.insert(range, format!("via {via}: {error}"));
                     continue;
                 }
-                tracing::info!(range = %format_args!("{address}/{prefix}"), %via, "route to pods");
+                tracing::info!(%range, %via, "route to pods");
             }
             outcome.present += 1;
         }
         Ok(outcome)
+    }
+
+    /// Our routes of both families in a table.
+    async fn existing(&self, table: u8) -> Result<Vec<RouteMessage>, RouteError> {
+        let mut ours = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = family;
+            filter.header.table = table;
+            let listed: Result<Vec<RouteMessage>, _> = self.0.route().get(filter).execute().try_collect().await;
+            match listed {
+                Ok(listed) => ours.extend(listed),
+                // A kernel without IPv6.
+                Err(_) if family == AddressFamily::Inet6 => {}
+                Err(error) => return Err(RouteError::List(Box::new(error))),
+            }
+        }
+        // The kernel need not filter.
+        let in_table = |route: &RouteMessage| table == RouteHeader::RT_TABLE_UNSPEC || route.header.table == table;
+        ours.retain(|route| route.header.protocol == PROTOCOL && in_table(route));
+        Ok(ours)
+    }
+
+    /// Removes every route of ours, of both families and in all tables.
+    ///
+    /// # Errors
+    /// When the routes can't be listed, or one is still there.
+    pub async fn remove_all(&self) -> Result<(), RouteError> {
+        for route in self.existing(RouteHeader::RT_TABLE_UNSPEC).await? {
+            self.0.route().del(route).execute().await.map_err(|error| RouteError::Remove(Box::new(error)))?;
+        }
+        Ok(())
     }
 
     /// Keeps the routes to pod ranges equal to the catalog until shutdown.
@@ -256,18 +266,25 @@ impl HostRoutes {
     ) {
         let mut generations = catalog.subscribe();
         let mut failed = BTreeMap::new();
+        let mut ipv6_told = false;
         loop {
             generations.mark_unchanged();
             if catalog.is_synced() {
                 let snapshot = catalog.snapshot();
-                match self.sync(&wanted(&snapshot, &config.viewpoint(&snapshot))).await {
+                let wanted = wanted(&snapshot, &config.viewpoint(&snapshot));
+                if !ipv6_told && wanted.keys().any(|range| range.network().is_ipv6()) && !is_on(FORWARDING6) {
+                    ipv6_told = true;
+                    // A host that forwards takes no more router advertisements (RFC 4861, 6.2.7): not ours to decide.
+                    tracing::warn!("{FORWARDING6} is not 1: pods reach those of other nodes by IPv4 only");
+                }
+                match self.sync(&wanted).await {
                     Ok(outcome) => {
                         metrics.present.set(i64::try_from(outcome.present).unwrap_or(i64::MAX));
                         metrics.failed.set(i64::try_from(outcome.failed.len()).unwrap_or(i64::MAX));
                         // Once for each new reason: rounds repeat.
-                        for ((address, prefix), reason) in &outcome.failed {
-                            if failed.get(&(*address, *prefix)) != Some(reason) {
-                                tracing::warn!(range = %format_args!("{address}/{prefix}"), reason, "no route to pods");
+                        for (range, reason) in &outcome.failed {
+                            if failed.get(range) != Some(reason) {
+                                tracing::warn!(%range, reason, "no route to pods");
                             }
                         }
                         failed = outcome.failed;
@@ -291,29 +308,55 @@ pub fn wanted(catalog: &Catalog, viewpoint: &Viewpoint) -> PodRoutes {
     let own: Vec<IpAddr> = catalog.node(&viewpoint.node).map(|node| node.addresses.clone()).unwrap_or_default();
     let peers = catalog.nodes().filter(|node| node.network == viewpoint.network && node.name != viewpoint.node);
     for node in peers {
-        let via = node.addresses.iter().find_map(|address| match address {
-            IpAddr::V4(via) if !own.contains(address) => Some(*via),
-            _ => None,
-        });
-        let Some(via) = via else { continue };
         for range in node.pod_cidrs.iter().filter_map(|range| Cidr::parse(range)) {
-            if let IpAddr::V4(address) = range.network() {
-                routes.insert((address, range.prefix()), via);
+            let leads_there = |via: &&IpAddr| via.is_ipv4() == range.network().is_ipv4() && !own.contains(via);
+            if let Some(via) = node.addresses.iter().find(leads_there) {
+                routes.insert(range, *via);
             }
         }
     }
     routes
 }
 
+/// A route to a pod range; nothing if the two are of different families.
+fn pod_route(range: Cidr, via: IpAddr) -> Option<RouteMessage> {
+    match (range.network(), via) {
+        (IpAddr::V4(address), IpAddr::V4(via)) => Some(
+            RouteMessageBuilder::<Ipv4Addr>::new()
+                .protocol(PROTOCOL)
+                .destination_prefix(address, range.prefix())
+                .gateway(via)
+                .build(),
+        ),
+        (IpAddr::V6(address), IpAddr::V6(via)) => Some(
+            RouteMessageBuilder::<Ipv6Addr>::new()
+                .protocol(PROTOCOL)
+                .destination_prefix(address, range.prefix())
+                .gateway(via)
+                .build(),
+        ),
+        _ => None,
+    }
+}
+
+/// Whether a new route to the range takes the place of the one that is there. An IPv6 route would become one path more.
+fn replaces(range: Cidr) -> bool {
+    range.network().is_ipv4()
+}
+
 /// Lets the host pass packets between its pods and other hosts.
 pub fn enable_forwarding() {
     // Per network namespace. Written only when it is off: the folder is read-only in some containers.
-    if std::fs::read_to_string(FORWARDING).is_ok_and(|value| value.trim() == "1") {
+    if is_on(FORWARDING) {
         return;
     }
     if let Err(error) = std::fs::write(FORWARDING, "1") {
         tracing::warn!(%error, "{FORWARDING} can't be set to 1: pods reach only what is on this node");
     }
+}
+
+fn is_on(setting: &str) -> bool {
+    std::fs::read_to_string(setting).is_ok_and(|value| value.trim() == "1")
 }
 
 fn local_route6(address: Ipv6Addr, prefix: u8) -> RouteMessage {
@@ -326,30 +369,19 @@ fn local_route6(address: Ipv6Addr, prefix: u8) -> RouteMessage {
         .build()
 }
 
-fn local_range(route: &RouteMessage) -> Option<Cidr> {
+fn destination(route: &RouteMessage) -> Option<Cidr> {
+    let prefix = route.header.destination_prefix_length;
     route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(address)) => {
-            Cidr::new((*address).into(), route.header.destination_prefix_length)
-        }
-        RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
-            Cidr::new((*address).into(), route.header.destination_prefix_length)
-        }
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Cidr::new((*address).into(), prefix),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Cidr::new((*address).into(), prefix),
         _ => None,
     })
 }
 
-fn destination(route: &RouteMessage) -> Option<(Ipv4Addr, u8)> {
+fn gateway(route: &RouteMessage) -> Option<IpAddr> {
     route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(address)) => {
-            Some((*address, route.header.destination_prefix_length))
-        }
-        _ => None,
-    })
-}
-
-fn gateway(route: &RouteMessage) -> Option<Ipv4Addr> {
-    route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(*address),
+        RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        RouteAttribute::Gateway(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
         _ => None,
     })
 }
@@ -364,23 +396,25 @@ mod tests {
     #[test]
     fn pods_of_the_own_network_get_routes_and_no_others() {
         let store = CatalogStore::new();
-        for (name, network, address, range) in [
-            ("a1", "site-a", "192.168.1.11", "10.244.1.0/24"),
-            ("a2", "site-a", "192.168.1.12", "10.244.2.0/24"),
-            ("b1", "site-b", "192.168.2.11", "10.244.3.0/24"),
-            ("a3", "site-a", "fd00::3", "10.244.4.0/24"),
+        for (name, network, addresses, ranges) in [
+            ("a1", "site-a", &["192.168.1.11", "fd00:a::11"][..], &["10.244.1.0/24", "fd00:1::/64"][..]),
+            ("a2", "site-a", &["192.168.1.12", "fd00:a::12"], &["10.244.2.0/24", "fd00:2::/64"]),
+            ("b1", "site-b", &["192.168.2.11"], &["10.244.3.0/24"]),
+            ("a3", "site-a", &["fd00:a::13"], &["10.244.4.0/24"]),
         ] {
             let node = json!({
                 "metadata": {"name": name, "labels": {"edgemesh.dev/network": network}},
-                "spec": {"podCIDR": range, "podCIDRs": [range]},
-                "status": {"addresses": [{"type": "InternalIP", "address": address}]},
+                "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
+                "status": {"addresses": addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip}))
+                    .collect::<Vec<_>>()},
             });
             store.apply_node(&serde_json::from_value(node).unwrap());
         }
         store.publish();
         let catalog = store.snapshot();
         let routes = wanted(&catalog, &Viewpoint::of(&catalog, "a1"));
-        let expected = [((Ipv4Addr::new(10, 244, 2, 0), 24), Ipv4Addr::new(192, 168, 1, 12))];
+        let expected = [("10.244.2.0/24", "192.168.1.12"), ("fd00:2::/64", "fd00:a::12")];
+        let expected = expected.map(|(range, via)| (Cidr::parse(range).unwrap(), via.parse().unwrap()));
         assert_eq!(routes, PodRoutes::from(expected));
     }
 }

@@ -53,7 +53,7 @@ pub async fn build(config: Config) -> Result<Bound> {
     let copy = |name: &str| Some(Path::new(&config.data_dir).join(name));
     let catalog = Discovery::start(
         client.clone(),
-        DiscoveryConfig { copy: copy("catalog.json") },
+        DiscoveryConfig { copy: copy("catalog.json"), ..DiscoveryConfig::default() },
         &shutdown,
         readiness.task("catalog"),
     );

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use edgemesh_api::MeshNode;
-use edgemesh_mesh::CatalogStore;
+use edgemesh_mesh::{CatalogStore, from_kubernetes::ServiceSelection};
 use edgemesh_telemetry::{ReadinessTask, Shutdown};
 use k8s_openapi::api::{
     core::v1::{Node, Service},
@@ -27,11 +27,13 @@ const QUEUE: usize = 256;
 /// Kinds that must have been listed before the catalog is complete.
 const KINDS: [&str; 4] = ["Service", "EndpointSlice", "Node", "MeshNode"];
 
-/// Where the copy on disk is.
+/// Where the copy on disk is, and what is carried.
 #[derive(Debug, Clone, Default)]
 pub struct DiscoveryConfig {
     /// The copy's file, for example `/var/lib/edgemesh/agent/catalog.json`. Without one nothing outlives the process.
     pub copy: Option<PathBuf>,
+    /// Which Services the mesh carries.
+    pub services: ServiceSelection,
 }
 
 /// Starts discovery.
@@ -59,7 +61,7 @@ impl Discovery {
         shutdown: &Shutdown,
         readiness: ReadinessTask,
     ) -> Arc<CatalogStore> {
-        let store = CatalogStore::new();
+        let store = CatalogStore::selecting(config.services);
         let mut owner = Owner {
             store: Arc::clone(&store),
             writes: config.copy.is_some(),

@@ -5,8 +5,8 @@ use edgemesh_api::{
     names::{EDGE_ROLE_LABEL, GATEWAY_NODE_LABEL, NETWORK_LABEL},
 };
 use edgemesh_mesh::from_kubernetes::{
-    ELSEWHERE_LABELS, ENDPOINT_CHOICE_ANNOTATION, NO_PROXY_LABEL, PROXY_PROTOCOL_ANNOTATION, SERVICE_NAME_LABEL,
-    ZONE_LABEL,
+    EDGEMESH_LABEL, ELSEWHERE_LABELS, ENDPOINT_CHOICE_ANNOTATION, NO_PROXY_LABEL, PROXY_LABEL,
+    PROXY_PROTOCOL_ANNOTATION, SERVICE_NAME_LABEL, ZONE_LABEL,
 };
 use k8s_openapi::{
     api::{
@@ -17,8 +17,16 @@ use k8s_openapi::{
 };
 
 /// Labels that anything reads.
-const LABELS: [&str; 6] =
-    [SERVICE_NAME_LABEL, ZONE_LABEL, NETWORK_LABEL, GATEWAY_NODE_LABEL, EDGE_ROLE_LABEL, NO_PROXY_LABEL.0];
+const LABELS: [&str; 8] = [
+    SERVICE_NAME_LABEL,
+    ZONE_LABEL,
+    NETWORK_LABEL,
+    GATEWAY_NODE_LABEL,
+    EDGE_ROLE_LABEL,
+    NO_PROXY_LABEL.0,
+    PROXY_LABEL,
+    EDGEMESH_LABEL,
+];
 /// Annotations that anything reads.
 const ANNOTATIONS: [&str; 2] = [ENDPOINT_CHOICE_ANNOTATION, PROXY_PROTOCOL_ANNOTATION];
 
@@ -115,7 +123,7 @@ mod tests {
             store.publish();
             store.snapshot().service("default", "web").unwrap().clone()
         };
-        for label in ["app", "noproxy"].into_iter().chain(ELSEWHERE_LABELS) {
+        for label in ["app", "noproxy", EDGEMESH_LABEL, PROXY_LABEL].into_iter().chain(ELSEWHERE_LABELS) {
             let whole = with(json!({label: "edgemesh"}));
             let mut slim = whole.clone();
             service(&mut slim);

@@ -98,7 +98,7 @@ impl Running {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let (readiness, shutdown) = (Readiness::default(), Shutdown::default());
         let client = api_client(None, Some(&format!("http://{api}"))).await.unwrap();
-        let config = DiscoveryConfig { copy: Some(copy.to_owned()) };
+        let config = DiscoveryConfig { copy: Some(copy.to_owned()), ..DiscoveryConfig::default() };
         let catalog = Discovery::start(client, config, &shutdown, readiness.task("catalog"));
         Self { catalog, readiness, shutdown }
     }

@@ -30,13 +30,13 @@ pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 pub const PROXY_PROTOCOL_ANNOTATION: &str = "edgemesh.dev/proxy-protocol";
 /// Annotation of a Service that asks for Kubernetes' own choice of endpoints, with the value `kubernetes`.
 pub const ENDPOINT_CHOICE_ANNOTATION: &str = "edgemesh.dev/endpoint-choice";
-/// Labels of Services that kube-proxy, or EdgeMesh, leaves to others, whatever their value (Kubernetes, "Well-Known
-/// Labels"; EdgeMesh, "Hybrid proxy").
-pub const ELSEWHERE_LABELS: [&str; 3] = [
-    "service.kubernetes.io/service-proxy-name",
-    "service.kubernetes.io/headless",
-    "service.edgemesh.kubeedge.io/service-proxy-name",
-];
+/// Labels of Services that kube-proxy leaves to others, whatever their value (Kubernetes, "Well-Known Labels").
+pub const ELSEWHERE_LABELS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
+/// Label of a Service that the mesh is to carry (`true`), or not (`false`).
+pub const PROXY_LABEL: &str = "edgemesh.dev/proxy";
+/// The label, whatever its value, by which EdgeMesh leaves a Service out, or takes it in where it carries none without
+/// (EdgeMesh, "Service filter").
+pub const EDGEMESH_LABEL: &str = "service.edgemesh.kubeedge.io/service-proxy-name";
 /// The label with which earlier versions of EdgeMesh left a Service out, and its value.
 pub const NO_PROXY_LABEL: (&str, &str) = ("noproxy", "edgemesh");
 /// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
@@ -48,6 +48,38 @@ const MAX_PORTS: usize = 1_000;
 const MAX_ADDRESSES: usize = 64;
 /// Ranges of `loadBalancerSourceRanges`; none of the rest is admitted.
 const MAX_SOURCES: usize = 1024;
+
+/// Which Services the mesh carries. All have names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServiceSelection {
+    /// Those that no label leaves to others.
+    #[default]
+    All,
+    /// Those only that a label takes in.
+    Labelled,
+}
+
+impl ServiceSelection {
+    fn takes(self, metadata: &ObjectMeta) -> bool {
+        let label = |name: &str| metadata.labels.as_ref().and_then(|labels| labels.get(name)).map(String::as_str);
+        if ELSEWHERE_LABELS.iter().any(|name| label(name).is_some())
+            || label(NO_PROXY_LABEL.0) == Some(NO_PROXY_LABEL.1)
+        {
+            return false;
+        }
+        match label(PROXY_LABEL) {
+            Some("true") => return true,
+            Some("false") => return false,
+            Some(other) => {
+                tracing::warn!(namespace = ?metadata.namespace, service = ?metadata.name, value = other,
+                    "{PROXY_LABEL} must be `true` or `false`; it is ignored");
+            }
+            None => {}
+        }
+        label(EDGEMESH_LABEL).is_some() == (self == Self::Labelled)
+    }
+}
 
 /// Why an object was skipped.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -119,7 +151,12 @@ pub(crate) fn object_name(metadata: &ObjectMeta, interner: &mut Interner) -> Opt
 }
 
 /// A Service without endpoints.
-pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut Interner) -> Result<Service, Problem> {
+pub(crate) fn service(
+    object: &core::Service,
+    name: &ServiceName,
+    selection: ServiceSelection,
+    interner: &mut Interner,
+) -> Result<Service, Problem> {
     let spec = object.spec.as_ref().ok_or(Problem::NoSpec)?;
     let kind = match (spec.type_.as_deref(), spec.cluster_ip.as_deref()) {
         (Some("ExternalName"), _) => {
@@ -168,7 +205,7 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
     let has_cluster_address = kind == ServiceKind::ClusterIp;
     let addresses = |listed: &mut dyn Iterator<Item = &String>| -> Vec<IpAddr> {
         if has_cluster_address {
-            listed.filter_map(|ip| ip.parse().ok()).take(MAX_ADDRESSES).collect()
+            listed.filter_map(|ip| ip.parse().ok()).filter(may_be_external).take(MAX_ADDRESSES).collect()
         } else {
             Vec::new()
         }
@@ -178,9 +215,6 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
     let on_nodes = ingress.iter().filter(|entry| entry.ip_mode.as_deref() != Some("Proxy"));
     let sources = spec.load_balancer_source_ranges.as_ref().filter(|ranges| !ranges.is_empty());
     let external_traffic_local = spec.external_traffic_policy.as_deref() == Some("Local");
-    let labels = object.metadata.labels.as_ref();
-    let has_label = |name: &str| labels.is_some_and(|labels| labels.contains_key(name));
-    let no_proxy = labels.and_then(|labels| labels.get(NO_PROXY_LABEL.0)).is_some_and(|v| v == NO_PROXY_LABEL.1);
     let annotations = object.metadata.annotations.as_ref();
     let choice = annotations.and_then(|annotations| annotations.get(ENDPOINT_CHOICE_ANNOTATION));
     Ok(Service {
@@ -208,7 +242,7 @@ pub(crate) fn service(object: &core::Service, name: &ServiceName, interner: &mut
             _ => TrafficDistribution::Unset,
         },
         strict_spreading: choice.is_some_and(|choice| choice == "kubernetes"),
-        proxied_elsewhere: no_proxy || ELSEWHERE_LABELS.iter().any(|label| has_label(label)),
+        proxied_elsewhere: !selection.takes(&object.metadata),
     })
 }
 
@@ -223,6 +257,17 @@ fn outermost(texts: &[String]) -> Vec<Cidr> {
         }
     }
     outermost
+}
+
+/// Whether callers from outside can mean a Service by an address: one that each host or link has for itself is taken from nobody
+/// (the API refuses such `externalIPs`, and says nothing of what a load balancer's controller writes).
+fn may_be_external(ip: &IpAddr) -> bool {
+    let of_each_link = match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    let ip = ip.to_canonical();
+    !(of_each_link || ip.is_loopback() || ip.is_unspecified() || ip.is_multicast())
 }
 
 fn wants_proxy_protocol(metadata: &ObjectMeta) -> bool {

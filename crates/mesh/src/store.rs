@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     catalog::Catalog,
-    from_kubernetes::{self, Interner, SliceEntry},
+    from_kubernetes::{self, Interner, ServiceSelection, SliceEntry},
     model::{Endpoint, Node, Peer, Protocol, Service, ServiceName, ServicePort},
 };
 
@@ -23,6 +23,7 @@ use crate::{
 /// Changes are collected by `apply_…` and `delete_…`, and become visible together with [`CatalogStore::publish`].
 #[derive(Debug)]
 pub struct CatalogStore {
+    selection: ServiceSelection,
     current: ArcSwap<Catalog>,
     writer: Mutex<Writer>,
     generation: watch::Sender<u64>,
@@ -88,7 +89,12 @@ impl Observed {
 
 impl Default for CatalogStore {
     fn default() -> Self {
-        Self { current: ArcSwap::default(), writer: Mutex::default(), generation: watch::Sender::new(0) }
+        Self {
+            selection: ServiceSelection::default(),
+            current: ArcSwap::default(),
+            writer: Mutex::default(),
+            generation: watch::Sender::new(0),
+        }
     }
 }
 
@@ -96,6 +102,11 @@ impl CatalogStore {
     /// An empty store, not synced.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// An empty store of a mesh that carries certain Services.
+    pub fn selecting(selection: ServiceSelection) -> Arc<Self> {
+        Arc::new(Self { selection, ..Self::default() })
     }
 
     /// The current catalog, without locking.
@@ -122,7 +133,7 @@ impl CatalogStore {
     pub fn apply_service(&self, object: &core::Service) {
         let mut writer = self.writer.lock();
         let Some(name) = from_kubernetes::object_name(&object.metadata, &mut writer.interner) else { return };
-        match from_kubernetes::service(object, &name, &mut writer.interner) {
+        match from_kubernetes::service(object, &name, self.selection, &mut writer.interner) {
             Ok(service) => drop(writer.services.insert(name.clone(), service)),
             Err(problem) => {
                 tracing::warn!(namespace = %name.namespace, service = %name.name, %problem, "Service skipped");

@@ -9,6 +9,7 @@ use std::{
 
 use edgemesh_mesh::{
     Catalog, CatalogStore, Observed, debug,
+    from_kubernetes::ServiceSelection,
     model::{Endpoint, Protocol, ServiceKind},
 };
 use serde_json::{Value, json};
@@ -327,6 +328,8 @@ fn services_that_others_proxy_keep_their_names_and_lose_their_addresses() {
         (json!({"service.kubernetes.io/headless": ""}), false),
         (json!({"service.edgemesh.kubeedge.io/service-proxy-name": ""}), false),
         (json!({"noproxy": "edgemesh"}), false),
+        (json!({"edgemesh.dev/proxy": "false"}), false),
+        (json!({"edgemesh.dev/proxy": "no"}), true),
     ] {
         let store = CatalogStore::new();
         let mut web = service("web", "10.96.0.1", json!([{"port": 80, "nodePort": 30080}]));
@@ -345,6 +348,27 @@ fn services_that_others_proxy_keep_their_names_and_lose_their_addresses() {
 }
 
 #[test]
+fn where_services_are_taken_in_by_label_the_others_keep_their_names_only() {
+    for (labels, ours) in [
+        (json!({}), false),
+        (json!({"edgemesh.dev/proxy": "true"}), true),
+        (json!({"edgemesh.dev/proxy": "false", "service.edgemesh.kubeedge.io/service-proxy-name": ""}), false),
+        (json!({"edgemesh.dev/proxy": "yes"}), false),
+        (json!({"service.edgemesh.kubeedge.io/service-proxy-name": ""}), true),
+        (json!({"edgemesh.dev/proxy": "true", "service.kubernetes.io/service-proxy-name": "other"}), false),
+        (json!({"edgemesh.dev/proxy": "true", "noproxy": "edgemesh"}), false),
+    ] {
+        let store = CatalogStore::selecting(ServiceSelection::Labelled);
+        let mut web = service("web", "10.96.0.1", json!([{"port": 80}]));
+        web["metadata"]["labels"] = labels.clone();
+        apply(&store, web);
+        let catalog = published(&store);
+        assert_eq!(catalog.port_at(ip("10.96.0.1"), 80, Protocol::Tcp).is_some(), ours, "{labels}");
+        assert!(catalog.service("default", "web").is_some());
+    }
+}
+
+#[test]
 fn addresses_of_load_balancers_count_where_the_nodes_serve_them() {
     let table = [
         (json!({}), json!([{"ip": "203.0.113.7"}, {"hostname": "lb.example"}]), vec!["203.0.113.7"]),
@@ -353,12 +377,18 @@ fn addresses_of_load_balancers_count_where_the_nodes_serve_them() {
             json!([{"ip": "203.0.113.7", "ipMode": "Proxy"}, {"ip": "2001:db8::7", "ipMode": "VIP"}]),
             vec!["2001:db8::7"],
         ),
+        (
+            json!({}),
+            json!([{"ip": "127.0.0.1"}, {"ip": "169.254.64.1"}, {"ip": "0.0.0.0"}, {"ip": "224.0.0.1"}, {"ip": "fe80::1"},
+                {"ip": "::ffff:127.0.0.1"}, {"ip": "ff02::1"}, {"ip": "::"}, {"ip": "203.0.113.8"}]),
+            vec!["203.0.113.8"],
+        ),
     ];
     for (spec, ingress, expected) in table {
         let store = CatalogStore::new();
         let mut web = service("web", "10.96.0.1", json!([{"port": 80}]));
         web["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
-        web["spec"]["externalIPs"] = json!(["192.168.1.11", "not an address"]);
+        web["spec"]["externalIPs"] = json!(["192.168.1.11", "not an address", "127.0.0.1"]);
         web["status"] = json!({"loadBalancer": {"ingress": ingress}});
         apply(&store, web);
         let catalog = published(&store);

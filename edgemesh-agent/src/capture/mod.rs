@@ -128,17 +128,8 @@ impl Capture {
     }
 
     /// Removes what a stopped agent left: routes, program and table. What can't be removed is logged.
-    pub fn uninstall(config: &Config) {
-        let work = async {
-            match HostRoutes::open_beyond_drain() {
-                Ok(routes) => release(&routes, config).await,
-                Err(error) => tracing::error!(%error, "routes to captured pods can't be removed"),
-            }
-        };
-        match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime.block_on(work),
-            Err(error) => tracing::error!(%error, "routes to captured pods can't be removed"),
-        }
+    pub async fn uninstall(routes: &HostRoutes, config: &Config) {
+        release(routes, config).await;
     }
 }
 

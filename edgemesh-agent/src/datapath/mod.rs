@@ -476,10 +476,9 @@ impl Worker {
         let mut programmed = Programmed::default();
         let Some(programs) = &mut self.programs else { return programmed };
         for (frontend, target) in wanted {
-            if self.plan.read().get(&frontend) != target.as_ref() {
-                if !programmed.apply(programs, &Change { frontend, target: target.as_ref() }) {
-                    continue;
-                }
+            let is_other = self.plan.read().get(&frontend) != target.as_ref();
+            if is_other && !programmed.apply(programs, &Change { frontend, target: target.as_ref() }) {
+                continue;
             }
             match target {
                 Some(target) => drop(self.plan.write().insert(frontend, target)),

@@ -13,7 +13,7 @@ use std::{
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwapOption;
@@ -32,8 +32,9 @@ use super::{
 };
 use crate::metrics::DatapathMetrics;
 
-/// When sockets are looked at again: one that connected while the endpoint went may have been missed.
-const SECOND_LOOK: Duration = Duration::from_millis(500);
+/// When sockets are looked at again: one that connected while the endpoint went may have been missed. TCP connections are ended
+/// only then: the pod may live, and what is under way in them gets time to end by itself.
+const SECOND_LOOK: Duration = Duration::from_secs(2);
 /// How long after the start sockets are looked at that an earlier run left, unless endpoints go before.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 /// The least time between two looks, so that a storm of changes costs little more than one.
@@ -222,31 +223,40 @@ fn run(
 ) {
     // The first catalog is the copy on disk. It can lack an endpoint that the run before still learned of, so it gets time
     // to be brought up to date.
-    let mut next =
-        woken.recv().is_ok() && !matches!(woken.recv_timeout(FIRST_LOOK), Err(RecvTimeoutError::Disconnected));
-    while next {
-        next = false;
+    if woken.recv().is_err() || matches!(woken.recv_timeout(FIRST_LOOK), Err(RecvTimeoutError::Disconnected)) {
+        return;
+    }
+    let mut second: Option<(Arc<Catalog>, Instant)> = None;
+    loop {
         let Some(catalog) = mailbox.load_full() else { return };
-        let owners = Owners::new(&catalog);
-        let gone =
-            |service, backend, protocol| !is_ours(backend) && is_gone(&catalog, &owners, service, backend, protocol);
-        let mut sweep = || {
-            let mut all = Swept::default();
-            sweepers.iter_mut().for_each(|sweeper| all.add(sweeper.sweep(&gone)));
-            all
+        let first = second.take_if(|(_, at)| *at <= Instant::now()).map(|(first, _)| first);
+        let (now, then) = (Owners::new(&catalog), first.as_deref().map(|first| (first, Owners::new(first))));
+        let gone = |service, backend, protocol| {
+            let by = |catalog: &Catalog, owners: &Owners<'_>| is_gone(catalog, owners, service, backend, protocol);
+            let long_enough = || match protocol {
+                Protocol::Udp => true,
+                Protocol::Tcp => then.as_ref().is_some_and(|(first, owners)| by(first, owners)),
+            };
+            !is_ours(backend) && by(&catalog, &now) && long_enough()
         };
-        let first = sweep();
-        metrics.swept(first);
-        if first.suspects > 0 {
-            tracing::info!(?first, "sockets of endpoints that are gone");
-            match woken.recv_timeout(SECOND_LOOK) {
-                Ok(()) => next = true,
-                Err(RecvTimeoutError::Timeout) => metrics.swept(sweep()),
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
+        let mut swept = Swept::default();
+        sweepers.iter_mut().for_each(|sweeper| swept.add(sweeper.sweep(&gone)));
+        metrics.swept(swept);
+        if swept.suspects > 0 {
+            tracing::info!(?swept, "sockets of endpoints that are gone");
+        }
+        // What has changed since the first look gets a second one, too.
+        if second.is_none() && first.is_none_or(|first| !Arc::ptr_eq(&first, &catalog)) {
+            second = Some((catalog, Instant::now() + SECOND_LOOK));
         }
         thread::sleep(PAUSE);
-        next = next || woken.recv().is_ok();
+        let next = match &second {
+            Some((_, at)) => woken.recv_timeout(at.saturating_duration_since(Instant::now())),
+            None => woken.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        if next == Err(RecvTimeoutError::Disconnected) {
+            return;
+        }
     }
 }
 
@@ -349,5 +359,46 @@ mod tests {
         store.delete_service("d", "web");
         store.publish();
         assert!(any_gone(&more, &store.snapshot()));
+    }
+
+    /// Says of each look whether the first endpoint is gone for UDP, and for TCP.
+    struct Looks(SyncSender<[bool; 2]>);
+
+    impl Sweep for Looks {
+        fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept {
+            let (service, backend) = ("10.96.0.20:80".parse().unwrap(), "10.244.1.5:8080".parse().unwrap());
+            // Nobody asks any more when the test has ended.
+            let _ = self.0.send([Protocol::Udp, Protocol::Tcp].map(|protocol| is_gone(service, backend, protocol)));
+            Swept::default()
+        }
+    }
+
+    #[test]
+    fn udp_sockets_are_ended_at_once_and_connections_of_an_endpoint_that_stays_away_later() {
+        let (sender, looks) = sync_channel(16);
+        let metrics = DatapathMetrics::new(&mut prometheus_client::registry::Registry::default());
+        let reaper = Reaper::start(vec![Box::new(Looks(sender))], |_| false, metrics).unwrap();
+        let there = json!([{"addresses": ["10.244.1.5"]}]);
+        let store = store(&there);
+        let look = |endpoints: &Value| {
+            set(&store, "web", endpoints);
+            reaper.look(store.snapshot());
+        };
+        let next = || looks.recv_timeout(Duration::from_secs(20)).unwrap();
+        look(&there);
+        // The catalog is taken from the disk until something goes.
+        while reaper.wake.try_send(()).is_err() {
+            thread::yield_now();
+        }
+        assert_eq!([next(), next()], [[false; 2]; 2]);
+        look(&json!([]));
+        assert_eq!(next(), [true, false], "at once");
+        assert_eq!(next(), [true, true], "after a while");
+        look(&there);
+        assert_eq!(next(), [false; 2]);
+        look(&json!([]));
+        assert_eq!(next(), [true, false], "the look after this begins while it is away");
+        look(&there);
+        assert_eq!([next(), next()], [[false; 2]; 2], "it is back");
     }
 }

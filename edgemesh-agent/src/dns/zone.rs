@@ -372,7 +372,12 @@ fn is_host(endpoint: &Endpoint, label: &str) -> bool {
 }
 
 fn dashed_address(ip: IpAddr) -> String {
-    ip.to_string().replace(['.', ':'], "-")
+    let mut dashed = ip.to_string().replace(['.', ':'], "-");
+    if dashed.ends_with('-') {
+        // As CoreDNS spells `…::`: no host name ends with a dash.
+        dashed.push('0');
+    }
+    dashed
 }
 
 fn protocol_label(port: &ServicePort) -> &'static str {

@@ -10,6 +10,7 @@ use edgemesh_agent::{
     node_local::Ipv4Range,
     routes::{HostRoutes, PodRoutes},
 };
+use edgemesh_mesh::cidr::Cidr;
 use edgemesh_telemetry::Shutdown;
 
 use crate::sandbox::{Sandbox, in_pod, ip, udp_server};
@@ -19,8 +20,13 @@ fn shown(table: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn routes(entries: &[(&str, u8, &str)]) -> PodRoutes {
-    entries.iter().map(|(range, prefix, via)| ((range.parse().unwrap(), *prefix), via.parse().unwrap())).collect()
+fn shown6() -> String {
+    let output = Command::new("ip").args(["-6", "route", "show"]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn routes(entries: &[(&str, &str)]) -> PodRoutes {
+    entries.iter().map(|(range, via)| (Cidr::parse(range).unwrap(), via.parse().unwrap())).collect()
 }
 
 #[test]
@@ -28,6 +34,7 @@ fn only_our_own_routes_are_added_changed_and_removed() {
     let _sandbox = Sandbox::new(&[]);
     ip("link add lan type veth peer name other");
     ip("address add 192.168.1.11/24 dev lan");
+    ip("address add fd00:a::11/64 dev lan nodad");
     ip("link set lan up");
     ip("link set other up");
     ip("route add 10.244.9.0/24 via 192.168.1.99");
@@ -35,23 +42,36 @@ fn only_our_own_routes_are_added_changed_and_removed() {
     runtime.block_on(async {
         let shutdown = Shutdown::default();
         let host = HostRoutes::open(&shutdown).unwrap();
-        let wanted = routes(&[("10.244.2.0", 24, "192.168.1.12"), ("10.244.3.0", 24, "192.168.1.13")]);
+        let wanted = routes(&[
+            ("10.244.2.0/24", "192.168.1.12"),
+            ("10.244.3.0/24", "192.168.1.13"),
+            ("fd00:2::/64", "fd00:a::12"),
+            ("fd00:3::/64", "fd00:a::13"),
+        ]);
         let outcome = host.sync(&wanted).await.unwrap();
-        assert_eq!((outcome.present, outcome.failed.len()), (2, 0), "{outcome:?}");
+        assert_eq!((outcome.present, outcome.failed.len()), (4, 0), "{outcome:?}");
+        let table = shown6();
+        assert!(table.contains("fd00:2::/64 via fd00:a::12 dev lan proto 176"), "{table}");
         assert!(shown("main").contains("10.244.2.0/24 via 192.168.1.12 dev lan proto 176"), "{}", shown("main"));
 
         // One moves, one goes, and one leads to where no link does.
-        let wanted = routes(&[("10.244.2.0", 24, "192.168.1.22"), ("10.244.4.0", 24, "172.16.0.1")]);
+        let wanted = routes(&[
+            ("10.244.2.0/24", "192.168.1.22"),
+            ("10.244.4.0/24", "172.16.0.1"),
+            ("fd00:2::/64", "fd00:a::22"),
+        ]);
         let outcome = host.sync(&wanted).await.unwrap();
-        assert_eq!((outcome.present, outcome.failed.len()), (1, 1), "{outcome:?}");
+        assert_eq!((outcome.present, outcome.failed.len()), (2, 1), "{outcome:?}");
+        let table = shown6();
+        assert!(table.contains("fd00:2::/64 via fd00:a::22") && !table.contains("fd00:a::1"), "{table}");
         let table = shown("main");
         assert!(table.contains("10.244.2.0/24 via 192.168.1.22"), "{table}");
         assert!(!table.contains("192.168.1.12") && !table.contains("10.244.3.0"), "{table}");
         assert!(table.contains("10.244.9.0/24 via 192.168.1.99"), "not ours: {table}");
-        assert_eq!(host.sync(&wanted).await.unwrap().present, 1, "a second round changes nothing");
+        assert_eq!(host.sync(&wanted).await.unwrap().present, 2, "a second round changes nothing");
 
         host.sync(&PodRoutes::new()).await.unwrap();
-        assert!(!shown("main").contains("proto 176"));
+        assert!(!shown("main").contains("proto 176") && !shown6().contains("proto 176"));
         drop(host);
         shutdown.drain(Duration::from_secs(1)).await;
     });

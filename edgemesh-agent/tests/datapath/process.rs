@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -12,8 +13,8 @@ use edgemesh_agent::datapath::nftables::{Rules, TABLE};
 
 use crate::{
     hosts::{client, node, pod, who_calls},
-    outside::call,
-    sandbox::Sandbox,
+    outside::{call, shown},
+    sandbox::{Mode, Sandbox, in_both_modes},
     sites::until,
     whole_agent::{admin, catalog},
 };
@@ -98,17 +99,66 @@ fn auto_takes_nftables_where_the_programs_can_not_be_loaded_and_what_was_written
     let agent = start(command(&[]), port);
     serves();
     agent.kill();
-    let mut uninstall = command(&[]);
-    assert!(
-        output({
-            uninstall.arg("uninstall");
-            uninstall
-        })
-        .status
-        .success()
-    );
+    uninstall(command(&[]));
     assert!(!Rules::is_present());
     assert!(call("10.96.0.20:80").is_err());
+}
+
+fn uninstall(mut command: Command) {
+    command.arg("uninstall");
+    assert!(output(command).status.success());
+}
+
+/// What the kernel holds that an agent could have put there.
+fn kernel_state(sandbox: &Sandbox) -> Vec<String> {
+    let lines = |program: &str, arguments: &[&str]| -> Vec<String> {
+        shown(program, arguments).lines().map(|line| format!("{program} {arguments:?}: {line}")).collect()
+    };
+    let mut state = lines("nft", &["list", "ruleset"]);
+    for family in ["-4", "-6"] {
+        state.extend(lines("ip", &[family, "rule"]));
+        state.extend(lines("ip", &[family, "route", "show", "table", "all"]));
+    }
+    // Those come and go with links and their addresses.
+    state.retain(|line| !line.contains("proto kernel"));
+    let pins = std::fs::read_dir(sandbox.bpffs.join("edgemesh")).into_iter().flatten().flatten();
+    state.extend(pins.map(|pin| format!("pin {}", pin.path().display())));
+    state
+}
+
+/// The host's list of resolvers: which file, when it was written, and what is in it.
+fn host_resolvers() -> (u64, i64, i64, Vec<u8>) {
+    let path = "/etc/resolv.conf";
+    let file = std::fs::metadata(path).unwrap();
+    (file.ino(), file.mtime(), file.mtime_nsec(), std::fs::read(path).unwrap())
+}
+
+in_both_modes! { after_an_uninstallation_the_kernel_is_as_before }
+
+fn after_an_uninstallation_the_kernel_is_as_before(mode: Mode) {
+    let sandbox = node();
+    let (data, port) = (tempfile::tempdir().unwrap(), free_port());
+    let setting = format!("datapath={}", if mode == Mode::Ebpf { "ebpf" } else { "nftables" });
+    let command = || command(&sandbox, data.path(), port, "+all", &[&setting]);
+    let started = command();
+    let mut items = catalog();
+    let neighbour = serde_json::json!({"apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": "edge-a2", "labels": {"edgemesh.dev/network": "site-a"}},
+        "spec": {"podCIDRs": ["10.244.2.0/24"]},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.12"}]}});
+    items["items"].as_array_mut().unwrap().push(neighbour);
+    std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
+    let (before, resolvers) = (kernel_state(&sandbox), host_resolvers());
+    let agent = start(started, port);
+    let has = |text: &str| kernel_state(&sandbox).iter().any(|line| line.contains(text));
+    for ours in ["10.244.2.0/24 via 192.168.1.12", "local 169.254.64.0/18", "local fd", "local 10.244.7.0/24", TABLE] {
+        until(ours, || has(ours));
+    }
+    assert_eq!(host_resolvers(), resolvers);
+    agent.kill();
+    uninstall(command());
+    assert_eq!(kernel_state(&sandbox), before);
+    assert_eq!(host_resolvers(), resolvers);
 }
 
 #[test]

@@ -107,7 +107,8 @@ fn pods_and_host_processes_are_counted_at_cluster_addresses_and_ports_that_are_n
         pod6.run(move || call(vip).unwrap());
         rules.forget_counts(&[frontend(vip, Tcp)]).unwrap();
         pod6.run(move || (call(vip).unwrap(), call_udp(vip).unwrap()));
-        (call(vip).unwrap(), call_udp(vip).unwrap());
+        call(vip).unwrap();
+        call_udp(vip).unwrap();
         assert_eq!((counted(Tcp, vip), counted(Udp, vip)), (flows(2), flows(2)));
         pod6.run(move || TcpStream::connect((at(vip).ip(), 81)).unwrap_err());
         TcpStream::connect((at(vip).ip(), 82)).unwrap_err();

@@ -11,13 +11,17 @@ use edgemesh_agent::{
     app,
     config::{Config, DatapathMode},
 };
+use edgemesh_mesh::from_kubernetes::ServiceSelection;
 use hickory_proto::{
-    op::{Message, Query},
+    op::{Message, Query, ResponseCode},
     rr::RecordType,
 };
 use serde_json::{Value, json};
 
-use crate::sandbox::{Mode, Sandbox, in_both_modes, tcp_server};
+use crate::{
+    sandbox::{Mode, Sandbox, in_both_modes, tcp_server},
+    sites::until,
+};
 
 pub(crate) const POD: &str = "10.244.1.5:8080";
 
@@ -81,18 +85,37 @@ pub(crate) fn admin(address: SocketAddr, path: &str) -> String {
     answer
 }
 
-/// The IPv4 addresses of a name, as a pod asks for them.
-fn lookup(name: &str) -> Vec<String> {
+/// What is answered when a pod asks for the IPv4 addresses of a name; nothing if nobody answers within 5 s.
+fn answer(name: &str) -> Option<Message> {
     let mut query = Message::query();
     query.add_query(Query::query(name.parse().unwrap(), RecordType::A));
     let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").unwrap();
+    socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").ok()?;
     let mut buffer = [0; 1500];
-    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    let (length, from) = socket.recv_from(&mut buffer).ok()?;
     assert_eq!(from, "10.96.0.10:53".parse().unwrap());
-    let answer = Message::from_vec(&buffer[..length]).unwrap();
-    answer.answers.iter().map(|record| record.data.to_string()).collect()
+    Some(Message::from_vec(&buffer[..length]).unwrap())
+}
+
+/// The IPv4 addresses of a name, as a pod asks for them.
+fn lookup(name: &str) -> Vec<String> {
+    answer(name).unwrap().answers.iter().map(|record| record.data.to_string()).collect()
+}
+
+/// A DNS server of the host that denies all names.
+fn denying_upstream() -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            // A response with "no such name": QR and RA are set, and the code is NXDOMAIN.
+            (buffer[2], buffer[3]) = (buffer[2] | 0x80, 0x83);
+            socket.send_to(&buffer[..length], from).unwrap();
+        }
+    });
+    address
 }
 
 /// The pages that say what would be chosen, and why.
@@ -157,6 +180,7 @@ pub(crate) fn config(sandbox: &Sandbox, data: &Path, datapath: DatapathMode) -> 
 in_both_modes! {
     the_agent_serves_services_from_its_disk_when_no_api_answers,
     source_ranges_of_a_load_balancer_hold_for_processes_of_the_host,
+    with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved,
 }
 
 fn source_ranges_of_a_load_balancer_hold_for_processes_of_the_host(mode: Mode) {
@@ -193,6 +217,23 @@ fn source_ranges_of_a_load_balancer_hold_for_processes_of_the_host(mode: Mode) {
         }
         assert!(TcpStream::connect("192.168.1.11:80").is_ok(), "an external address is another matter");
     }
+    runtime.block_on(agent.stop());
+}
+
+fn with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved(mode: Mode) {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    let data = tempfile::tempdir().unwrap();
+    let datapath = if mode == Mode::Ebpf { DatapathMode::Ebpf } else { DatapathMode::Nftables };
+    let mut config = config(&sandbox, data.path(), datapath);
+    config.dns.upstreams = vec![denying_upstream().to_string()];
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(app::build(config)).unwrap();
+    let code = |name: &str| answer(name).map(|answer| answer.metadata.response_code);
+    let cluster_name = "here.default.svc.cluster.local.";
+    until("the cluster DNS address", || code(cluster_name) == Some(ResponseCode::ServFail));
+    // The upstream's own word: the agent would say SERVFAIL.
+    assert_eq!(code("outside.example."), Some(ResponseCode::NXDomain));
+    assert!(admin(agent.admin, "/readyz").starts_with("HTTP/1.1 503"), "there is no catalog");
     runtime.block_on(agent.stop());
 }
 
@@ -342,5 +383,33 @@ fn services_for_which_the_maps_have_no_room_hold_up_no_others() {
     while call("10.96.0.30:80").ok().as_deref() != Some(POD) {
         assert!(std::time::Instant::now() < until);
     }
+    runtime.block_on(agent.stop());
+}
+
+#[test]
+fn where_services_are_taken_in_by_label_the_others_are_left_to_whoever_serves_them() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    tcp_server(POD);
+    let data = tempfile::tempdir().unwrap();
+    let mut catalog = catalog();
+    catalog["items"][0]["metadata"]["labels"] = json!({"edgemesh.dev/proxy": "true"});
+    std::fs::write(data.path().join("catalog.json"), catalog.to_string()).unwrap();
+    let config = Config {
+        services: ServiceSelection::Labelled,
+        detach_on_stop: true,
+        ..config(&sandbox, data.path(), DatapathMode::Ebpf)
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(async {
+        let agent = app::build(config).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    let mut answer = String::new();
+    TcpStream::connect("10.96.0.20:80").unwrap().read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, POD);
+    let left = TcpStream::connect("10.96.0.22:80").unwrap_err();
+    assert_eq!(left.kind(), std::io::ErrorKind::NetworkUnreachable, "the kernel's own answer");
+    assert_eq!(lookup("nowhere.default.svc.cluster.local."), ["10.96.0.22"]);
     runtime.block_on(agent.stop());
 }

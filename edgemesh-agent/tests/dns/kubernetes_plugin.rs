@@ -54,6 +54,8 @@ fn objects(domain: &str) -> Vec<Value> {
             ]),
         ),
         slice("prod/ring", 2, "IPv6", http.clone(), json!([pod("fd00:244::1", None), pod("fd00:244::2", None)])),
+        service("prod/tail", json!({"clusterIP": "None", "ports": http})),
+        slice("prod/tail", 1, "IPv6", http.clone(), json!([pod("fd00:244:0:1::", None)])),
         service("prod/bare", json!({"clusterIP": "None"})),
         slice("prod/bare", 1, "IPv4", json!([]), json!([pod("10.244.1.30", None)])),
         service("prod/out", json!({"type": "ExternalName", "externalName": "ext.web.example", "ports": http})),
@@ -137,6 +139,8 @@ const CASES: &[Case] = {
     ("handler", "fd00-244--1.ring.prod.svc.~.", AAAA, OK, &["@ AAAA fd00:244::1"], &[]),
     ("handler", "fd00-244--2.ring.prod.svc.~.", AAAA, OK, &["@ AAAA fd00:244::2"], &[]),
     ("handler", "fd00-244--2.ring.prod.svc.~.", A, OK, &[], &[]),
+    // No label ends with a dash.
+    ("endpoint names", "fd00-244-0-1--0.tail.prod.svc.~.", AAAA, OK, &["@ AAAA fd00:244:0:1::"], &[]),
     ("handler", "10-244-1-30.bare.prod.svc.~.", A, OK, &["@ A 10.244.1.30"], &[]),
     ("handler", "10-244-1-21.ring.prod.svc.~.", A, OK, &["@ A 10.244.1.21"], &[]),
     ("handler", "10-244-1-22.ring.prod.svc.~.", A, OK, &["@ A 10.244.1.22"], &[]),

@@ -82,15 +82,15 @@ pub fn command(field: &Field, from: From<'_>, words: &[&str]) -> Result<Command>
     }
 }
 
-/// Runs a command to its end; gives whether it succeeded, and what it said.
+/// Runs a command to its end; gives its exit code, if it exited, and what it said.
 ///
 /// # Errors
 /// When it can't be started.
-pub fn run(field: &Field, from: From<'_>, words: &[&str]) -> Result<(bool, String)> {
+pub fn run(field: &Field, from: From<'_>, words: &[&str]) -> Result<(Option<i32>, String)> {
     let output = command(field, from, words)?.stdin(Stdio::null()).output()?;
     let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&output.stderr));
-    Ok((output.status.success(), text))
+    Ok((output.status.code(), text))
 }
 
 /// Calls a URL a number of times, with further options of the `call` program.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use edgemesh_lab::{command, daemons::Daemon};
+use edgemesh_lab::{command, daemons::Daemon, topology::Datapath};
 use serde_json::{Value, json};
 
 use crate::{
@@ -21,6 +21,10 @@ const SEEN: Duration = Duration::from_secs(15);
 /// Calls of one round, whoever is expected: with four endpoints to choose from, one is missed by chance once in 250 rounds, and a
 /// round can be repeated; with two of which one must not answer, all calls reach the other by chance once in 2^24 rounds.
 const ROUND: usize = 24;
+/// errno(3): what eBPF says of a Service without endpoints.
+const EHOSTUNREACH: i32 = 113;
+/// errno(3): what it says of a port that a Service doesn't have.
+const ECONNREFUSED: i32 = 111;
 /// An address without endpoints must say so within this.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
@@ -255,19 +259,35 @@ impl Case<'_> {
         })
     }
 
-    /// Waits until a call is refused at once, so that no caller waits for a deadline.
+    /// Waits until a call of a Service without endpoints is refused at once, so that no caller waits for a deadline.
     ///
     /// # Errors
     /// When that doesn't happen in time.
     pub fn refused(&self, from: From<'_>, url: &str) -> Result<()> {
+        self.refused_with(EHOSTUNREACH, from, url)
+    }
+
+    /// As [`Case::refused`], of a port that the Service doesn't have.
+    ///
+    /// # Errors
+    /// When that doesn't happen in time.
+    pub fn no_such_port(&self, from: From<'_>, url: &str) -> Result<()> {
+        self.refused_with(ECONNREFUSED, from, url)
+    }
+
+    /// The rules of nftables say either.
+    fn refused_with(&self, ebpf: i32, from: From<'_>, url: &str) -> Result<()> {
+        let expected: &[_] = match self.field.mode.datapath {
+            Datapath::Ebpf => &[ebpf],
+            _ => &[EHOSTUNREACH, ECONNREFUSED],
+        };
         self.until(&format!("{from:?} is refused at {url}"), SEEN, || {
             let begin = Instant::now();
             let outcome = self.calls(from, url, 1)?.pop().context("an outcome")?;
             let took = begin.elapsed();
             let Err(reason) = outcome else { bail!("{outcome:?}") };
             ensure!(took < AT_ONCE, "after {took:?}: {reason}");
-            let refusals = ["os error 111", "os error 113"];
-            ensure!(refusals.iter().any(|refusal| reason.contains(refusal)), "{reason}");
+            ensure!(expected.iter().any(|number| reason.contains(&format!("(os error {number})"))), "{reason}");
             Ok(())
         })
     }
@@ -294,6 +314,19 @@ impl Case<'_> {
             let words = format!("endpointslices -l kubernetes.io/service-name={}", service.name);
             let found = ready_addresses(&self.field.get(&words)?);
             ensure!(found == wanted, "{found:?}");
+            Ok(())
+        })
+    }
+
+    /// Waits until one of a Service's endpoints is terminating, and serves on or doesn't.
+    ///
+    /// # Errors
+    /// When none is in time.
+    pub fn terminating(&self, service: &Service, serving: bool) -> Result<()> {
+        self.until(&format!("an endpoint of {} is terminating", service.name), SEEN, || {
+            let slices = self.field.get(&format!("endpointslices -l kubernetes.io/service-name={}", service.name))?;
+            let mut conditions = endpoints(&slices).map(|endpoint| &endpoint["conditions"]);
+            ensure!(conditions.any(|now| now["terminating"] == true && now["serving"] == serving), "{slices}");
             Ok(())
         })
     }
@@ -329,17 +362,20 @@ impl Case<'_> {
     /// # Errors
     /// When it fails.
     pub fn shell(&self, pod: &str, line: &str) -> Result<String> {
-        let (good, text) = callers::run(self.field, From::Pod(pod), &["/bin/sh", "-c", line])?;
-        ensure!(good, "{line}: {}", text.trim());
+        let (code, text) = callers::run(self.field, From::Pod(pod), &["/bin/sh", "-c", line])?;
+        ensure!(code == Some(0), "{line}: {}", text.trim());
         Ok(text)
     }
 }
 
+fn endpoints(slices: &Value) -> impl Iterator<Item = &Value> {
+    let slices = slices["items"].as_array().into_iter().flatten();
+    slices.flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten())
+}
+
 /// The addresses in a list of slices that are ready.
 pub fn ready_addresses(slices: &Value) -> BTreeSet<String> {
-    let slices = slices["items"].as_array().into_iter().flatten();
-    let endpoints = slices.flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten());
-    let ready = endpoints.filter(|endpoint| endpoint["conditions"]["ready"] == true);
+    let ready = endpoints(slices).filter(|endpoint| endpoint["conditions"]["ready"] == true);
     ready
         .flat_map(|endpoint| endpoint["addresses"].as_array().cloned().unwrap_or_default())
         .filter_map(|address| address.as_str().map(str::to_owned))

@@ -1,7 +1,7 @@
 //! The soak: endpoints come and go under load, and at the end nothing has failed that was healthy, and nothing was kept.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     time::{Duration, Instant},
 };
@@ -14,20 +14,29 @@ use crate::{
     Case, Field,
     callers::{From, Stream},
     case::Service,
-    field::NODES,
+    field::{NAMESPACE, NODES},
     manifests,
 };
 
 /// How long a pod serves on after it was told to end: longer than a change takes to every node.
 const LINGER: &str = "6";
-/// Failures that a killed pod may leave: what was in flight, and what came until its endpoint was gone everywhere.
-const AFTER_A_KILL: Duration = Duration::from_secs(5);
+/// By when after a kill its endpoint must be gone everywhere: calls that began later may not fail.
+const AFTER_A_KILL: Duration = Duration::from_secs(1);
+/// How many calls of a load may fail for each kill.
+const MOST_EXCUSED: usize = 5;
 /// How long flows, sockets and remembered peers may take to go after the load has ended; a proxied UDP flow ends after 60 s.
 const SETTLE: Duration = Duration::from_secs(90);
-/// What an agent's memory may grow by from the middle of the time to its end.
-const MEMORY_GROWTH_KIB: u64 = 12 * 1024;
+/// From when an agent's memory is looked at: UDP flows through it end after this time without a datagram, so that it grows until then.
+const FULL_LOAD: Duration = Duration::from_secs(60);
+/// What an agent's memory may grow by from the first half of the time under full load to the second.
+const MEMORY_GROWTH_KIB: u64 = 4 * 1024;
 /// What counts of descriptors and connections may differ by: the cluster goes on living.
 const COUNT_GROWTH: u64 = 16;
+
+/// From where is called: straight to endpoints, and through the tunnel.
+const CLIENTS: [&str; 2] = ["client-cloud-2", "client-edge-a1"];
+/// The node of the endpoint that the steady Service keeps.
+const STEADY: &str = "cloud-1";
 
 /// What a node holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,6 +51,8 @@ pub struct Held {
     pub peers: u64,
     /// Entries of its connection tracking.
     pub conntrack: u64,
+    /// All gauges among the agent's metrics, by name and labels.
+    pub gauges: BTreeMap<String, u64>,
 }
 
 /// What one load came to.
@@ -51,7 +62,7 @@ pub struct Load {
     pub calls: usize,
     /// Failed calls that nothing excuses, by reason.
     pub failures: BTreeMap<String, usize>,
-    /// Failed calls of the Service whose pods are killed, within the time after a kill.
+    /// Failed calls of the Service whose pods are killed, of those that began before a kill or shortly after it.
     pub excused: usize,
 }
 
@@ -64,7 +75,7 @@ pub struct Report {
     pub changes: [usize; 3],
     /// By node: before and after.
     pub held: BTreeMap<String, (Held, Held)>,
-    /// By node: the agent's memory at each turn, under load.
+    /// By node: the agent's memory at each turn under full load.
     pub memory: BTreeMap<String, Vec<u64>>,
 }
 
@@ -75,6 +86,9 @@ impl Report {
         for (name, load) in &self.loads {
             if load.calls == 0 {
                 all.push(format!("{name}: nothing was called"));
+            }
+            if load.excused > MOST_EXCUSED * self.changes[1] {
+                all.push(format!("{name}: {} calls failed for {} kills", load.excused, self.changes[1]));
             }
             all.extend(
                 load.failures
@@ -92,14 +106,16 @@ impl Report {
             check("frontends", before.frontends, after.frontends, 0);
             check("remembered sockets", before.peers, after.peers, COUNT_GROWTH);
             check("tracked connections", before.conntrack, after.conntrack, 8 * COUNT_GROWTH);
+            for (name, value) in &after.gauges {
+                check(name, before.gauges.get(name).copied().unwrap_or_default(), *value, COUNT_GROWTH);
+            }
         }
         for (node, samples) in &self.memory {
-            // The first third fills caches and starts what is started once; a leak goes on after it.
-            let third = samples.len() / 3;
-            let most = |part: &[u64]| part.iter().max().copied().unwrap_or_default();
-            let (middle, last) = (most(&samples[third..2 * third]), most(&samples[2 * third..]));
-            if third > 0 && last > middle + MEMORY_GROWTH_KIB {
-                all.push(format!("{node}: agent memory (KiB) under load grew from {middle} to {last}"));
+            let (first, second) = samples.split_at(samples.len() / 2);
+            if let (Some(before), Some(after)) = (first.iter().max(), second.iter().max())
+                && *after > before + MEMORY_GROWTH_KIB
+            {
+                all.push(format!("{node}: agent memory (KiB) under load grew from {before} to {after}"));
             }
         }
         all
@@ -108,12 +124,12 @@ impl Report {
     /// As text.
     pub fn text(&self) -> String {
         let mut out = format!(
-            "changes: {} pods replaced, {} killed, {} slices rewritten\n{:<26} {:>8} {:>8} {:>8}\n",
+            "changes: {} pods replaced, {} killed, {} slices rewritten\n{:<34} {:>8} {:>8} {:>8}\n",
             self.changes[0], self.changes[1], self.changes[2], "LOAD", "CALLS", "FAILED", "EXCUSED"
         );
         for (name, load) in &self.loads {
             let failed: usize = load.failures.values().sum();
-            out.push_str(&format!("{name:<26} {:>8} {failed:>8} {:>8}\n", load.calls, load.excused));
+            out.push_str(&format!("{name:<34} {:>8} {failed:>8} {:>8}\n", load.calls, load.excused));
         }
         out.push_str(&format!(
             "{:<10} {:>18} {:>14} {:>12} {:>14} {:>14}\n",
@@ -129,6 +145,17 @@ impl Report {
                 pair(before.peers, after.peers),
                 pair(before.conntrack, after.conntrack)
             ));
+        }
+        for (node, samples) in &self.memory {
+            let (first, last) = (samples.first().unwrap_or(&0), samples.last().unwrap_or(&0));
+            out.push_str(&format!("{node:<10} under full load {first}→{last} KiB in {} turns\n", samples.len()));
+        }
+        for (node, (before, after)) in &self.held {
+            let other = |gauge: &&String| before.gauges.get(*gauge) != after.gauges.get(*gauge);
+            for gauge in after.gauges.keys().filter(other) {
+                let value = before.gauges.get(gauge).copied().unwrap_or_default();
+                out.push_str(&format!("{node:<10} {gauge} {value}→{}\n", after.gauges[gauge]));
+            }
         }
         out
     }
@@ -149,25 +176,23 @@ pub fn run(field: &Field, duration: Duration) -> Result<Report> {
     let replaced = Group::start(&case, "replaced", &[LINGER])?;
     let killed = Group::start(&case, "killed", &["0"])?;
     let rewritten = case.service("rewritten", json!({"selector": null}))?;
-    rewrite(&case, &rewritten, 0)?;
+    endpoints(&case, "rewritten", &NODES[..2])?;
 
     let services = [("replaced", &replaced.service), ("killed", &killed.service), ("rewritten", &rewritten)];
-    let mut streams = Vec::new();
+    let mut streams = steady(&case)?;
+    for client in CLIENTS {
+        let url = format!("http://{}.{}/", rewritten.name, NAMESPACE);
+        streams.push(("rewritten", format!("rewritten by name {client}"), begin(&case, client, &[], &url)?));
+    }
     for (name, service) in services {
-        for client in ["client-cloud-2", "client-edge-a1"] {
+        for client in CLIENTS {
             for port in ["http", "udp"] {
-                case.until(&format!("{name} answers"), Duration::from_secs(20), || {
-                    let outcomes = case.calls(From::Pod(client), &service.url(port), 10)?;
-                    ensure!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
-                    Ok(())
-                })?;
-                let options = ["--every", "10", "--timeout", "4000"];
-                let stream = case.stream(From::Pod(client), &options, &service.url(port))?;
+                let stream = begin(&case, client, &[], &service.url(port))?;
                 streams.push((name, format!("{name} {port} {client}"), stream));
             }
         }
     }
-    let kills = churn(&case, duration, replaced, killed, &rewritten, &mut report)?;
+    let kills = churn(&case, duration, replaced, killed, &mut report)?;
     // Those that are under way when the load ends have their answer by then, or are not counted.
     for (name, load, stream) in streams {
         report.loads.insert(load, count(name, &stream, &kills));
@@ -175,6 +200,34 @@ pub fn run(field: &Field, duration: Duration) -> Result<Report> {
     clean_up(&case)?;
     settle(&case, &mut report)?;
     Ok(report)
+}
+
+/// Calls a URL again and again from the time that it is answered.
+fn begin(case: &Case<'_>, client: &str, options: &[&str], url: &str) -> Result<Stream> {
+    case.until(&format!("{url} answers"), Duration::from_secs(20), || {
+        let outcomes = case.calls(From::Pod(client), url, 10)?;
+        ensure!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+        Ok(())
+    })?;
+    case.stream(From::Pod(client), &[&["--every", "10", "--timeout", "4000"], options].concat(), url)
+}
+
+/// Connections and UDP sockets that are kept all the time, with a Service that has one endpoint so far.
+fn steady(case: &Case<'_>) -> Result<Vec<(&'static str, String, Stream)>> {
+    let service = case.service("steady", json!({"selector": null}))?;
+    endpoints(case, "steady", &[STEADY])?;
+    let mut streams = Vec::new();
+    for client in CLIENTS {
+        for port in ["tcp", "udp"] {
+            let stream = begin(case, client, &["--keep"], &service.url(port))?;
+            case.until("it has an endpoint", Duration::from_secs(10), || {
+                ensure!(stream.outcomes().iter().any(Result::is_ok), "no answer yet");
+                Ok(())
+            })?;
+            streams.push(("steady", format!("steady {port} {client}"), stream));
+        }
+    }
+    Ok(streams)
 }
 
 /// Two pods behind a Service, one in the cloud and one at the edge, that take turns in being replaced.
@@ -215,8 +268,8 @@ impl Group {
         case.field.kubectl(&format!("label pod {name} soak={}", self.of), "").map(drop)
     }
 
-    /// A new pod takes the place of the older one on a node.
-    fn replace(&mut self, case: &Case<'_>, turn: usize, how: &str) -> Result<()> {
+    /// A new pod takes the place of the older one on a node; gives when that was deleted.
+    fn replace(&mut self, case: &Case<'_>, turn: usize, how: &str) -> Result<Kill> {
         let (node, number) = self.pods[turn % self.pods.len()];
         self.create(case, node, number + 1)?;
         // The new one is known everywhere before the old one goes, as a rolling update does it.
@@ -226,20 +279,34 @@ impl Group {
             ensure!(outcomes.iter().flatten().any(|answer| answer.pod == new), "not yet");
             Ok(())
         })?;
+        let begin = Instant::now();
         case.delete(&format!("pod {} {how}", self.name(case, node, number)))?;
         self.pods[turn % self.pods.len()].1 = number + 1;
-        Ok(())
+        Ok(Kill { begin, end: Instant::now() })
     }
 }
 
-/// Puts two of the shared servers into a Service's slice, others at each turn but one.
-fn rewrite(case: &Case<'_>, service: &Service, turn: usize) -> Result<()> {
-    let mut endpoints = Vec::new();
-    for offset in [0, 1] {
-        let node = NODES[(turn + offset) % NODES.len()];
-        endpoints.push(manifests::endpoint(case.field.pod_ip(&format!("server-{node}"))?, node, true));
-    }
-    let slice = manifests::slice(&case.name("rewritten"), &service.name, manifests::slice_ports(), endpoints);
+/// When a pod was deleted: between these.
+struct Kill {
+    begin: Instant,
+    end: Instant,
+}
+
+/// Puts two of the shared servers into a Service's slice, others at each turn but one; and one beside the steady Service's.
+fn rewrite(case: &Case<'_>, turn: usize) -> Result<()> {
+    let node = |offset: usize| NODES[(turn + offset) % NODES.len()];
+    endpoints(case, "rewritten", &[node(0), node(1)])?;
+    endpoints(case, "steady", &[STEADY, node(0)])
+}
+
+/// Makes the shared servers of these nodes a Service's endpoints.
+fn endpoints(case: &Case<'_>, of: &str, nodes: &[&str]) -> Result<()> {
+    let nodes = BTreeSet::from_iter(nodes);
+    let endpoint = |node: &&&str| -> Result<Value> {
+        Ok(manifests::endpoint(case.field.pod_ip(&format!("server-{node}"))?, node, true))
+    };
+    let endpoints = nodes.iter().map(endpoint).collect::<Result<_>>()?;
+    let slice = manifests::slice(&case.name(of), &case.name(of), manifests::slice_ports(), endpoints);
     case.field.apply(&[slice]).map(drop)
 }
 
@@ -249,40 +316,43 @@ fn churn(
     duration: Duration,
     mut replaced: Group,
     mut killed: Group,
-    rewritten: &Service,
     report: &mut Report,
-) -> Result<Vec<Instant>> {
+) -> Result<Vec<Kill>> {
     let begin = Instant::now();
     let mut kills = Vec::new();
     let mut turn = 0;
     while begin.elapsed() < duration {
         turn += 1;
         for step in 0..5 {
-            rewrite(case, rewritten, turn * 5 + step)?;
+            rewrite(case, turn * 5 + step)?;
             report.changes[2] += 1;
         }
         replaced.replace(case, turn, "--grace-period=20")?;
         report.changes[0] += 1;
-        let at = Instant::now();
-        for node in NODES {
+        for node in NODES.iter().filter(|_| begin.elapsed() > FULL_LOAD) {
             let held = held(case.field, node)?;
-            report.memory.entry(node.to_owned()).or_default().push(held.rss_kib);
+            report.memory.entry((*node).to_owned()).or_default().push(held.rss_kib);
         }
-        killed.replace(case, turn, "--grace-period=0 --force")?;
-        kills.extend([at, Instant::now()]);
+        kills.push(killed.replace(case, turn, "--grace-period=0 --force")?);
         report.changes[1] += 1;
     }
     Ok(kills)
 }
 
-fn count(name: &str, stream: &Stream, kills: &[Instant]) -> Load {
+fn count(name: &str, stream: &Stream, kills: &[Kill]) -> Load {
     let mut load = Load::default();
+    let mut began = None;
     for (outcome, at) in stream.timed_outcomes() {
         load.calls += 1;
-        let Err(reason) = outcome else { continue };
-        // A failed call is seen when its own deadline is over.
-        let near_a_kill = kills.iter().any(|kill| at >= *kill && at < *kill + AFTER_A_KILL + Duration::from_secs(4));
-        if name == "killed" && near_a_kill {
+        // One call begins when the one before it has ended.
+        let began = began.replace(at).unwrap_or(at);
+        let reason = match outcome {
+            Ok(answer) if name == "steady" && answer.node != STEADY => "another pod answered".to_owned(),
+            Ok(_) => continue,
+            Err(reason) => reason,
+        };
+        let by_a_kill = kills.iter().any(|kill| began <= kill.end + AFTER_A_KILL && at >= kill.begin);
+        if name == "killed" && by_a_kill {
             load.excused += 1;
         } else {
             *load.failures.entry(reason).or_default() += 1;
@@ -307,10 +377,11 @@ fn warm_up(case: &Case<'_>) -> Result<()> {
 }
 
 fn clean_up(case: &Case<'_>) -> Result<()> {
-    let services = ["replaced", "killed", "rewritten"].map(|of| case.name(of)).join(" ");
+    let services = ["replaced", "killed", "rewritten", "steady"].map(|of| case.name(of)).join(" ");
     case.field.kubectl(&format!("delete service {services}"), "")?;
     case.field.kubectl(&format!("delete pods -l case={} --grace-period=0 --force", case.id), "")?;
-    case.field.kubectl(&format!("delete endpointslice {} --ignore-not-found", case.name("rewritten")), "").map(drop)
+    let slices = ["rewritten", "steady"].map(|of| case.name(of)).join(" ");
+    case.field.kubectl(&format!("delete endpointslice {slices} --ignore-not-found"), "").map(drop)
 }
 
 /// Waits until no node holds more than before, for some time; puts down what they hold then.
@@ -356,6 +427,7 @@ fn held(field: &Field, node: &str) -> Result<Held> {
     };
     let page = on_node(&["curl", "-sSf", "--max-time", "5", "http://127.0.0.1:9442/debug/datapath"])?;
     let page: Value = serde_json::from_str(&page)?;
+    let metrics = on_node(&["curl", "-sSf", "--max-time", "5", "http://127.0.0.1:9442/metrics"])?;
     // A kernel that tracks nothing in this namespace has no such file.
     let conntrack = on_node(&["cat", "/proc/sys/net/netfilter/nf_conntrack_count"]).unwrap_or_default();
     Ok(Held {
@@ -364,5 +436,17 @@ fn held(field: &Field, node: &str) -> Result<Held> {
         frontends: page["frontends"].as_array().map_or(0, |frontends| frontends.len() as u64),
         peers: page["rememberedPeers"].as_u64().unwrap_or_default(),
         conntrack: conntrack.trim().parse().unwrap_or_default(),
+        gauges: gauges(&metrics),
     })
+}
+
+/// The gauges on a page of metrics.
+fn gauges(page: &str) -> BTreeMap<String, u64> {
+    let types = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" gauge"));
+    let names: BTreeSet<_> = types.collect();
+    let samples = page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+    samples
+        .filter(|(sample, _)| names.contains(sample.split('{').next().unwrap_or_default()))
+        .filter_map(|(sample, value)| Some((sample.to_owned(), value.parse().ok()?)))
+        .collect()
 }

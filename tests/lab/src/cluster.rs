@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -21,7 +22,8 @@ use crate::{
 
 const NODES_READY_DEADLINE: Duration = Duration::from_secs(60);
 /// Names that the internet's DNS server knows.
-const OUTSIDE_NAMES: &[(&str, &str)] = &[("outside.example", "198.51.100.7"), ("other.example", "198.51.100.8")];
+const OUTSIDE_NAMES: &[(&str, Ipv4Addr)] =
+    &[("outside.example", Ipv4Addr::new(198, 51, 100, 7)), ("other.example", Ipv4Addr::new(198, 51, 100, 8))];
 
 /// Removes what is left of a lab of this name, then brings it up and waits until every node is Ready.
 ///
@@ -93,7 +95,8 @@ fn dnsmasq_settings(folder: &Path) -> String {
         folder.join("dnsmasq.pid").display()
     );
     for (name, address) in OUTSIDE_NAMES {
-        text.push_str(&format!("address=/{name}/{address}\n"));
+        let [a, b, c, d] = address.octets();
+        text.push_str(&format!("address=/{name}/{address}\nptr-record={d}.{c}.{b}.{a}.in-addr.arpa,{name}\n"));
     }
     text
 }

@@ -8,11 +8,16 @@ use serde_json::{Value, json};
 use crate::{
     daemons::CONTAINERD_SOCKET,
     host::HostNamespace,
-    topology::{Datapath, Host, INTERNET_DNS},
+    topology::{Datapath, Host, INTERNET_DNS, INTERNET_GATEWAY},
 };
 
 /// The public port of the hub's link.
 pub const LINK_PORT: u16 = 10443;
+
+/// A domain whose names the agents ask at a server of its own: the internet's gateway, at [`STUB_DOMAIN_PORT`].
+pub const STUB_DOMAIN: &str = "stub.example";
+/// The port of that server.
+pub const STUB_DOMAIN_PORT: u16 = 5353;
 
 /// Writes the hub's configuration.
 ///
@@ -66,7 +71,11 @@ pub fn write_node(host: &Host, namespace: &HostNamespace, datapath: Option<Datap
         "cgroup": namespace.cgroup,
         // Mounted in the host's mount namespace, so that the programs go with the host.
         "bpffs": folder.join("bpf"),
-        "dns": {"upstreams": [format!("{INTERNET_DNS}:53")]},
+        // Nobody answers for the domain of its own unless somebody starts a server there.
+        "dns": {
+            "upstreams": [format!("{INTERNET_DNS}:53")],
+            "zones": {STUB_DOMAIN: [format!("{INTERNET_GATEWAY}:{STUB_DOMAIN_PORT}")]},
+        },
         "tunnel": {"relay": host.relay},
     });
     agent[source.0] = source.1.clone();

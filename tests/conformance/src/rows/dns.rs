@@ -3,6 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use edgemesh_lab::{
+    command,
+    settings::{STUB_DOMAIN, STUB_DOMAIN_PORT},
+    topology::INTERNET_GATEWAY,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -38,6 +43,11 @@ pub(super) const ROWS: &[Row] = &[
     Row::new(
         "DNS configMap nameserver should be able to forward names outside of the cluster to the upstream nameserver",
         forwards,
+    ),
+    Row::new("DNS configMap forward PTR lookup should forward PTR records lookup to upstream nameserver", forwards_ptr),
+    Row::new(
+        "DNS configMap nameserver should be able to change stubDomain configuration (the agents' setting)",
+        stub_domain,
     ),
     Row::new("DNS should answer reverse names of Services and headless endpoints (PTR)", reverse),
 ];
@@ -237,6 +247,24 @@ fn forwards_external_name(case: &Case<'_>) -> Result<()> {
 }
 
 fn forwards(case: &Case<'_>) -> Result<()> {
+    answers(case, &CLIENTS, "a", "outside.example", &["198.51.100.7"])
+}
+
+fn forwards_ptr(case: &Case<'_>) -> Result<()> {
+    answers(case, &CLIENTS, "ptr", &arpa("198.51.100.7"), &["outside.example"])
+}
+
+/// The server for other names knows nothing of the domain.
+fn stub_domain(case: &Case<'_>) -> Result<()> {
+    let internet = case.field.lab.namespace("internet");
+    let words = format!(
+        "dnsmasq --conf-file=/dev/null --no-resolv --no-hosts --user=root --bind-interfaces --listen-address={INTERNET_GATEWAY} --port={STUB_DOMAIN_PORT} --pid-file={} --address=/{STUB_DOMAIN}/198.51.100.9",
+        internet.folder.join("stub-domain.pid").display()
+    );
+    let words: Vec<_> = words.split(' ').map(str::to_owned).collect();
+    // It goes to the background, and ends with the lab.
+    command::finish(&mut internet.command("shell", &words)?)?;
+    answers(case, &CLIENTS, "a", &format!("some.{STUB_DOMAIN}"), &["198.51.100.9"])?;
     answers(case, &CLIENTS, "a", "outside.example", &["198.51.100.7"])
 }
 

@@ -6,7 +6,10 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 
 use crate::{
-    callers::From::{Node, Pod},
+    callers::{
+        From::{Node, Outside, Pod},
+        Stream,
+    },
     case::{Case, Row},
     manifests,
 };
@@ -109,7 +112,7 @@ fn ports_change(case: &Case<'_>) -> Result<()> {
     case.reaches(Pod(EDGE), &service.url("tcp"), &ALL)?;
     let removed = service.url("http");
     let service = case.service("svc", json!({"ports": [all[1]]}))?;
-    case.refused(Pod(EDGE), &removed)?;
+    case.no_such_port(Pod(EDGE), &removed)?;
     case.reaches(Pod(EDGE), &service.url("tcp"), &ALL)
 }
 
@@ -141,8 +144,54 @@ fn agent_restarts(case: &Case<'_>) -> Result<()> {
     case.reaches(Pod(EDGE), &before.url("http"), &ALL)?;
     case.daemon("edge-a1", "agent", |_| Ok(()))?;
     case.reaches(Pod(EDGE), &before.url("http"), &ALL)?;
+    calls_go_on(case, "cloud-2")?;
     let after = case.service("after", json!({}))?;
-    case.reaches(Pod(EDGE), &after.url("http"), &ALL)
+    case.reaches(Pod(EDGE), &after.url("http"), &ALL)?;
+    case.reaches(Pod(NEAR), &after.url("http"), &ALL)
+}
+
+/// Calls that a node sends straight to an endpoint don't notice that its agent is killed, is away, and comes back: new ones, those
+/// of an open connection, of a UDP socket that is kept, and of clients outside of the cluster.
+fn calls_go_on(case: &Case<'_>, node: &str) -> Result<()> {
+    let selector = json!({"app": "server", "node": "cloud-1"});
+    let service = case.service("direct", json!({"type": "NodePort", "selector": selector}))?;
+    let pod = format!("client-{node}");
+    let address = case.field.address(node)?;
+    let mut streams = Vec::new();
+    for (from, url, keep) in [
+        (Pod(&pod), service.url("http"), false),
+        (Node(node), service.url("http"), false),
+        (Pod(&pod), service.url("udp"), false),
+        (Pod(&pod), service.url("tcp"), true),
+        (Pod(&pod), service.url("udp"), true),
+        (Outside, service.node_url(address, "http"), false),
+        (Outside, service.node_url(address, "udp"), true),
+    ] {
+        case.reaches(from, &url, &["server-cloud-1"])?;
+        let keep: &[&str] = if keep { &["--keep"] } else { &[] };
+        let stream = case.stream(from, &[&["--every", "5", "--timeout", "2000"], keep].concat(), &url)?;
+        streams.push((format!("{from:?} {url} {keep:?}"), stream));
+    }
+    go_on(case, &streams)?;
+    case.daemon(node, "agent", |case| go_on(case, &streams))?;
+    case.service("meanwhile", json!({}))?;
+    go_on(case, &streams)
+}
+
+/// Waits until each stream had many more answers; none may have failed.
+fn go_on(case: &Case<'_>, streams: &[(String, Stream)]) -> Result<()> {
+    for (name, stream) in streams {
+        let before = stream.outcomes().len();
+        case.until(&format!("{name} goes on"), Duration::from_secs(20), || {
+            let outcomes = stream.outcomes();
+            ensure!(outcomes.len() >= before + 100, "{} answers, {before} of them before", outcomes.len());
+            Ok(())
+        })?;
+        let outcomes = stream.outcomes();
+        let failed: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect();
+        ensure!(failed.is_empty(), "{name}: {} of {} failed: {:?}", failed.len(), outcomes.len(), failed[0]);
+    }
+    Ok(())
 }
 
 fn hub_restarts(case: &Case<'_>) -> Result<()> {
@@ -242,6 +291,7 @@ fn unready_published(case: &Case<'_>) -> Result<()> {
 fn unready_and_terminating_published(case: &Case<'_>) -> Result<()> {
     let (unready, ending) = unready_and_ending(case)?;
     let service = case.service("svc", json!({"selector": {"case": case.id}, "publishNotReadyAddresses": true}))?;
+    case.terminating(&service, true)?;
     for from in [Pod(EDGE), Node("cloud-2")] {
         case.reaches(from, &service.url("http"), &[&unready, &ending])?;
     }
@@ -253,6 +303,7 @@ fn unready_not_published(case: &Case<'_>) -> Result<()> {
     case.pod(manifests::unready(manifests::pod(&name, "cloud-1", &[("case", &case.id)], &["--linger", "60"])))?;
     case.delete(&format!("pod {name} --grace-period=60"))?;
     let service = case.service("svc", json!({"selector": {"case": case.id}}))?;
+    case.terminating(&service, false)?;
     for from in [Pod(EDGE), Node("cloud-2")] {
         case.refused(from, &service.url("http"))?;
     }

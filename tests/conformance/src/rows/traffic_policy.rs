@@ -113,12 +113,7 @@ fn ending(case: &Case<'_>) -> Result<String> {
 
 fn terminates(case: &Case<'_>, pod: &str, service: &Service) -> Result<()> {
     case.delete(&format!("pod {pod} --grace-period=100"))?;
-    case.until("its endpoint is terminating", Duration::from_secs(15), || {
-        let slices = case.field.get(&format!("endpointslices -l kubernetes.io/service-name={}", service.name))?;
-        let conditions = &slices["items"][0]["endpoints"][0]["conditions"];
-        ensure!(conditions["terminating"] == true && conditions["serving"] == true, "{conditions}");
-        Ok(())
-    })
+    case.terminating(service, true)
 }
 
 fn terminating_internal_cluster(case: &Case<'_>) -> Result<()> {
@@ -195,8 +190,8 @@ pub(super) fn balanced(case: &Case<'_>, service: &Service, address: &str, node: 
     let ingress = json!({"status": {"loadBalancer": {"ingress": [{"ip": address}]}}});
     case.patch(&format!("service/{} --subresource=status", service.name), &ingress)?;
     let via = case.field.address(node)?;
-    let (good, said) = callers::run(case.field, Outside, &["ip", "route", "replace", address, "via", via])?;
-    ensure!(good, "{said}");
+    let (code, said) = callers::run(case.field, Outside, &["ip", "route", "replace", address, "via", via])?;
+    ensure!(code == Some(0), "{said}");
     Ok(service.url_at(address, "http"))
 }
 
