@@ -416,7 +416,8 @@ fn source_ranges_of_load_balancers_are_those_that_no_other_holds() {
         web["spec"]["loadBalancerSourceRanges"] = ranges;
         web["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}});
         apply(&store, web);
-        let found = published(&store).service("default", "web").unwrap();
+        let catalog = published(&store);
+        let found = catalog.service("default", "web").unwrap();
         let texts = found.load_balancer_sources.as_ref().map(|all| all.iter().map(ToString::to_string).collect());
         assert_eq!(texts, expected.map(|all| all.into_iter().map(str::to_owned).collect::<Vec<_>>()));
         assert_eq!(found.load_balancer_ips, [ip("203.0.113.7")]);
