@@ -16,8 +16,9 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use crate::model::{
-    Endpoint, Node, Peer, Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution,
+use crate::{
+    cidr::Cidr,
+    model::{Endpoint, Node, Peer, Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution},
 };
 
 /// Label of an EndpointSlice that names its Service (Kubernetes, "Well-Known Labels").
@@ -45,6 +46,8 @@ const MAX_SLICE_ENDPOINTS: usize = 10_000;
 const MAX_PORTS: usize = 1_000;
 /// A Service has a handful of external addresses, an endpoint a handful of hints.
 const MAX_ADDRESSES: usize = 64;
+/// Ranges of `loadBalancerSourceRanges`; none of the rest is admitted.
+const MAX_SOURCES: usize = 1024;
 
 /// Which Services the mesh carries. All have names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -209,9 +212,8 @@ pub(crate) fn service(
     };
     let balancer = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
-    // Where the load balancer itself must see the traffic, it does.
-    let passes_balancer = spec.load_balancer_source_ranges.as_ref().is_some_and(|ranges| !ranges.is_empty());
-    let on_nodes = ingress.iter().filter(|entry| !passes_balancer && entry.ip_mode.as_deref() != Some("Proxy"));
+    let on_nodes = ingress.iter().filter(|entry| entry.ip_mode.as_deref() != Some("Proxy"));
+    let sources = spec.load_balancer_source_ranges.as_ref().filter(|ranges| !ranges.is_empty());
     let external_traffic_local = spec.external_traffic_policy.as_deref() == Some("Local");
     let annotations = object.metadata.annotations.as_ref();
     let choice = annotations.and_then(|annotations| annotations.get(ENDPOINT_CHOICE_ANNOTATION));
@@ -221,6 +223,7 @@ pub(crate) fn service(
         cluster_ips,
         external_ips: addresses(&mut spec.external_ips.iter().flatten()),
         load_balancer_ips: addresses(&mut on_nodes.filter_map(|entry| entry.ip.as_ref())),
+        load_balancer_sources: sources.map(|texts| outermost(texts)),
         ports,
         hosts: Vec::new(),
         client_ip_affinity: affinity,
@@ -241,6 +244,19 @@ pub(crate) fn service(
         strict_spreading: choice.is_some_and(|choice| choice == "kubernetes"),
         proxied_elsewhere: !selection.takes(&object.metadata),
     })
+}
+
+/// Ranges that no other one holds. What is no range admits nobody.
+fn outermost(texts: &[String]) -> Vec<Cidr> {
+    let mut ranges: Vec<Cidr> = texts.iter().filter_map(|text| Cidr::parse(text)).take(MAX_SOURCES).collect();
+    ranges.sort_unstable_by_key(|range| (range.prefix(), range.network()));
+    let mut outermost: Vec<Cidr> = Vec::new();
+    for range in ranges {
+        if !outermost.iter().any(|outer| outer.overlaps(&range)) {
+            outermost.push(range);
+        }
+    }
+    outermost
 }
 
 /// Whether callers from outside can mean a Service by an address: one that each host or link has for itself is taken from nobody

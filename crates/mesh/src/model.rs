@@ -2,6 +2,8 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use crate::cidr::Cidr;
+
 /// Transport protocol of a Service port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
@@ -44,8 +46,10 @@ pub struct Service {
     /// `externalIPs`: addresses of nodes at which it is called too.
     pub external_ips: Vec<IpAddr>,
     /// Addresses of its load balancer (`status.loadBalancer.ingress`) that are served on the nodes: not those with
-    /// `ipMode: Proxy`, nor any where `loadBalancerSourceRanges` make the load balancer decide who may come.
+    /// `ipMode: Proxy`.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// `loadBalancerSourceRanges`: from where these addresses may be called, if not from everywhere. None holds another.
+    pub load_balancer_sources: Option<Vec<Cidr>>,
     /// Ports, in the object's order.
     pub ports: Vec<Arc<ServicePort>>,
     /// Of a headless Service: every endpoint address once, whatever its port (0 where the slice lists none).

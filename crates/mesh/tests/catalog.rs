@@ -383,7 +383,6 @@ fn addresses_of_load_balancers_count_where_the_nodes_serve_them() {
                 {"ip": "::ffff:127.0.0.1"}, {"ip": "ff02::1"}, {"ip": "::"}, {"ip": "203.0.113.8"}]),
             vec!["203.0.113.8"],
         ),
-        (json!({"loadBalancerSourceRanges": ["198.51.100.0/24"]}), json!([{"ip": "203.0.113.7"}]), vec![]),
     ];
     for (spec, ingress, expected) in table {
         let store = CatalogStore::new();
@@ -397,6 +396,31 @@ fn addresses_of_load_balancers_count_where_the_nodes_serve_them() {
         let balancer: Vec<String> = found.load_balancer_ips.iter().map(ToString::to_string).collect();
         assert_eq!(balancer, expected);
         assert_eq!(found.external_ips, [ip("192.168.1.11")]);
+        assert_eq!(found.load_balancer_sources, None);
+    }
+}
+
+#[test]
+fn source_ranges_of_load_balancers_are_those_that_no_other_holds() {
+    let table = [
+        (json!([]), None),
+        (
+            json!(["10.1.0.0/16", " 10.0.0.0/8 ", "10.0.0.0/8", "2001:db8::/32"]),
+            Some(vec!["10.0.0.0/8", "2001:db8::/32"]),
+        ),
+        (json!(["not a range"]), Some(vec![])),
+    ];
+    for (ranges, expected) in table {
+        let store = CatalogStore::new();
+        let mut web = service("web", "10.96.0.1", json!([{"port": 80}]));
+        web["spec"]["loadBalancerSourceRanges"] = ranges;
+        web["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}});
+        apply(&store, web);
+        let catalog = published(&store);
+        let found = catalog.service("default", "web").unwrap();
+        let texts = found.load_balancer_sources.as_ref().map(|all| all.iter().map(ToString::to_string).collect());
+        assert_eq!(texts, expected.map(|all| all.into_iter().map(str::to_owned).collect::<Vec<_>>()));
+        assert_eq!(found.load_balancer_ips, [ip("203.0.113.7")]);
     }
 }
 

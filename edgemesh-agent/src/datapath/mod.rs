@@ -129,6 +129,7 @@ impl Datapath {
             programs,
             rules,
             outside: OutsidePlan::new(),
+            guarded: Plan::new(),
             planned_outside: None,
             outside_failures: 0,
             failures: 0,
@@ -180,6 +181,8 @@ struct Worker {
     rules: Rules,
     /// What is to be in force for callers from outside.
     outside: OutsidePlan,
+    /// What the programs leave to the rules.
+    guarded: Plan,
     /// From which catalog it was planned, unless it has to be planned in full; or something is not in force.
     planned_outside: Option<Arc<Catalog>>,
     /// How often in a row the rules could not be written: said once.
@@ -279,7 +282,8 @@ impl Worker {
         let programmed = match self.programs.is_some() {
             true => {
                 // Before callers on the node are served in another way, those from outside are in the same.
-                self.write_outside(catalog, surroundings, matches!(wanted, Wanted::All(_)));
+                let mut wanted = wanted;
+                self.write_outside(catalog, surroundings, &mut wanted);
                 match wanted {
                     Wanted::All(all) => self.write_all(all, synced),
                     Wanted::Some(some) => self.write_some(some),
@@ -332,16 +336,23 @@ impl Worker {
 
     /// Brings the rules for callers from outside to what is planned, beside the programs. If that fails it is tried
     /// again with pauses of its own: the node's own sockets, and readiness, don't wait for it.
-    fn write_outside(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>, all: bool) {
+    ///
+    /// What may not be called from everywhere is taken from what is wanted of the programs, which can't tell where a
+    /// pod's socket calls from: the rules serve it to all.
+    fn write_outside(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>, wanted: &mut Wanted) {
         if !catalog.is_synced() {
             return;
         }
-        let older = self.planned_outside.take().filter(|_| !all);
+        let older = self.planned_outside.take().filter(|_| matches!(wanted, Wanted::Some(_)));
         let changed = self.plan_outside(catalog, surroundings, older);
+        if let Wanted::All(all) = wanted {
+            let is_guarded = |at: &Frontend| matches!(self.outside.get(at), Some(outside::OutsideTarget::Within(..)));
+            (self.guarded, *all) = std::mem::take(all).into_iter().partition(|(frontend, _)| is_guarded(frontend));
+        }
         self.rules.set_pods(pod_ranges(catalog, &surroundings.viewpoint.node));
         let is_local = |backend, protocol| is_local(catalog, surroundings.viewpoint, backend, protocol);
         let written = match changed {
-            None => self.rules.replace(&Plan::new(), &self.outside, &is_local),
+            None => self.rules.replace(&self.guarded, &self.outside, &is_local),
             Some(outside) => self.rules.apply(nftables::Changes { inside: Vec::new(), outside }, &is_local),
         };
         match written {

@@ -9,6 +9,7 @@ use std::{
 use edgemesh_mesh::{
     Catalog,
     choice::Call,
+    cidr::Cidr,
     model::{Service, ServicePort},
 };
 
@@ -21,6 +22,19 @@ pub enum OutsideTarget {
     Target(Target),
     /// Packets vanish: with `externalTrafficPolicy: Local` and no endpoint here, load balancers must try another node.
     Drop,
+    /// From these ranges alone, on this node as well as outside (`loadBalancerSourceRanges`): elsewhere packets vanish, and all
+    /// of them without a target.
+    Within(Vec<Cidr>, Option<Target>),
+}
+
+impl OutsideTarget {
+    /// Where packets go that don't vanish.
+    pub(super) fn target(&self) -> Option<&Target> {
+        match self {
+            Self::Target(target) | Self::Within(_, Some(target)) => Some(target),
+            Self::Drop | Self::Within(_, None) => None,
+        }
+    }
 }
 
 /// All frontends for callers from outside. The unspecified address stands for all of the host's own: those of NodePorts.
@@ -34,14 +48,19 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> OutsidePlan {
     let mut plan = OutsidePlan::new();
     for service in catalog.services() {
         let owned = service.external_ips.iter().filter(|ip| surroundings.host_addresses.contains(ip));
-        for &ip in owned.chain(&service.load_balancer_ips) {
+        let balanced = service.load_balancer_ips.iter().map(|ip| (ip, service.load_balancer_sources.as_ref()));
+        for (&ip, sources) in owned.map(|ip| (ip, None)).chain(balanced) {
             // A cluster address is its Service's, whatever another one claims.
             if catalog.service_at(ip).is_some() {
                 continue;
             }
             for port in service.carried_ports() {
                 let frontend = Frontend { address: SocketAddr::new(ip, port.port), protocol: port.protocol };
-                plan.insert(frontend, target(catalog, surroundings, port, ip));
+                let target = match (target(catalog, surroundings, port, ip), sources) {
+                    (target, None) => target,
+                    (target, Some(sources)) => OutsideTarget::Within(sources.clone(), target.target().cloned()),
+                };
+                plan.insert(frontend, target);
             }
         }
     }
@@ -171,6 +190,24 @@ mod tests {
         endpoints(&store, &remote);
         let plan = plan_at(&store);
         assert!(all.iter().all(|frontend| plan[&at(frontend)] == OutsideTarget::Drop), "{plan:?}");
+    }
+
+    #[test]
+    fn source_ranges_hold_for_addresses_of_the_load_balancer_alone() {
+        let ranges = vec![Cidr::parse("198.51.100.0/24").unwrap()];
+        for (policy, target) in
+            [("Cluster", Some(Target::Direct(vec!["10.244.2.5:8080".parse().unwrap()]))), ("Local", None)]
+        {
+            let mut service = service(policy);
+            service["spec"]["loadBalancerSourceRanges"] = json!(["198.51.100.0/24"]);
+            let store = cluster(&service);
+            endpoints(&store, &json!([{"addresses": ["10.244.2.5"], "nodeName": "a2"}]));
+            let plan = plan_at(&store);
+            assert_eq!(plan[&at("203.0.113.7:80")], OutsideTarget::Within(ranges.clone(), target));
+            for others in ["0.0.0.0:30080", "192.168.1.11:80"] {
+                assert!(!matches!(plan[&at(others)], OutsideTarget::Within(..)), "{others}");
+            }
+        }
     }
 
     #[test]

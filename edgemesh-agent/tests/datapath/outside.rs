@@ -38,6 +38,8 @@ in_both_modes! {
     without_a_local_endpoint_the_local_policy_drops_and_the_cluster_policy_refuses,
     external_and_load_balancer_addresses_are_served_to_callers_from_outside,
     ipv6_callers_from_outside_reach_node_ports,
+    who_is_in_no_source_range_of_a_load_balancer_is_dropped_wherever_it_is,
+    a_load_balancer_admits_others_when_its_source_ranges_change,
     clients_from_outside_keep_their_endpoint,
     udp_flows_of_callers_from_outside_move_on,
     it_works_beside_kube_proxy_whoever_came_first,
@@ -195,6 +197,86 @@ fn external_and_load_balancer_addresses_are_served_to_callers_from_outside(mode:
         assert_eq!(client.run(|| call(address)).unwrap(), "10.244.1.5:8080 192.168.1.50");
         assert_eq!(client.run(|| call_udp(address)).unwrap(), "10.244.1.5:8080 192.168.1.50");
     }
+}
+
+/// Has an address lead to a backend for those in ranges, on this node and outside.
+fn admit(rules: &mut Rules, address: &str, backend: &str, ranges: Option<&[&str]>) {
+    let ranges = ranges.map(|texts| texts.iter().map(|text| Cidr::parse(text).unwrap()).collect());
+    let target = match ranges {
+        Some(ranges) => OutsideTarget::Within(ranges, Some(direct(&[backend]))),
+        None => OutsideTarget::Target(direct(&[backend])),
+    };
+    let at = frontend(address, Tcp);
+    let changes = Changes { inside: vec![(at, Some(direct(&[backend])))], outside: vec![(at, Some(target))] };
+    rules.apply(changes, &is_local).unwrap();
+}
+
+fn is_admitted(called: std::io::Result<String>) -> bool {
+    match called {
+        Ok(answer) => answer.contains(":8080 "),
+        Err(error) => {
+            assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
+            false
+        }
+    }
+}
+
+fn who_is_in_no_source_range_of_a_load_balancer_is_dropped_wherever_it_is(mode: Mode) {
+    let _node = node();
+    let (pod5, pod6, pod7, client) = (pod(5), pod(6), pod(7), client());
+    pod5.run(|| ["10.244.1.5:8080", "[fd00:1::5]:8080"].map(who_calls));
+    client.run(|| crate::sandbox::ip("route add 2001:db8::/64 via fd00:a::11"));
+    // The host's own address on the way there is that of the nodes' network.
+    crate::sandbox::ip("route add 203.0.113.0/24 via 192.168.1.12");
+    crate::sandbox::ip("route add 2001:db8::/64 via fd00:a::12");
+    let mut rules = rules(mode);
+    for (address, backend, [of_client, of_pod6, of_host]) in [
+        ("203.0.113.7:80", "10.244.1.5:8080", ["192.168.1.32/27", "10.244.1.6/32", "192.168.1.11/32"]),
+        ("[2001:db8::7]:80", "[fd00:1::5]:8080", ["fd00:a::40/122", "fd00:1::6/128", "fd00:a::11/128"]),
+    ] {
+        let call = move || call_within(address, 5 * DROPPED);
+        let callers = || {
+            let [of_client, of_pod6, of_pod7] = [&client, &pod6, &pod7].map(|host| is_admitted(host.run(call)));
+            [of_client, of_pod6, of_pod7, is_admitted(call())]
+        };
+        admit(&mut rules, address, backend, Some(&[of_client]));
+        assert_eq!(callers(), [true, false, false, false], "{address}");
+        admit(&mut rules, address, backend, Some(&[of_pod6, of_host]));
+        assert_eq!(callers(), [false, true, false, true], "{address}");
+        admit(&mut rules, address, backend, None);
+        assert_eq!(callers(), [true; 4], "{address}");
+    }
+}
+
+fn a_load_balancer_admits_others_when_its_source_ranges_change(mode: Mode) {
+    let _node = node();
+    let (pod5, client) = (pod(5), client());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let mut agent = rules(mode);
+    let call = |address| client.run(move || is_admitted(call_within(address, DROPPED)));
+    let (here, elsewhere) = ("203.0.113.7:80", "203.0.113.8:80");
+    // Narrower, wider, of another family, and none at all.
+    let steps: [(&[&str], bool); 6] = [
+        (&["192.168.0.0/16"], true),
+        (&["192.168.1.0/27"], false),
+        (&["192.168.1.0/24"], true),
+        (&["fd00:a::/64"], false),
+        (&["0.0.0.0/0"], true),
+        (&[], false),
+    ];
+    admit(&mut agent, elsewhere, "10.244.1.5:8080", Some(&["192.168.1.50/32"]));
+    for (ranges, admitted) in steps {
+        admit(&mut agent, here, "10.244.1.5:8080", Some(ranges));
+        assert_eq!((call(here), call(elsewhere)), (admitted, true), "{ranges:?}");
+    }
+    // The next agent knows of one only.
+    let target =
+        OutsideTarget::Within(vec![Cidr::parse("192.168.1.50/32").unwrap()], Some(direct(&["10.244.1.5:8080"])));
+    let plan = [(frontend(here, Tcp), target)].into_iter().collect();
+    rules(mode).replace(&Default::default(), &plan, &is_local).unwrap();
+    assert!(call(here));
+    let guarded = shown("nft", &["list", "set", "inet", TABLE, "guarded4"]);
+    assert!(guarded.contains("203.0.113.7") && !guarded.contains("203.0.113.8"), "{guarded}");
 }
 
 fn ipv6_callers_from_outside_reach_node_ports(mode: Mode) {

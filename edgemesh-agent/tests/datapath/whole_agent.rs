@@ -4,7 +4,7 @@ use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream, UdpSocket},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use edgemesh_agent::{
@@ -179,7 +179,45 @@ pub(crate) fn config(sandbox: &Sandbox, data: &Path, datapath: DatapathMode) -> 
 
 in_both_modes! {
     the_agent_serves_services_from_its_disk_when_no_api_answers,
+    source_ranges_of_a_load_balancer_hold_for_processes_of_the_host,
     with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved,
+}
+
+fn source_ranges_of_a_load_balancer_hold_for_processes_of_the_host(mode: Mode) {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    tcp_server(POD);
+    crate::sandbox::ip("route add 203.0.113.0/24 dev lo src 192.168.1.11");
+    let data = tempfile::tempdir().unwrap();
+    std::fs::write(data.path().join("catalog.json"), catalog().to_string()).unwrap();
+    let datapath = match mode {
+        Mode::Ebpf => DatapathMode::Ebpf,
+        Mode::Nftables => DatapathMode::Nftables,
+    };
+    let config = config(&sandbox, data.path(), datapath);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(async {
+        let agent = app::build(config).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), agent.readiness.wait()).await.unwrap();
+        agent
+    });
+    let mut here = catalog()["items"][0].clone();
+    for (ranges, admitted) in [
+        (json!(["198.51.100.0/24"]), false),
+        (json!(["198.51.100.0/24", "192.168.1.0/24"]), true),
+        (json!(["192.168.2.0/24"]), false),
+        (json!(null), true),
+    ] {
+        here["spec"]["loadBalancerSourceRanges"] = ranges.clone();
+        agent.catalog.apply_service(&serde_json::from_value(here.clone()).unwrap());
+        agent.catalog.publish();
+        let until = Instant::now() + Duration::from_secs(10);
+        let call = || TcpStream::connect_timeout(&SocketAddr::from(([203, 0, 113, 7], 80)), Duration::from_millis(300));
+        while call().is_ok() != admitted {
+            assert!(Instant::now() < until, "{ranges}");
+        }
+        assert!(TcpStream::connect("192.168.1.11:80").is_ok(), "an external address is another matter");
+    }
+    runtime.block_on(agent.stop());
 }
 
 fn with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved(mode: Mode) {

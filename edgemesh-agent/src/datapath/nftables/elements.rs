@@ -17,14 +17,20 @@ use super::{
 };
 use crate::datapath::tables::protocol_number;
 
-/// Two IPv6 addresses.
-const LONGEST: usize = 32;
+/// Two IPv6 addresses, a protocol and a port.
+const LONGEST: usize = 40;
 
 /// A key, or a value that is no chain: what is looked up in one, joined as the kernel joins it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Joined {
     bytes: [u8; LONGEST],
     length: usize,
+}
+
+impl Default for Joined {
+    fn default() -> Self {
+        Self { bytes: [0; LONGEST], length: 0 }
+    }
 }
 
 impl Joined {
@@ -104,6 +110,8 @@ impl Joined {
 pub(super) enum Value {
     Joined(Joined),
     Goto(Chain),
+    /// Of a range, whose first key the key is: the last one.
+    Last(Joined),
 }
 
 /// An element: its key, and its value if the map is no set.
@@ -112,6 +120,13 @@ pub(super) struct Element {
     pub(super) map: Map,
     pub(super) key: Joined,
     pub(super) value: Option<Value>,
+}
+
+impl Element {
+    /// What is deleted: a value is no part of it.
+    pub(super) fn without_value(self) -> Self {
+        Self { value: self.value.filter(|value| matches!(value, Value::Last(_))), ..self }
+    }
 }
 
 /// What one frontend needs.
@@ -136,7 +151,7 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
     }
     // A packet from 127.0.0.1 can't leave the host, and one that is sent to a pod would have to. What nobody listens on is
     // refused by the host itself.
-    let stays_here = matches!(target, OutsideTarget::Target(Target::Listener(_)));
+    let stays_here = matches!(target.target(), Some(Target::Listener(_)));
     if address.ip().is_loopback() && !stays_here {
         return needs;
     }
@@ -147,10 +162,16 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
         add(Map::Sent(place, family), key, None);
     }
     let to = |backend| Some(Value::Joined(Joined::backend(backend)));
-    let chain = match target {
-        OutsideTarget::Drop => Chain::Drop,
-        OutsideTarget::Target(target) if target.backends().is_empty() => Chain::Refuse(place, family),
-        OutsideTarget::Target(Target::Sticky(backends, timeout)) => {
+    if let OutsideTarget::Within(sources, _) = target {
+        add(Map::Guarded(family), key, None);
+        for range in sources.iter().filter(|range| Family::from(range.network()) == family) {
+            add(Map::Sources(family), key.address(range.network()), Some(Value::Last(key.address(range.last()))));
+        }
+    }
+    let chain = match target.target() {
+        None => Chain::Drop,
+        Some(target) if target.backends().is_empty() => Chain::Refuse(place, family),
+        Some(Target::Sticky(backends, timeout)) => {
             let mut numbers = BTreeMap::new();
             for (&backend, index) in backends.iter().zip(0..) {
                 let number = number_of(backend, &mut numbers);
@@ -161,7 +182,7 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
             }
             Chain::Sticky(place, family, backends.len(), *timeout)
         }
-        OutsideTarget::Target(target) => {
+        Some(target) => {
             let backends = target.backends();
             for (&backend, index) in backends.iter().zip(0..) {
                 add(Map::Backends(place, family), key.priority(index), to(backend));
@@ -230,7 +251,7 @@ mod tests {
         assert_eq!(key.as_bytes(), [&[10, 96, 0, 20, 6, 0, 0, 0, 1, 187, 0, 0], &number[..]].concat());
         assert_eq!(Joined::frontend(NodePort, tcp("0.0.0.0:443")).as_bytes(), [6, 0, 0, 0, 1, 187, 0, 0]);
         let six = IpAddr::from([7; 16]);
-        assert_eq!(Joined::default().address(six).address(six).as_bytes(), [7; LONGEST]);
+        assert_eq!(Joined::default().address(six).address(six).as_bytes(), [7; 32]);
     }
 
     #[test]

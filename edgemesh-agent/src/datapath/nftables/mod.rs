@@ -107,9 +107,10 @@ impl Rules {
         Ok(rules)
     }
 
-    /// For callers from outside only: the rest is done elsewhere.
+    /// For callers from outside, and for this node only what not everybody may call: the rest is done elsewhere.
     pub fn for_outside() -> Self {
-        Self::new(Scope { inside: false, bridged_answers: true })
+        // Nothing is loaded for the few pods that call such an address.
+        Self::new(Scope { inside: false, bridged_answers: false })
     }
 
     fn new(scope: Scope) -> Self {
@@ -183,12 +184,11 @@ impl Rules {
     pub fn replace(&mut self, inside: &Plan, outside: &OutsidePlan, is_local: IsLocal<'_>) -> Result<usize, NftError> {
         let mut wanted: HashMap<(Place, Frontend), Option<OutsideTarget>> =
             self.programmed.keys().map(|key| (*key, None)).collect();
-        if self.scope.inside {
-            let inside = inside
+        wanted.extend(
+            inside
                 .iter()
-                .map(|(frontend, target)| ((Place::Inside, *frontend), Some(OutsideTarget::Target(target.clone()))));
-            wanted.extend(inside);
-        }
+                .map(|(frontend, target)| ((Place::Inside, *frontend), Some(OutsideTarget::Target(target.clone())))),
+        );
         wanted
             .extend(outside.iter().map(|(frontend, target)| ((place_of(*frontend), *frontend), Some(target.clone()))));
         self.write(wanted, is_local)
@@ -200,12 +200,8 @@ impl Rules {
     /// When the table is as before.
     pub fn apply(&mut self, changes: Changes, is_local: IsLocal<'_>) -> Result<usize, NftError> {
         let mut wanted = HashMap::new();
-        if self.scope.inside {
-            let inside = changes.inside.into_iter();
-            wanted.extend(
-                inside.map(|(frontend, target)| ((Place::Inside, frontend), target.map(OutsideTarget::Target))),
-            );
-        }
+        let inside = changes.inside.into_iter();
+        wanted.extend(inside.map(|(frontend, target)| ((Place::Inside, frontend), target.map(OutsideTarget::Target))));
         wanted.extend(changes.outside.into_iter().map(|(frontend, target)| ((place_of(frontend), frontend), target)));
         self.write(wanted, is_local)
     }
@@ -368,10 +364,8 @@ impl Rules {
 
     /// UDP frontends that begin to lead somewhere: what was sent there before left flows that would never be translated.
     fn forgotten_flows(&self, changed: &[((Place, Frontend), Option<Programmed>)]) -> Untranslated {
-        let leads = |programmed: &Programmed| match &programmed.target {
-            OutsideTarget::Target(target) => !target.backends().is_empty(),
-            OutsideTarget::Drop => false,
-        };
+        let leads =
+            |programmed: &Programmed| programmed.target.target().is_some_and(|target| !target.backends().is_empty());
         let begins = |(key, target): &&((Place, Frontend), Option<Programmed>)| {
             key.1.protocol == Protocol::Udp
                 && target.as_ref().is_some_and(leads)
@@ -386,7 +380,9 @@ impl Rules {
         let old = &self.programmed;
         for ((place, frontend), target) in changed {
             if *place == Place::Inside && frontend.address.port() != 0 && !frontend.address.ip().is_loopback() {
-                let serves = |programmed: &Programmed| matches!(&programmed.target, OutsideTarget::Target(target) if !target.backends().is_empty());
+                let serves = |programmed: &Programmed| {
+                    programmed.target.target().is_some_and(|target| !target.backends().is_empty())
+                };
                 let key = (*place, *frontend);
                 routes.exchange(frontend.address.ip(), old.get(&key).map(serves), target.as_ref().map(serves));
             }
@@ -421,8 +417,7 @@ impl Next {
             new_elements.iter().for_each(|element| self.add.push(element));
         } else {
             let (before, after) = (HashSet::<_>::from_iter(old_elements), HashSet::from_iter(new_elements));
-            // A value is no part of what is deleted.
-            before.difference(&after).for_each(|element| self.delete.push_key(element.map, element.key));
+            before.difference(&after).for_each(|element| self.delete.push(&element.without_value()));
             after.difference(&before).for_each(|element| self.add.push(element));
         }
         self.chains.extend(chain.filter(|chain| chain.is_made_on_demand()));
@@ -475,7 +470,7 @@ fn place_of(frontend: Frontend) -> Place {
 }
 
 fn local_of(target: &OutsideTarget, frontend: Frontend, is_local: IsLocal<'_>) -> Vec<IpAddr> {
-    let OutsideTarget::Target(target) = target else { return Vec::new() };
+    let Some(target) = target.target() else { return Vec::new() };
     if matches!(target, Target::Listener(_)) {
         return Vec::new();
     }

@@ -102,6 +102,10 @@ pub(super) enum Map {
     Closed(Family),
     /// The same: counts what is refused.
     ClosedRefused(Family),
+    /// Frontends that not everybody may call.
+    Guarded(Family),
+    /// Frontend and a range of sources that may.
+    Sources(Family),
     /// Backends on this node.
     Local(Family),
     /// Backends on this node, as source and destination: a pod that calls itself.
@@ -122,7 +126,16 @@ impl Map {
                 );
             }
             all.extend(
-                [Self::Closed, Self::ClosedRefused, Self::Local, Self::Hairpin, Self::Pods].map(|of| of(family)),
+                [
+                    Self::Closed,
+                    Self::ClosedRefused,
+                    Self::Guarded,
+                    Self::Sources,
+                    Self::Local,
+                    Self::Hairpin,
+                    Self::Pods,
+                ]
+                .map(|of| of(family)),
             );
         }
         all
@@ -157,6 +170,10 @@ impl Map {
             }
             Self::Closed(family) => format!("type {} . inet_proto", family.address()),
             Self::ClosedRefused(family) => format!("type {} . inet_proto; counter", family.address()),
+            Self::Guarded(family) => format!("type {}", key_type(Place::Outside, family)),
+            Self::Sources(family) => {
+                format!("type {} . {}; flags interval", key_type(Place::Outside, family), family.address())
+            }
             Self::Local(family) => format!("type {}", family.address()),
             Self::Hairpin(family) => format!("type {0} . {0}", family.address()),
             Self::Pods(family) => format!("type {}; flags interval; auto-merge", family.address()),
@@ -176,6 +193,8 @@ impl std::fmt::Display for Map {
             Self::Refused(place, family) => (place.name(), family, "_refused"),
             Self::Closed(family) => ("closed", family, ""),
             Self::ClosedRefused(family) => ("closed", family, "_refused"),
+            Self::Guarded(family) => ("guarded", family, ""),
+            Self::Sources(family) => ("sources", family, ""),
             Self::Local(family) => ("local", family, ""),
             Self::Hairpin(family) => ("hairpin", family, ""),
             Self::Pods(family) => ("pods", family, ""),
@@ -303,7 +322,8 @@ fn client(place: Place, family: Family) -> (String, String) {
 /// What the chains do beside looking up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Scope {
-    /// Whether the node's own sockets and its pods are served here, or only callers from outside.
+    /// Whether the node's own sockets and its pods are served here, or only callers from outside, and all where not everybody
+    /// may call.
     pub(super) inside: bool,
     /// Whether answers between two pods of this node pass these hooks (`br_netfilter`): if not, callers are masqueraded,
     /// since answers that go from pod to pod would come from an address that was not called.
@@ -359,6 +379,14 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
     }
     chain("discard", "", &["drop"]);
     chain("close", "", &["meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable"]);
+    let mut guards = Vec::new();
+    for family in Family::ALL {
+        let (key, ip, number) = (key(Place::Outside, family), family.ip(), family.number());
+        guards.push(format!("{key} @{} goto admit{number}", Map::Guarded(family)));
+        let admitted = format!("{key} . {ip} saddr @{} return", Map::Sources(family));
+        chain(&format!("admit{number}"), "", &[&admitted, "drop"]);
+    }
+    chain("guard", "", &guards.iter().map(String::as_str).collect::<Vec<_>>());
     chain(
         "inside",
         "",
@@ -387,10 +415,8 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
     );
     let carried = "meta l4proto != { tcp, udp } return";
     let hook = |hook: &str| format!("{{ type nat hook {hook} priority {BEFORE_OTHERS}; policy accept; }}");
-    let inside: &[&str] = if scope.inside { &["jump inside"] } else { &[] };
-    chain("prerouting", &hook("prerouting"), &[&[carried, "jump outside"], inside].concat());
-    // Without inside, nothing is looked up here; the chain stays so that the table has one form.
-    chain("output", &hook("output"), &[&[carried], inside].concat());
+    chain("prerouting", &hook("prerouting"), &[carried, "jump guard", "jump outside", "jump inside"]);
+    chain("output", &hook("output"), &[carried, "jump guard", "jump inside"]);
     // A segment that is ahead of its window is not translated back: its receiver would answer the endpoint with a reset, and end the
     // connection. Both ways of a pod's connections pass here, so that no other ones are taken for such.
     let to_pods: &[&str] = if scope.inside { &["ip daddr @pods4 drop", "ip6 daddr @pods6 drop"] } else { &[] };
@@ -400,7 +426,7 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
         "{ type filter hook forward priority filter; policy accept; }",
         &[&["ct state != invalid return", "meta l4proto != tcp return"], to_pods, &from_endpoints].concat(),
     );
-    let unbridged: &[&str] = if scope.inside && !scope.bridged_answers {
+    let unbridged: &[&str] = if !scope.bridged_answers {
         &["ip saddr @pods4 ip daddr @local4 masquerade", "ip6 saddr @pods6 ip6 daddr @local6 masquerade"]
     } else {
         &[]

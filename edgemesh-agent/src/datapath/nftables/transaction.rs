@@ -29,6 +29,7 @@ const ELEMENT: u16 = 1;
 const KEY: u16 = 1;
 const DATA: u16 = 2;
 const EXPRESSION: u16 = 7;
+const KEY_END: u16 = 10;
 const EXPRESSION_DATA: u16 = 2;
 const COUNTER_PACKETS: u16 = 2;
 const VALUE: u16 = 1;
@@ -56,6 +57,7 @@ impl Elements {
             nested(element, KEY, |data| attribute(data, VALUE, key.as_bytes()));
             match value {
                 None => {}
+                Some(Value::Last(last)) => nested(element, KEY_END, |data| attribute(data, VALUE, last.as_bytes())),
                 Some(Value::Joined(joined)) => {
                     nested(element, DATA, |data| attribute(data, VALUE, joined.as_bytes()));
                 }

@@ -51,10 +51,7 @@ pub(super) const ROWS: &[Row] = &[
         "LoadBalancers should not have connectivity disruption during rolling update with externalTrafficPolicy=Local",
         rolling_local,
     ),
-    Row::new(
-        "LoadBalancers should only allow access from service loadbalancer source ranges (nodes leave the address to the balancer)",
-        source_ranges,
-    ),
+    Row::new("LoadBalancers should only allow access from service loadbalancer source ranges", source_ranges),
 ];
 
 /// A Service with its only endpoint on cloud-1.
@@ -283,17 +280,24 @@ fn rolling_local(case: &Case<'_>) -> Result<()> {
     rolls(case, "Local", "198.18.0.4")
 }
 
-/// A node can't tell what a load balancer has checked, so it doesn't serve the address at all where ranges are set.
+/// As upstream: of two pods one is in the ranges; and the machine outside is or is not.
 fn source_ranges(case: &Case<'_>) -> Result<()> {
     let all = ["server-cloud-1", "server-cloud-2", "server-edge-a1", "server-edge-b1"];
+    let (accepted, dropped) = ("client-cloud-1", "client-cloud-2");
     let service = case.service("svc", json!({"type": "LoadBalancer"}))?;
     let url = balanced(case, &service, "198.18.0.5", "cloud-1")?;
     case.reaches(Outside, &url, &all)?;
-    case.patch(
-        &format!("service/{}", service.name),
-        &json!({"spec": {"loadBalancerSourceRanges": ["198.51.100.0/24"]}}),
-    )?;
+    let admit = |address: &str| {
+        let ranges = json!({"spec": {"loadBalancerSourceRanges": [format!("{address}/32")]}});
+        case.patch(&format!("service/{}", service.name), &ranges)
+    };
+    admit(case.field.pod_ip(accepted)?)?;
     case.silent(Outside, &url)?;
+    case.silent(Pod(dropped), &url)?;
+    case.reaches(Pod(accepted), &url, &all)?;
+    admit(case.field.address("client")?)?;
+    case.silent(Pod(accepted), &url)?;
+    case.reaches(Outside, &url, &all)?;
     case.patch(&format!("service/{}", service.name), &json!({"spec": {"loadBalancerSourceRanges": null}}))?;
-    case.reaches(Outside, &url, &all)
+    case.reaches(Pod(dropped), &url, &all)
 }
