@@ -120,6 +120,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         shutdown,
         readiness.task("datapath"),
     )?;
+    overlay.count_frontends(datapath.rule_counts());
     if let Some(counters) = datapath.counters() {
         overlay.count_frontends(counters.clone());
         registry.write().register_collector(Box::new(ProgramMetrics(counters)));

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     config::{self, Validate},
-    drain,
+    drain, footprint,
     logging::{self, LogFormat},
 };
 
@@ -104,6 +104,7 @@ pub fn run<B>(log: &LogConfig, build: impl Future<Output = anyhow::Result<B>>, s
     install_tls_provider();
     let life = async {
         let bound = build.await?;
+        tokio::spawn(footprint::keep_small());
         drain::stop_signal().await?;
         tracing::info!("stopping");
         stop(bound).await;

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod config;
 pub mod daemon;
 pub mod drain;
+mod footprint;
 pub mod logging;
 pub mod readiness;
 

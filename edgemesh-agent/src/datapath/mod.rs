@@ -40,7 +40,7 @@ use crate::{config::Config, metrics::DatapathMetrics, node_local::Allocator};
 use ebpf::{Counters, Programs};
 use frontend_counts::Owners;
 use mode::{Chosen, DatapathError};
-use nftables::Rules;
+use nftables::{RuleCounts, Rules};
 use outside::OutsidePlan;
 use parking_lot::RwLock;
 use plan::{Change, Frontend, Plan, Surroundings, Target};
@@ -82,6 +82,7 @@ struct About {
     reason: String,
     cgroup: Option<PathBuf>,
     counters: Option<Arc<Counters>>,
+    rule_counts: Arc<RuleCounts>,
 }
 
 impl Datapath {
@@ -123,7 +124,7 @@ impl Datapath {
         let reaper = Reaper::start(sweepers, is_ours, metrics.clone())
             .inspect_err(|error| tracing::error!(%error, "sockets of endpoints that are gone will not be ended"))
             .ok();
-        let about = About { mode, reason, cgroup, counters: counters.map(Arc::new) };
+        let about = About { mode, reason, cgroup, counters: counters.map(Arc::new), rule_counts: Arc::default() };
         let worker = Worker {
             programs,
             rules,
@@ -157,6 +158,11 @@ impl Datapath {
     /// What the programs count, where there are programs.
     pub fn counters(&self) -> Option<Arc<Counters>> {
         self.about.counters.clone()
+    }
+
+    /// What the rules count.
+    pub fn rule_counts(&self) -> Arc<RuleCounts> {
+        Arc::clone(&self.about.rule_counts)
     }
 
     /// Waits until nothing is programmed any more, after the shutdown was forced.
@@ -211,6 +217,9 @@ impl Worker {
             let synced = catalog.is_synced();
             let snapshot = if synced { catalog.snapshot() } else { Arc::default() };
             let round = tokio::task::spawn_blocking(move || {
+                if snapshot.is_synced() {
+                    self.forget_counts(&snapshot);
+                }
                 let done = self.program(&snapshot);
                 if snapshot.is_synced() {
                     self.look_back(snapshot);
@@ -468,15 +477,22 @@ impl Worker {
         programmed
     }
 
+    /// Forgets what was counted of a Service at an address that another has now, before that one is served there.
+    fn forget_counts(&mut self, catalog: &Catalog) {
+        let Some(older) = &self.looked_at else { return };
+        let passed_on = passed_on(catalog, older, &self.config.node_name);
+        if let Some(programs) = &mut self.programs {
+            passed_on.iter().for_each(|frontend| programs.forget_calls(*frontend));
+        }
+        if let Err(error) = self.rules.forget_counts(&passed_on) {
+            tracing::warn!(%error, "what was counted of a Service is shown as another's");
+        }
+    }
+
     /// Sees to what the catalog before had and this one lacks. After the maps are written, so that no socket is sent to
     /// what is gone any more.
     fn look_back(&mut self, catalog: Arc<Catalog>) {
         let older = self.looked_at.replace(Arc::clone(&catalog));
-        if let (Some(programs), Some(older)) = (&mut self.programs, &older) {
-            for frontend in passed_on(&catalog, older, &self.config.node_name) {
-                programs.forget_calls(frontend);
-            }
-        }
         if let Some(reaper) = &self.reaper
             && older.is_none_or(|older| stale::any_gone(&older, &catalog))
         {
@@ -485,16 +501,18 @@ impl Worker {
     }
 }
 
-/// Frontends that a Service had and has no more: a new one at its address begins with none of its counts.
+/// Frontends that a Service had and another has now, which begins with none of its counts.
 fn passed_on(catalog: &Catalog, older: &Catalog, node: &str) -> Vec<Frontend> {
     let (before, now) = (Owners::new(older), Owners::new(catalog));
-    let own_addresses = plan::own_addresses(older, node);
+    let mut own_addresses = plan::own_addresses(older, node);
+    own_addresses.extend(outside::OWN);
     let mut passed_on = Vec::new();
     for name in catalog.changed_services(older) {
         let Some(service) = older.service_named(&name) else { continue };
         let had =
             planner::frontends(service, &own_addresses).into_iter().chain(planner::external(service).map(|(at, _)| at));
-        passed_on.extend(had.filter(|at| before.of(*at) == Some(&name) && now.of(*at) != Some(&name)));
+        passed_on
+            .extend(had.filter(|at| before.of(*at) == Some(&name) && now.of(*at).is_some_and(|owner| *owner != name)));
     }
     passed_on
 }

@@ -27,7 +27,7 @@ pub enum OutsideTarget {
 pub type OutsidePlan = BTreeMap<Frontend, OutsideTarget>;
 
 /// The addresses that stand for all of the host's own.
-const OWN: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+pub(super) const OWN: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
 
 /// What is served to callers from outside.
 pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> OutsidePlan {

@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -125,6 +126,13 @@ fn kernel_state(sandbox: &Sandbox) -> Vec<String> {
     state
 }
 
+/// The host's list of resolvers: which file, when it was written, and what is in it.
+fn host_resolvers() -> (u64, i64, i64, Vec<u8>) {
+    let path = "/etc/resolv.conf";
+    let file = std::fs::metadata(path).unwrap();
+    (file.ino(), file.mtime(), file.mtime_nsec(), std::fs::read(path).unwrap())
+}
+
 in_both_modes! { after_an_uninstallation_the_kernel_is_as_before }
 
 fn after_an_uninstallation_the_kernel_is_as_before(mode: Mode) {
@@ -140,15 +148,17 @@ fn after_an_uninstallation_the_kernel_is_as_before(mode: Mode) {
         "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.12"}]}});
     items["items"].as_array_mut().unwrap().push(neighbour);
     std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
-    let before = kernel_state(&sandbox);
+    let (before, resolvers) = (kernel_state(&sandbox), host_resolvers());
     let agent = start(started, port);
     let has = |text: &str| kernel_state(&sandbox).iter().any(|line| line.contains(text));
     for ours in ["10.244.2.0/24 via 192.168.1.12", "local 169.254.64.0/18", "local fd", "local 10.244.7.0/24", TABLE] {
         until(ours, || has(ours));
     }
+    assert_eq!(host_resolvers(), resolvers);
     agent.kill();
     uninstall(command());
     assert_eq!(kernel_state(&sandbox), before);
+    assert_eq!(host_resolvers(), resolvers);
 }
 
 #[test]

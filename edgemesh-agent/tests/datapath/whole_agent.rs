@@ -13,12 +13,15 @@ use edgemesh_agent::{
 };
 use edgemesh_mesh::from_kubernetes::ServiceSelection;
 use hickory_proto::{
-    op::{Message, Query},
+    op::{Message, Query, ResponseCode},
     rr::RecordType,
 };
 use serde_json::{Value, json};
 
-use crate::sandbox::{Mode, Sandbox, in_both_modes, tcp_server};
+use crate::{
+    sandbox::{Mode, Sandbox, in_both_modes, tcp_server},
+    sites::until,
+};
 
 pub(crate) const POD: &str = "10.244.1.5:8080";
 
@@ -82,18 +85,37 @@ pub(crate) fn admin(address: SocketAddr, path: &str) -> String {
     answer
 }
 
-/// The IPv4 addresses of a name, as a pod asks for them.
-fn lookup(name: &str) -> Vec<String> {
+/// What is answered when a pod asks for the IPv4 addresses of a name; nothing if nobody answers within 5 s.
+fn answer(name: &str) -> Option<Message> {
     let mut query = Message::query();
     query.add_query(Query::query(name.parse().unwrap(), RecordType::A));
     let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").unwrap();
+    socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").ok()?;
     let mut buffer = [0; 1500];
-    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    let (length, from) = socket.recv_from(&mut buffer).ok()?;
     assert_eq!(from, "10.96.0.10:53".parse().unwrap());
-    let answer = Message::from_vec(&buffer[..length]).unwrap();
-    answer.answers.iter().map(|record| record.data.to_string()).collect()
+    Some(Message::from_vec(&buffer[..length]).unwrap())
+}
+
+/// The IPv4 addresses of a name, as a pod asks for them.
+fn lookup(name: &str) -> Vec<String> {
+    answer(name).unwrap().answers.iter().map(|record| record.data.to_string()).collect()
+}
+
+/// A DNS server of the host that denies all names.
+fn denying_upstream() -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            // A response with "no such name": QR and RA are set, and the code is NXDOMAIN.
+            (buffer[2], buffer[3]) = (buffer[2] | 0x80, 0x83);
+            socket.send_to(&buffer[..length], from).unwrap();
+        }
+    });
+    address
 }
 
 /// The pages that say what would be chosen, and why.
@@ -155,7 +177,27 @@ pub(crate) fn config(sandbox: &Sandbox, data: &Path, datapath: DatapathMode) -> 
     config
 }
 
-in_both_modes! { the_agent_serves_services_from_its_disk_when_no_api_answers }
+in_both_modes! {
+    the_agent_serves_services_from_its_disk_when_no_api_answers,
+    with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved,
+}
+
+fn with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved(mode: Mode) {
+    let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
+    let data = tempfile::tempdir().unwrap();
+    let datapath = if mode == Mode::Ebpf { DatapathMode::Ebpf } else { DatapathMode::Nftables };
+    let mut config = config(&sandbox, data.path(), datapath);
+    config.dns.upstreams = vec![denying_upstream().to_string()];
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let agent = runtime.block_on(app::build(config)).unwrap();
+    let code = |name: &str| answer(name).map(|answer| answer.metadata.response_code);
+    let cluster_name = "here.default.svc.cluster.local.";
+    until("the cluster DNS address", || code(cluster_name) == Some(ResponseCode::ServFail));
+    // The upstream's own word: the agent would say SERVFAIL.
+    assert_eq!(code("outside.example."), Some(ResponseCode::NXDomain));
+    assert!(admin(agent.admin, "/readyz").starts_with("HTTP/1.1 503"), "there is no catalog");
+    runtime.block_on(agent.stop());
+}
 
 fn the_agent_serves_services_from_its_disk_when_no_api_answers(mode: Mode) {
     let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     hash::{Hash, Hasher},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use edgemesh_mesh::model::Protocol;
@@ -65,8 +65,33 @@ impl Joined {
         called.protocol(protocol).port(address.port())
     }
 
+    /// The frontend that is counted under a key of a map.
+    pub(super) fn counted_at(&self, map: Map) -> Option<Frontend> {
+        let (family, has_address, has_port) = match map {
+            Map::Sent(place, family) | Map::Refused(place, family) => (family, place != Place::NodePort, true),
+            Map::ClosedRefused(family) => (family, true, false),
+            _ => return None,
+        };
+        let mut rest = self.as_bytes();
+        let mut take = |length| rest.split_off(..length);
+        let ip = match (family, has_address) {
+            (Family::V4, true) => IpAddr::from(<[u8; 4]>::try_from(take(4)?).ok()?),
+            (Family::V6, true) => IpAddr::from(<[u8; 16]>::try_from(take(16)?).ok()?),
+            (Family::V4, false) => Ipv4Addr::UNSPECIFIED.into(),
+            (Family::V6, false) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let number = *take(4)?.first()?;
+        let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| protocol_number(*known) == number)?;
+        let port = if has_port { u16::from_be_bytes(*take(4)?.first_chunk()?) } else { 0 };
+        Some(Frontend { address: SocketAddr::new(ip, port), protocol })
+    }
+
     fn backend(backend: SocketAddr) -> Self {
         Self::default().address(backend.ip()).port(backend.port())
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Self {
+        Self::default().with(bytes)
     }
 
     pub(super) fn as_bytes(&self) -> &[u8] {
@@ -104,7 +129,9 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
     let family = Family::from(address.ip());
     let mut add = |map, key, value| needs.elements.push(Element { map, key, value });
     if address.port() == 0 {
-        add(Map::Closed(family), Joined::default().address(address.ip()).protocol(protocol), None);
+        let key = Joined::default().address(address.ip()).protocol(protocol);
+        add(Map::Closed(family), key, None);
+        add(Map::ClosedRefused(family), key, None);
         return needs;
     }
     // A packet from 127.0.0.1 can't leave the host, and one that is sent to a pod would have to. What nobody listens on is
@@ -114,10 +141,15 @@ pub(super) fn of(place: Place, frontend: Frontend, target: &OutsideTarget) -> Ne
         return needs;
     }
     let key = Joined::frontend(place, frontend);
+    // They stay while endpoints come and go, so that counts do. What is sent to the agent is counted there.
+    add(Map::Refused(place, family), key, None);
+    if !stays_here {
+        add(Map::Sent(place, family), key, None);
+    }
     let to = |backend| Some(Value::Joined(Joined::backend(backend)));
     let chain = match target {
         OutsideTarget::Drop => Chain::Drop,
-        OutsideTarget::Target(target) if target.backends().is_empty() => Chain::Refuse,
+        OutsideTarget::Target(target) if target.backends().is_empty() => Chain::Refuse(place, family),
         OutsideTarget::Target(Target::Sticky(backends, timeout)) => {
             let mut numbers = BTreeMap::new();
             for (&backend, index) in backends.iter().zip(0..) {
@@ -205,7 +237,10 @@ mod tests {
     fn a_frontend_leads_to_the_chain_for_its_number_of_backends() {
         let target = Target::Direct(backends(&["10.244.1.5:8080", "10.244.1.6:8080"]));
         let key = Joined::default().address([10, 96, 0, 20].into()).protocol(Tcp).port(80);
+        let in_set = |map, key| Element { map, key, value: None };
         let expected = [
+            in_set(Map::Refused(Inside, V4), key),
+            in_set(Map::Sent(Inside, V4), key),
             element(Map::Backends(Inside, V4), key.priority(0), to("10.244.1.5:8080")),
             element(Map::Backends(Inside, V4), key.priority(1), to("10.244.1.6:8080")),
             element(Map::Frontends(Inside, V4), key, Value::Goto(Chain::Direct(Inside, V4, 2))),
@@ -214,17 +249,42 @@ mod tests {
         let six = Target::Direct(backends(&["[fd00::5]:8080"]));
         let node_port = Joined::default().protocol(Tcp).port(30080);
         let expected = [
+            in_set(Map::Refused(NodePort, V6), node_port),
+            in_set(Map::Sent(NodePort, V6), node_port),
             element(Map::Backends(NodePort, V6), node_port.priority(0), to("[fd00::5]:8080")),
             element(Map::Frontends(NodePort, V6), node_port, Value::Goto(Chain::Direct(NodePort, V6, 1))),
         ];
         assert_eq!(elements(NodePort, tcp("[::]:30080"), six), expected);
         let udp = Frontend { protocol: Udp, ..tcp("10.96.0.20:80") };
         let key = Joined::default().address([10, 96, 0, 20].into()).protocol(Udp).port(80);
-        let refused = element(Map::Frontends(Inside, V4), key, Value::Goto(Chain::Refuse));
-        assert_eq!(elements(Inside, udp, Target::Refuse), [refused]);
+        let refused = element(Map::Frontends(Inside, V4), key, Value::Goto(Chain::Refuse(Inside, V4)));
+        let counts = [Map::Refused(Inside, V4), Map::Sent(Inside, V4)].map(|map| in_set(map, key));
+        assert_eq!(elements(Inside, udp, Target::Refuse), [counts[0], counts[1], refused]);
         let key = Joined::default().address([10, 96, 0, 20].into()).protocol(Tcp);
-        let closed = Element { map: Map::Closed(V4), key, value: None };
-        assert_eq!(elements(Inside, tcp("10.96.0.20:0"), Target::Refuse), [closed]);
+        let closed = [Map::Closed(V4), Map::ClosedRefused(V4)].map(|map| in_set(map, key));
+        assert_eq!(elements(Inside, tcp("10.96.0.20:0"), Target::Refuse), closed);
+    }
+
+    #[test]
+    fn a_key_that_counts_leads_back_to_its_frontend() {
+        let direct = || Target::Direct(backends(&["10.244.1.5:8080"]));
+        for (place, address) in [
+            (Inside, "10.96.0.20:443"),
+            (Place::Outside, "[fd00:96::20]:443"),
+            (NodePort, "0.0.0.0:30080"),
+            (NodePort, "[::]:30080"),
+            (Inside, "10.96.0.20:0"),
+            (Inside, "[fd00:96::20]:0"),
+        ] {
+            let frontend = Frontend { protocol: Udp, ..tcp(address) };
+            let mut elements = elements(place, frontend, direct());
+            elements.retain(|element| element.map.counts());
+            assert!(!elements.is_empty());
+            for Element { map, key, .. } in elements {
+                assert_eq!(Joined::from_bytes(key.as_bytes()).counted_at(map), Some(frontend), "{map}");
+                assert_eq!(Joined::from_bytes(&key.as_bytes()[4..]).counted_at(map), None, "{map}");
+            }
+        }
     }
 
     #[test]
@@ -232,7 +292,9 @@ mod tests {
         let pod = Target::Direct(backends(&["10.244.1.5:8080"]));
         assert!(elements(Inside, tcp("127.0.0.1:30080"), pod).is_empty());
         let ours = Target::Listener(at("169.254.77.12:15001"));
-        assert_eq!(elements(Inside, tcp("127.0.0.1:30080"), ours).len(), 2);
+        let ours = elements(Inside, tcp("127.0.0.1:30080"), ours);
+        assert_eq!(ours.len(), 3);
+        assert!(!ours.iter().any(|element| matches!(element.map, Map::Sent(..))), "the agent counts it");
     }
 
     #[test]
@@ -240,9 +302,9 @@ mod tests {
         let timeout = Duration::from_secs(7);
         let sticky = |list: &[&str]| elements(Inside, tcp("10.96.0.20:80"), Target::Sticky(backends(list), timeout));
         let (one, two) = (sticky(&["10.244.1.5:8080"]), sticky(&["10.244.1.6:8080", "10.244.1.5:8080"]));
-        assert_eq!(one[3].value, Some(Value::Goto(Chain::Sticky(Inside, V4, 1, timeout))));
+        assert_eq!(one[5].value, Some(Value::Goto(Chain::Sticky(Inside, V4, 1, timeout))));
         let kept = |all: &[Element]| *all.iter().find(|element| element.value == Some(to("10.244.1.5:8080"))).unwrap();
         assert_eq!(kept(&one), kept(&two));
-        assert_eq!(two.len(), 1 + 3 * 2);
+        assert_eq!(two.len(), 3 + 3 * 2);
     }
 }

@@ -1,6 +1,7 @@
 //! Service addresses translated by nftables: for packets of this node's sockets and pods where eBPF is not to be had, and
 //! for packets from outside of the node in any case. The table stays when the agent ends, and is taken over by the next.
 
+mod counts;
 mod elements;
 mod nft;
 mod routes;
@@ -24,7 +25,8 @@ use super::{
     outside::{OutsidePlan, OutsideTarget},
     plan::{Frontend, Plan, Target},
 };
-use elements::{Joined, Needs};
+pub use counts::RuleCounts;
+use elements::{Element, Joined, Needs};
 pub use nft::NftError;
 use routes::ServiceRoutes;
 pub use ruleset::TABLE;
@@ -259,8 +261,12 @@ impl Rules {
         for chain in &next.chains {
             chain.write(&mut structure);
         }
+        let taken_over = found.iter().any(|table| table == TABLE);
         self.write_to_kernel(&structure, &next.take_transaction(!kept), found)?;
         self.commit(changed, next);
+        if taken_over && let Err(error) = self.forget_counts_of_others() {
+            tracing::warn!(%error, "what was counted at frontends that are gone can't be forgotten");
+        }
         self.table = Table::Kept;
         if !self.scope.inside && self.programmed.is_empty() {
             self.kernel.remove(&[TABLE.to_owned()])?;
@@ -323,6 +329,41 @@ impl Rules {
         drop(served);
         self.chains.extend(next.chains);
         self.local = next.local;
+    }
+
+    /// Has counting begin anew at frontends, because they are another Service's now.
+    ///
+    /// # Errors
+    /// When it goes on where it was.
+    pub fn forget_counts(&mut self, frontends: &[Frontend]) -> Result<(), NftError> {
+        let (mut delete, mut add) = (Elements::default(), Elements::default());
+        for (place, frontend) in frontends.iter().flat_map(|at| Place::ALL.map(|place| (place, *at))) {
+            let Some(programmed) = self.programmed.get(&(place, frontend)) else { continue };
+            for Element { map, key, .. } in counters(place, frontend, programmed) {
+                delete.push_key(map, key);
+                add.push_key(map, key);
+            }
+        }
+        let mut transaction = Transaction::default();
+        transaction.delete(delete);
+        transaction.add(add);
+        self.kernel.commit(&transaction)
+    }
+
+    /// Forgets what was counted at frontends that are not there any more.
+    fn forget_counts_of_others(&mut self) -> Result<(), NftError> {
+        let ours = self.programmed.iter().flat_map(|((place, frontend), programmed)| {
+            counters(*place, *frontend, programmed).map(|element| (element.map, element.key))
+        });
+        let ours: HashSet<_> = ours.collect();
+        let mut others = Elements::default();
+        for map in Map::all_that_count() {
+            let counted = self.kernel.counted(map)?;
+            counted.into_keys().filter(|key| !ours.contains(&(map, *key))).for_each(|key| others.push_key(map, key));
+        }
+        let mut transaction = Transaction::default();
+        transaction.delete(others);
+        self.kernel.commit(&transaction)
     }
 
     /// UDP frontends that begin to lead somewhere: what was sent there before left flows that would never be translated.
@@ -415,12 +456,18 @@ impl Next {
         }
         let mut transaction = Transaction::default();
         if anew {
-            Map::all().into_iter().filter(|map| !matches!(map, Map::Pods(_))).for_each(|map| transaction.empty(map));
+            let stays = |map: &Map| matches!(map, Map::Pods(_)) || map.counts();
+            Map::all().into_iter().filter(|map| !stays(map)).for_each(|map| transaction.empty(map));
         }
         transaction.delete(std::mem::take(&mut self.delete));
         transaction.add(std::mem::take(&mut self.add));
         transaction
     }
+}
+
+/// The elements that count for a frontend.
+fn counters(place: Place, frontend: Frontend, programmed: &Programmed) -> impl Iterator<Item = Element> {
+    elements::of(place, frontend, &programmed.target).elements.into_iter().filter(|element| element.map.counts())
 }
 
 fn place_of(frontend: Frontend) -> Place {

@@ -94,8 +94,14 @@ pub(super) enum Map {
     Kept(Place, Family),
     /// Frontend and number of a backend: those that are still there.
     Live(Place, Family),
+    /// Frontends that lead to endpoints: counts the flows that are sent there.
+    Sent(Place, Family),
+    /// Frontends: counts what is refused for want of an endpoint.
+    Refused(Place, Family),
     /// Service address and protocol whose other ports are refused.
     Closed(Family),
+    /// The same: counts what is refused.
+    ClosedRefused(Family),
     /// Backends on this node.
     Local(Family),
     /// Backends on this node, as source and destination: a pod that calls itself.
@@ -111,13 +117,25 @@ impl Map {
         for family in Family::ALL {
             for place in Place::ALL {
                 all.extend(
-                    [Self::Frontends, Self::Backends, Self::Choices, Self::Kept, Self::Live]
+                    [Self::Frontends, Self::Backends, Self::Choices, Self::Kept, Self::Live, Self::Sent, Self::Refused]
                         .map(|of| of(place, family)),
                 );
             }
-            all.extend([Self::Closed, Self::Local, Self::Hairpin, Self::Pods].map(|of| of(family)));
+            all.extend(
+                [Self::Closed, Self::ClosedRefused, Self::Local, Self::Hairpin, Self::Pods].map(|of| of(family)),
+            );
         }
         all
+    }
+
+    /// Those whose elements count.
+    pub(super) fn all_that_count() -> impl Iterator<Item = Self> {
+        Self::all().into_iter().filter(|map| map.counts())
+    }
+
+    /// Whether its elements count the packets that they are found for.
+    pub(super) fn counts(self) -> bool {
+        matches!(self, Self::Sent(..) | Self::Refused(..) | Self::ClosedRefused(_))
     }
 
     fn is_map(self) -> bool {
@@ -134,7 +152,11 @@ impl Map {
                 format!("type {} . classid : {} . inet_service", key_type(place, family), family.address())
             }
             Self::Live(place, family) => format!("type {} . classid", key_type(place, family)),
+            Self::Sent(place, family) | Self::Refused(place, family) => {
+                format!("type {}; counter", key_type(place, family))
+            }
             Self::Closed(family) => format!("type {} . inet_proto", family.address()),
+            Self::ClosedRefused(family) => format!("type {} . inet_proto; counter", family.address()),
             Self::Local(family) => format!("type {}", family.address()),
             Self::Hairpin(family) => format!("type {0} . {0}", family.address()),
             Self::Pods(family) => format!("type {}; flags interval; auto-merge", family.address()),
@@ -150,7 +172,10 @@ impl std::fmt::Display for Map {
             Self::Choices(place, family) => (place.name(), family, "_choices"),
             Self::Kept(place, family) => (place.name(), family, "_kept"),
             Self::Live(place, family) => (place.name(), family, "_live"),
+            Self::Sent(place, family) => (place.name(), family, "_sent"),
+            Self::Refused(place, family) => (place.name(), family, "_refused"),
             Self::Closed(family) => ("closed", family, ""),
+            Self::ClosedRefused(family) => ("closed", family, "_refused"),
             Self::Local(family) => ("local", family, ""),
             Self::Hairpin(family) => ("hairpin", family, ""),
             Self::Pods(family) => ("pods", family, ""),
@@ -167,7 +192,7 @@ pub(super) enum Chain {
     /// The same, and clients keep theirs until they have not called for the time.
     Sticky(Place, Family, usize, Duration),
     /// Refuses as unreachable.
-    Refuse,
+    Refuse(Place, Family),
     /// Drops.
     Drop,
 }
@@ -179,7 +204,7 @@ impl std::fmt::Display for Chain {
             Self::Sticky(place, family, count, timeout) => {
                 write!(f, "{}{}_of_{count}_for_{}s", place.name(), family.number(), timeout.as_secs())
             }
-            Self::Refuse => f.write_str("refuse"),
+            Self::Refuse(place, family) => write!(f, "{}{}_refuse", place.name(), family.number()),
             Self::Drop => f.write_str("discard"),
         }
     }
@@ -200,6 +225,7 @@ impl Chain {
         };
         let (key, ip) = (key(place, family), family.ip());
         rule(&format!("meta mark set meta mark | {MARK:#x}"));
+        rule(&format!("{key} @{}", Map::Sent(place, family)));
         match self {
             Self::Direct(_, _, count) => {
                 let backends = Map::Backends(place, family);
@@ -233,7 +259,7 @@ impl Chain {
                 // No room for more clients, or fewer backends since.
                 rule(&format!("{} {go}", choose(1)));
             }
-            Self::Refuse | Self::Drop => {}
+            Self::Refuse(..) | Self::Drop => {}
         }
     }
 }
@@ -285,7 +311,7 @@ pub(super) struct Scope {
 }
 
 /// Writes the table without the elements that frontends need. What is in a table that is there stays, with the clients that
-/// it remembers, but for the pods' ranges.
+/// it remembers and what it counted, but for the pods' ranges.
 pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
     let _ = writeln!(script, "add table inet {TABLE}");
     for map in Map::all() {
@@ -325,6 +351,12 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
             "reject with icmpx host-unreachable",
         ],
     );
+    for family in Family::ALL {
+        for place in Place::ALL {
+            let count = format!("{} @{}", key(place, family), Map::Refused(place, family));
+            chain(&Chain::Refuse(place, family).to_string(), "", &[&count, "goto refuse"]);
+        }
+    }
     chain("discard", "", &["drop"]);
     chain("close", "", &["meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable"]);
     chain(
@@ -333,6 +365,8 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
         &[
             &format!("{} vmap @services4", key(Place::Inside, Family::V4)),
             &format!("{} vmap @services6", key(Place::Inside, Family::V6)),
+            "ip daddr . meta l4proto @closed4_refused",
+            "ip6 daddr . meta l4proto @closed6_refused",
             "ip daddr . meta l4proto @closed4 goto close",
             "ip6 daddr . meta l4proto @closed6 goto close",
         ],
@@ -357,6 +391,15 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
     chain("prerouting", &hook("prerouting"), &[&[carried, "jump outside"], inside].concat());
     // Without inside, nothing is looked up here; the chain stays so that the table has one form.
     chain("output", &hook("output"), &[&[carried], inside].concat());
+    // A segment that is ahead of its window is not translated back: its receiver would answer the endpoint with a reset, and end the
+    // connection. Both ways of a pod's connections pass here, so that no other ones are taken for such.
+    let to_pods: &[&str] = if scope.inside { &["ip daddr @pods4 drop", "ip6 daddr @pods6 drop"] } else { &[] };
+    let from_endpoints = ["ip saddr @local4 drop", "ip6 saddr @local6 drop"];
+    chain(
+        "forward",
+        "{ type filter hook forward priority filter; policy accept; }",
+        &[&["ct state != invalid return", "meta l4proto != tcp return"], to_pods, &from_endpoints].concat(),
+    );
     let unbridged: &[&str] = if scope.inside && !scope.bridged_answers {
         &["ip saddr @pods4 ip daddr @local4 masquerade", "ip6 saddr @pods6 ip6 daddr @local6 masquerade"]
     } else {

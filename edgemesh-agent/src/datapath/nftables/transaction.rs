@@ -1,7 +1,10 @@
 //! Elements that go and come in one transaction, without a process: a batch of netlink messages (linux/netfilter/nf_tables.h).
 //! What they are elements of is made by the program `nft`.
 
-use std::{collections::BTreeMap, io};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+};
 
 use super::{
     super::netlink::{NLM_F_CREATE, Netlink, Refused, Request, attribute, attributes, nested, nfgenmsg},
@@ -14,6 +17,7 @@ const SUBSYSTEM: u16 = 10;
 const GETTABLE: u16 = SUBSYSTEM << 8 | 1;
 const DELTABLE: u16 = SUBSYSTEM << 8 | 2;
 const NEWSETELEM: u16 = SUBSYSTEM << 8 | 12;
+const GETSETELEM: u16 = SUBSYSTEM << 8 | 13;
 const DELSETELEM: u16 = SUBSYSTEM << 8 | 14;
 /// Family of tables for IPv4 and IPv6.
 const INET: u8 = 1;
@@ -24,11 +28,16 @@ const ELEMENTS: u16 = 3;
 const ELEMENT: u16 = 1;
 const KEY: u16 = 1;
 const DATA: u16 = 2;
+const EXPRESSION: u16 = 7;
+const EXPRESSION_DATA: u16 = 2;
+const COUNTER_PACKETS: u16 = 2;
 const VALUE: u16 = 1;
 const VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
 const VERDICT_CHAIN: u16 = 2;
 const GOTO: i32 = -4;
+/// How often a map is read until nobody changes it meanwhile.
+const ATTEMPTS: usize = 20;
 /// Bytes of elements in one message.
 const FULL: usize = 30 << 10;
 
@@ -97,9 +106,7 @@ impl Transaction {
     }
 
     fn push(&mut self, map: Map, kind: u16, flags: u16, piece: Option<Vec<u8>>) {
-        let mut body = nfgenmsg(INET, 0).to_vec();
-        attribute(&mut body, ELEMENTS_TABLE, &name(TABLE));
-        attribute(&mut body, ELEMENTS_SET, &name(&map.to_string()));
+        let mut body = body_about(map);
         if let Some(piece) = piece {
             nested(&mut body, ELEMENTS, |elements| elements.extend_from_slice(&piece));
         }
@@ -147,6 +154,38 @@ impl Kernel {
         }
     }
 
+    /// What the elements of a map have counted, in packets. Nothing if there is no such map.
+    ///
+    /// # Errors
+    /// When they can't be read, or others don't let up changing them.
+    pub(super) fn counted(&mut self, map: Map) -> Result<HashMap<Joined, u64>, NftError> {
+        let failed = |error| NftError::Kernel { what: map.to_string(), error };
+        for _ in 0..ATTEMPTS {
+            let (mut counted, mut generation, mut is_whole) = (HashMap::new(), None, true);
+            let read = self.with_socket(|socket| {
+                socket.dump(GETSETELEM, &body_about(map), |body| {
+                    let Some((head, elements)) = body.split_first_chunk::<4>() else { return };
+                    is_whole &= *generation.get_or_insert(*head) == *head;
+                    // An element that comes twice has been moved by the kernel while it was read, and others were passed over.
+                    let mut each = |element| {
+                        let Some((key, packets)) = counter(element) else { return };
+                        is_whole &= counted.insert(key, packets).is_none();
+                    };
+                    attributes(elements).filter(|(kind, _)| *kind == ELEMENTS).for_each(|(_, elements)| {
+                        attributes(elements).for_each(|(_, element)| each(element));
+                    });
+                })
+            });
+            match read {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(HashMap::new()),
+                Err(error) => return Err(failed(error)),
+                Ok(()) if is_whole => return Ok(counted),
+                Ok(()) => {}
+            }
+        }
+        Err(failed(io::ErrorKind::Interrupted.into()))
+    }
+
     /// Removes tables, all or none.
     ///
     /// # Errors
@@ -177,6 +216,21 @@ impl Kernel {
         self.0 = Some(socket);
         Ok(answer)
     }
+}
+
+/// The begin of a message about elements.
+fn body_about(map: Map) -> Vec<u8> {
+    let mut body = nfgenmsg(INET, 0).to_vec();
+    attribute(&mut body, ELEMENTS_TABLE, &name(TABLE));
+    attribute(&mut body, ELEMENTS_SET, &name(&map.to_string()));
+    body
+}
+
+/// The key of an element, and how many packets it has counted.
+fn counter(element: &[u8]) -> Option<(Joined, u64)> {
+    let within = |body, wanted| attributes(body).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let packets = within(within(within(element, EXPRESSION)?, EXPRESSION_DATA)?, COUNTER_PACKETS)?;
+    Some((Joined::from_bytes(within(within(element, KEY)?, VALUE)?), u64::from_be_bytes(packets.try_into().ok()?)))
 }
 
 /// Names end with a zero.
