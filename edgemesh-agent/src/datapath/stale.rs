@@ -37,7 +37,8 @@ use crate::metrics::DatapathMetrics;
 const SECOND_LOOK: Duration = Duration::from_secs(2);
 /// How long after the start sockets are looked at that an earlier run left, unless endpoints go before.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
-/// The least time between two looks, so that a storm of changes costs little more than one.
+/// How long sockets have from when their endpoint went: answers that are under way arrive, if its pod lives. It is also the least
+/// time between two looks, so that a storm of changes costs little more than one.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Finds and ends sockets. Entering their network namespaces changes the calling thread for good, so it gets one of its own.
@@ -229,15 +230,18 @@ fn run(
     let mut second: Option<(Arc<Catalog>, Instant)> = None;
     loop {
         let Some(catalog) = mailbox.load_full() else { return };
+        thread::sleep(PAUSE);
+        let Some(newest) = mailbox.load_full() else { return };
         let first = second.take_if(|(_, at)| *at <= Instant::now()).map(|(first, _)| first);
-        let (now, then) = (Owners::new(&catalog), first.as_deref().map(|first| (first, Owners::new(first))));
+        let (now, before) = (Owners::new(&newest), Owners::new(&catalog));
+        let long_before = first.as_deref().map(|first| (first, Owners::new(first)));
         let gone = |service, backend, protocol| {
             let by = |catalog: &Catalog, owners: &Owners<'_>| is_gone(catalog, owners, service, backend, protocol);
             let long_enough = || match protocol {
-                Protocol::Udp => true,
-                Protocol::Tcp => then.as_ref().is_some_and(|(first, owners)| by(first, owners)),
+                Protocol::Udp => by(&catalog, &before),
+                Protocol::Tcp => long_before.as_ref().is_some_and(|(first, owners)| by(first, owners)),
             };
-            !is_ours(backend) && by(&catalog, &now) && long_enough()
+            !is_ours(backend) && by(&newest, &now) && long_enough()
         };
         let mut swept = Swept::default();
         sweepers.iter_mut().for_each(|sweeper| swept.add(sweeper.sweep(&gone)));
@@ -249,7 +253,6 @@ fn run(
         if second.is_none() && first.is_none_or(|first| !Arc::ptr_eq(&first, &catalog)) {
             second = Some((catalog, Instant::now() + SECOND_LOOK));
         }
-        thread::sleep(PAUSE);
         let next = match &second {
             Some((_, at)) => woken.recv_timeout(at.saturating_duration_since(Instant::now())),
             None => woken.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -374,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn udp_sockets_are_ended_at_once_and_connections_of_an_endpoint_that_stays_away_later() {
+    fn udp_sockets_are_ended_soon_and_connections_of_an_endpoint_that_stays_away_later() {
         let (sender, looks) = sync_channel(16);
         let metrics = DatapathMetrics::new(&mut prometheus_client::registry::Registry::default());
         let reaper = Reaper::start(vec![Box::new(Looks(sender))], |_| false, metrics).unwrap();
@@ -392,7 +395,7 @@ mod tests {
         }
         assert_eq!([next(), next()], [[false; 2]; 2]);
         look(&json!([]));
-        assert_eq!(next(), [true, false], "at once");
+        assert_eq!(next(), [true, false], "soon");
         assert_eq!(next(), [true, true], "after a while");
         look(&there);
         assert_eq!(next(), [false; 2]);
