@@ -7,6 +7,7 @@ mod affinity;
 mod called;
 mod leads;
 mod metrics;
+mod open_connections;
 mod proxied;
 mod proxied_udp;
 mod service_metrics;

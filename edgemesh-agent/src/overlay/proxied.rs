@@ -12,7 +12,7 @@ use std::{
 
 use edgemesh_mesh::{
     cidr::Cidr,
-    l4::copy::{CopyLimits, copy_both},
+    l4::copy::{CopyEnd, CopyLimits, copy_both},
     model::Protocol,
 };
 use edgemesh_telemetry::Shutdown;
@@ -28,6 +28,7 @@ use super::{
     access::Accounts,
     called::Listening,
     metrics::ProxiedMetrics,
+    open_connections::OpenConnections,
     proxied_udp::ProxiedUdp,
     upstream::{Dialer, Upstream},
 };
@@ -166,12 +167,21 @@ fn admit_only(socket: &Socket, range: Cidr) -> io::Result<()> {
 }
 
 async fn accept_all(listener: TcpListener, parts: Arc<Parts>) {
+    let connections = Arc::<OpenConnections>::default();
+    tokio::select! {
+        () = accept_each(listener, &parts, &connections) => {}
+        // There are no more changes: connections end by themselves.
+        () = async { connections.end_stale(&parts.dialer).await; std::future::pending().await } => {}
+    }
+}
+
+async fn accept_each(listener: TcpListener, parts: &Arc<Parts>, connections: &Arc<OpenConnections>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((connection, client)) => {
-                let work = serve(connection, client, parts.clone());
+                let work = serve(connection, client, parts.clone(), connections.clone());
                 parts.shutdown.spawn(async move {
                     work.await;
                     drop(place);
@@ -185,18 +195,21 @@ async fn accept_all(listener: TcpListener, parts: Arc<Parts>) {
     }
 }
 
-async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>) {
+async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>, connections: Arc<OpenConnections>) {
     let local = connection.local_addr().ok();
     let Some(called) = local.and_then(|local| parts.listening.called(local, Protocol::Tcp)) else {
         parts.metrics.connection("tcp", "none", "no_service");
         return reset(&connection);
     };
     let mut account = parts.accounts.begin(called.clone(), client);
-    let upstream = match parts.dialer.tcp(&called, client).await {
+    let forced = parts.shutdown.forced();
+    let (upstream, _entry, stop) = match parts.dialer.tcp(&called, client).await {
         Ok((upstream, route)) => {
             parts.metrics.connection("tcp", route.path, "ok");
+            let stop = forced.child_token();
+            let entry = connections.add(called.clone(), route.endpoint, stop.clone());
             account.connected(route);
-            upstream
+            (upstream, entry, stop)
         }
         Err(error) => {
             tracing::debug!(%called, %client, %error, "no connection");
@@ -206,7 +219,7 @@ async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>)
         }
     };
     let _active = parts.metrics.active("tcp");
-    let limits = CopyLimits { idle: None, stop: parts.shutdown.forced().clone() };
+    let limits = CopyLimits { idle: None, stop };
     let copied = &account.copied;
     let end = async {
         connection.set_nodelay(true)?;
@@ -224,6 +237,10 @@ async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>)
     .await;
     parts.metrics.tcp_bytes(copied.forward(), copied.backward());
     match end {
+        Ok(CopyEnd::Stopped) if !forced.is_cancelled() => {
+            account.failed("broken");
+            reset(&connection);
+        }
         Ok(end) => account.ended(end),
         Err(error) => {
             tracing::debug!(%called, %client, %error, "a connection broke");

@@ -393,6 +393,15 @@ impl Dialer {
         }
     }
 
+    /// Whether a Service port is there without an endpoint that it had.
+    pub(super) fn is_deleted(&self, called: &Called, endpoint: SocketAddr) -> bool {
+        let Called::Service(name, _) = called else { return false };
+        let catalog = self.catalog.peek();
+        let service = catalog.service_named(&name.service);
+        let port = service.and_then(|service| service.port_named(&name.port, name.protocol));
+        port.is_some_and(|port| port.endpoint(endpoint).is_none())
+    }
+
     /// Changes of what the endpoints are.
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
         self.catalog.subscribe()

@@ -78,7 +78,7 @@ async fn nodes_that_reach_only_a_relay_reach_each_others_services() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_outlive_the_change_and_the_end_of_their_service() {
+async fn connections_outlive_the_end_of_their_service() {
     let (a, b) = two_sites().await;
     service(&[&a, &b], "web", "TCP", &[(server("old").await, "b")]);
     let mut open = TcpStream::connect(a.listener("web", Protocol::Tcp)).await.unwrap();
@@ -86,8 +86,6 @@ async fn connections_outlive_the_change_and_the_end_of_their_service() {
     // The endpoint must have been chosen before the Service changes.
     let chosen = "edgemesh_agent_proxied_connections_total{protocol=\"tcp\",path=\"tunnel\",result=\"ok\"}";
     crate::rig::until("the connection", || a.metric(chosen) == 1).await;
-    service(&[&a, &b], "web", "TCP", &[(server("new").await, "b")]);
-    assert_eq!(call(&a, "web", b"x").await.unwrap(), "new 1");
     for node in [&a, &b] {
         node.catalog.delete_service("default", "web");
         node.catalog.publish();
@@ -97,6 +95,30 @@ async fn connections_outlive_the_change_and_the_end_of_their_service() {
     let mut answer = String::new();
     within("the answer", open.read_to_string(&mut answer)).await.unwrap();
     assert_eq!(answer, "old 5");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_end_with_their_endpoint_when_their_service_has_others() {
+    let (a, b) = two_sites().await;
+    let (old, kept) = (server("old").await, server("kept").await);
+    service(&[&a, &b], "web", "TCP", &[(old, "b")]);
+    service(&[&a, &b], "steady", "TCP", &[(kept, "b")]);
+    let mut stale = TcpStream::connect(a.listener("web", Protocol::Tcp)).await.unwrap();
+    let mut steady = TcpStream::connect(a.listener("steady", Protocol::Tcp)).await.unwrap();
+    for connection in [&mut stale, &mut steady] {
+        connection.write_all(b"begun").await.unwrap();
+    }
+    let chosen = "edgemesh_agent_proxied_connections_total{protocol=\"tcp\",path=\"tunnel\",result=\"ok\"}";
+    crate::rig::until("the connections", || a.metric(chosen) == 2).await;
+    service(&[&a, &b], "web", "TCP", &[(server("new").await, "b")]);
+    service(&[&a, &b], "steady", "TCP", &[(kept, "b"), (server("more").await, "b")]);
+    // It only reads, so nothing but the mesh could tell it.
+    let ended = within("the end", stale.read(&mut [0; 1])).await;
+    assert_eq!(ended.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    steady.shutdown().await.unwrap();
+    let mut answer = String::new();
+    within("the answer", steady.read_to_string(&mut answer)).await.unwrap();
+    assert_eq!(answer, "kept 5");
 }
 
 #[tokio::test(flavor = "multi_thread")]
