@@ -39,12 +39,33 @@ pub(crate) fn stay_on_first_cpu() -> Result<()> {
 /// # Errors
 /// When it is gone.
 pub(crate) fn cpu_seconds(pid: i32) -> Result<f64> {
+    let [user, system] = stat_seconds(pid, [11, 12])?;
+    Ok(user + system)
+}
+
+/// For how many seconds a process has run.
+///
+/// # Errors
+/// When it is gone.
+pub(crate) fn age_seconds(pid: i32) -> Result<f64> {
+    let [started] = stat_seconds(pid, [19])?;
+    let uptime = fs::read_to_string("/proc/uptime")?;
+    let now: f64 = uptime.split(' ').next().context("/proc/uptime is empty")?.parse()?;
+    Ok(now - started)
+}
+
+/// Times in /proc/PID/stat, by the number of their field behind the name, in seconds.
+fn stat_seconds<const N: usize>(pid: i32, numbers: [usize; N]) -> Result<[f64; N]> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid}"))?;
-    // The name, in parentheses, may hold spaces; utime and stime are the 12th and 13th field behind it.
+    // The name, in parentheses, may hold spaces.
     let (_, rest) = stat.rsplit_once(')').context("/proc/PID/stat has a name")?;
-    let mut fields = rest.split_whitespace().skip(11);
-    let mut next = || fields.next().and_then(|field| field.parse::<f64>().ok()).context("/proc/PID/stat has times");
-    Ok((next()? + next()?) / TICKS_PER_SECOND)
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let mut seconds = [0.0; N];
+    for (second, number) in seconds.iter_mut().zip(numbers) {
+        let ticks: f64 = fields.get(number).context("/proc/PID/stat has times")?.parse()?;
+        *second = ticks / TICKS_PER_SECOND;
+    }
+    Ok(seconds)
 }
 
 /// Resident memory of a process in MB (10^6 bytes).
@@ -125,6 +146,7 @@ mod tests {
     fn this_process_uses_memory_and_time() {
         let pid = i32::try_from(std::process::id()).unwrap();
         assert!(resident_megabytes(pid).unwrap() > 0.5);
+        assert!((0.0..600.0).contains(&age_seconds(pid).unwrap()));
         let begin = Instant::now();
         while cpu_seconds(pid).unwrap() < 0.02 {
             assert!(begin.elapsed() < Duration::from_secs(20), "no CPU time is counted");

@@ -6,11 +6,13 @@ use anyhow::{Result, ensure};
 
 use super::Bench;
 use crate::{
-    process::resident_megabytes,
+    process::{age_seconds, resident_megabytes},
     row::{Budget, Row},
     workloads::PODS_ON_A1,
 };
 
+/// A start is over then, and what only it needed is given back.
+const STARTED_SECONDS: f64 = 15.0;
 /// Between two looks; long enough for periodic work to fall in between.
 const INTERVAL: Duration = Duration::from_millis(500);
 
@@ -36,6 +38,9 @@ pub(super) fn gateway(bench: &Bench) -> Result<Row> {
 
 fn idle(bench: &Bench, name: &str, (host, daemon): (&str, &str), most: Option<f64>) -> Result<Row> {
     let pid = bench.cluster.daemon(host, daemon)?;
+    while age_seconds(pid)? < STARTED_SECONDS {
+        thread::sleep(INTERVAL);
+    }
     let mut samples = Vec::new();
     for _ in 0..bench.rounds(9) {
         thread::sleep(INTERVAL);
