@@ -133,7 +133,7 @@ impl Datapath {
             planned_outside: None,
             outside_failures: 0,
             failures: 0,
-            without_room: 0,
+            missing: Programmed::default(),
             reaper,
             looked_at: None,
             plan: Arc::new(RwLock::new(adopted)),
@@ -189,8 +189,8 @@ struct Worker {
     outside_failures: u32,
     /// How often in a row not all frontends could be programmed.
     failures: u32,
-    /// Frontends for which the maps have no room: said when there are more.
-    without_room: usize,
+    /// What could not be programmed since all were planned last.
+    missing: Programmed,
     reaper: Option<Reaper>,
     /// The last complete catalog that was programmed.
     looked_at: Option<Arc<Catalog>>,
@@ -213,6 +213,7 @@ impl Worker {
     async fn run(mut self, catalog: Arc<CatalogStore>, shutdown: Shutdown, readiness: ReadinessTask) {
         let mut generations = catalog.subscribe();
         let mut readiness = Some(readiness);
+        let mut retry_at = None;
         loop {
             generations.mark_unchanged();
             // From half a catalog, Services would be refused whose endpoints were only not read yet. Cluster DNS leads
@@ -223,15 +224,15 @@ impl Worker {
                 if snapshot.is_synced() {
                     self.forget_counts(&snapshot);
                 }
-                let done = self.program(&snapshot);
+                let is_whole = self.program(&snapshot);
                 if snapshot.is_synced() {
                     self.look_back(snapshot);
                 }
-                (self, done)
+                (self, is_whole)
             });
-            let programmed;
+            let is_whole;
             match round.await {
-                Ok((worker, outcome)) => (self, programmed) = (worker, outcome),
+                Ok((worker, whole)) => (self, is_whole) = (worker, whole),
                 Err(error) => {
                     tracing::error!(%error, "programming failed; what is programmed stays as it is");
                     return;
@@ -239,19 +240,31 @@ impl Worker {
             }
             // What there is no room for must not take the rest of the node away.
             if synced
-                && programmed.failed == 0
+                && self.missing.failed == 0
                 && let Some(readiness) = readiness.take()
             {
                 readiness.ready();
             }
-            self.failures = if programmed.is_all() { 0 } else { self.failures.saturating_add(1) };
+            match (self.missing.is_all(), is_whole) {
+                (true, _) => self.failures = 0,
+                (false, true) => self.failures = self.failures.saturating_add(1),
+                (false, false) => self.failures = self.failures.max(1),
+            }
+            // Other changes meanwhile put it off no further.
+            if self.failures == 0 {
+                retry_at = None;
+            } else if is_whole || retry_at.is_none() {
+                retry_at = Some(tokio::time::Instant::now() + pause_after(self.failures));
+            }
             tokio::select! {
                 changed = generations.changed() => if changed.is_err() {
                     // Discovery has ended: what is programmed stays until the end.
                     shutdown.forced().cancelled().await;
                     return;
                 },
-                () = tokio::time::sleep(pause_after(self.failures)), if self.failures > 0 => self.planner.forget(),
+                () = tokio::time::sleep_until(retry_at.unwrap_or_else(tokio::time::Instant::now)), if retry_at.is_some() => {
+                    self.planner.forget();
+                }
                 () = tokio::time::sleep(pause_after(self.outside_failures)), if self.outside_failures > 0 => {}
                 () = tokio::time::sleep(HOST_ADDRESSES), if self.has_external => {}
                 () = shutdown.forced().cancelled() => return,
@@ -260,8 +273,8 @@ impl Worker {
         }
     }
 
-    /// Plans and writes the differences.
-    fn program(&mut self, catalog: &Arc<Catalog>) -> Programmed {
+    /// Plans and writes the differences. Returns whether all frontends were planned, and not only those of what changed.
+    fn program(&mut self, catalog: &Arc<Catalog>) -> bool {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
         let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
@@ -278,6 +291,7 @@ impl Worker {
             tracing::warn!(%error, "node-local addresses can't be saved: after a restart they may be others");
         }
         let planned = started.elapsed();
+        let is_whole = matches!(wanted, Wanted::All(_));
         let synced = catalog.is_synced();
         let programmed = match self.programs.is_some() {
             true => {
@@ -295,13 +309,19 @@ impl Worker {
         if programmed != Programmed::default() {
             tracing::debug!(generation = catalog.generation(), ?programmed, ?planned, ?took, "programmed");
         }
-        if programmed.without_room > self.without_room {
+        let before = self.missing;
+        // What failed before is not among the frontends of a change, unless it is its own.
+        self.missing = Programmed {
+            written: 0,
+            failed: programmed.failed + if is_whole { 0 } else { before.failed },
+            without_room: programmed.without_room + if is_whole { 0 } else { before.without_room },
+        };
+        if self.missing.without_room > before.without_room {
             tracing::warn!(
-                frontends = programmed.without_room,
+                frontends = self.missing.without_room,
                 "the eBPF maps have no room for all Services: these are not served; `backendSlots` gives more"
             );
         }
-        self.without_room = programmed.without_room;
         self.metrics.record(planned, took, programmed);
         self.metrics.slots(self.programs.as_ref().map(Programs::slots));
         self.metrics.frontends(self.plan.read().values());
@@ -313,10 +333,10 @@ impl Worker {
         }));
         if !synced || (self.programs.is_none() && !programmed.is_all()) {
             self.planner.forget();
-        } else if programmed.failed == 0 && !std::mem::replace(&mut self.older_removed, true) {
+        } else if self.missing.failed == 0 && !std::mem::replace(&mut self.older_removed, true) {
             self.remove_older();
         }
-        programmed
+        is_whole
     }
 
     /// What another version, or another mode, left: it served until now.

@@ -376,6 +376,29 @@ fn services_for_which_the_maps_have_no_room_hold_up_no_others() {
     let failures = metrics.lines().find_map(|line| line.strip_prefix("edgemesh_agent_datapath_failures_total "));
     assert!(failures.unwrap().parse::<u32>().unwrap() >= 1, "{metrics}");
     assert!(metrics.contains("backend_slots{family=\"ipv4\",state=\"free\"}"), "{metrics}");
+    // What changes meanwhile, and fits, does not put the others off: as soon as another gives room they are served.
+    let mut filler = crowd(5..13);
+    filler["metadata"] =
+        json!({"name": "filler-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "filler"}});
+    let of_filler = json!({"metadata": {"name": "filler", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.31", "ports": [{"port": 80}]}});
+    agent.catalog.apply_service(&serde_json::from_value(of_filler).unwrap());
+    agent.catalog.apply_endpoint_slice(&serde_json::from_value(filler).unwrap());
+    agent.catalog.publish();
+    let until = std::time::Instant::now() + Duration::from_secs(10);
+    while call("10.96.0.31:80").ok().as_deref() != Some(POD) {
+        assert!(std::time::Instant::now() < until);
+    }
+    // Eight of sixteen slots are taken: five more, which need eight, have no room beside those of the others.
+    agent.catalog.apply_endpoint_slice(&serde_json::from_value(crowd(5..10)).unwrap());
+    agent.catalog.publish();
+    agent.catalog.delete_endpoint_slice("default", "filler-1");
+    agent.catalog.publish();
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    while call("10.96.0.30:80").is_err() {
+        assert!(std::time::Instant::now() < until, "it has room now");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     // It shrinks, and fits.
     agent.catalog.apply_endpoint_slice(&serde_json::from_value(crowd(5..6)).unwrap());
     agent.catalog.publish();
