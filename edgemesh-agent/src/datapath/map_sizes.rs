@@ -20,6 +20,9 @@ impl MapSizes {
     /// The numbers of backend slots that can be asked for; they are powers of two.
     pub const SLOTS: std::ops::RangeInclusive<u32> = 16..=abi::Frontend::MAX_SLOT + 1;
 
+    /// There is room for so many frontends however few slots there are.
+    pub(super) const LEAST_FRONTENDS: u32 = 64;
+
     /// With so many slots for IPv4 backends; 0 for as many as suit this machine's memory.
     pub fn new(slots: u32) -> Self {
         let by_memory = || {
@@ -43,7 +46,7 @@ impl MapSizes {
 
     /// Frontends of each family.
     pub(super) fn frontends(self) -> u32 {
-        (self.slots / 4).max(64)
+        (self.slots / 4).max(Self::LEAST_FRONTENDS)
     }
 }
 

@@ -17,6 +17,7 @@ use edgemesh_mesh::model::Protocol;
 
 use super::{
     ebpf::{EbpfDatapathError, map_error, take_map},
+    map_sizes::MapSizes,
     plan::{Frontend, Plan, Target},
     slots::{Run, Slots},
 };
@@ -220,8 +221,8 @@ impl<F: Family> Table<F> {
     /// Takes over what an earlier agent left in the maps, and adds it to `plan`. What can't be read is there as refused, so
     /// that it is written anew or removed. What was counted of frontends that are gone is forgotten.
     pub(super) fn adopt(&mut self, plan: &mut Plan) {
-        // There are no more than slots: the walk ends, though it begins anew where the frontend at which it stands is removed.
-        let most = self.backends.len() as usize;
+        // There are no more than that: the walk ends, though it begins anew where the frontend at which it stands is removed.
+        let most = self.backends.len().max(MapSizes::LEAST_FRONTENDS) as usize;
         let mut runs: HashMap<u64, Option<Target>> = HashMap::new();
         let frontends: Vec<(F::Key, u64)> = self.frontends.iter().take(most).flatten().collect();
         for (key, word) in frontends {
@@ -229,7 +230,7 @@ impl<F: Family> Table<F> {
             // Newer ones than any that is there: no slot is taken for another one's.
             self.generation = self.generation.max(frontend.generation());
             let target = runs.entry(word).or_insert_with(|| self.adopt_run(frontend)).clone();
-            let contents = target.as_ref().and_then(|target| self.lead(target));
+            let contents = target.as_ref().and_then(|target| self.lead(&Contents::of::<F>(target, 0)));
             let shared = contents.as_ref().and_then(|contents| self.shared.get(contents));
             let leads = shared.map_or(abi::Frontend::new(0, 0, frontend.generation()), |shared| shared.frontend);
             if leads != frontend {
@@ -262,10 +263,9 @@ impl<F: Family> Table<F> {
         target
     }
 
-    /// Counts one more frontend that leads to what is there for a target.
-    fn lead(&mut self, target: &Target) -> Led<F::Slot> {
-        let contents = Contents::of::<F>(target, 0);
-        let known = self.shared.get_key_value(&contents).map(|(known, _)| Arc::clone(known))?;
+    /// Counts one more frontend that leads to what is there, if it is.
+    fn lead(&mut self, contents: &Contents<F::Slot>) -> Led<F::Slot> {
+        let known = self.shared.get_key_value(contents).map(|(known, _)| Arc::clone(known))?;
         self.shared.get_mut(&known)?.users += 1;
         Some(known)
     }
@@ -317,8 +317,9 @@ impl<F: Family> Table<F> {
             // A program that had the frontend in hand when it was removed may have counted after that.
             self.forget_calls(&key);
         }
-        let contents = match self.lead(target) {
-            None => self.write(target)?,
+        let wanted = Contents::of::<F>(target, 0);
+        let contents = match self.lead(&wanted) {
+            None if !wanted.slots.is_empty() => Some(self.write(target, wanted)?),
             there => there,
         };
         let shared = contents.as_ref().and_then(|contents| self.shared.get(contents));
@@ -332,13 +333,14 @@ impl<F: Family> Table<F> {
         led
     }
 
-    /// Writes backends to slots of their own, for one frontend. Nothing if there are no backends.
-    fn write(&mut self, target: &Target) -> Result<Led<F::Slot>, EbpfDatapathError> {
+    /// Writes the backends of a target, whose contents are given, to slots of their own, for one frontend.
+    fn write(
+        &mut self,
+        target: &Target,
+        contents: Contents<F::Slot>,
+    ) -> Result<Arc<Contents<F::Slot>>, EbpfDatapathError> {
         self.generation = self.generation.wrapping_add(1);
         let Contents { slots, sticky, listener } = Contents::of::<F>(target, self.generation);
-        if slots.is_empty() {
-            return Ok(None);
-        }
         let length = u16::try_from(slots.len()).unwrap_or(u16::MAX);
         let full = || EbpfDatapathError::Full { backends: slots.len(), slots: self.backends.len() };
         let run = self.slots.take(length).ok_or_else(full)?;
@@ -355,9 +357,9 @@ impl<F: Family> Table<F> {
         if listener {
             frontend = frontend.with_listener();
         }
-        let contents = Arc::new(Contents::of::<F>(target, 0));
+        let contents = Arc::new(contents);
         self.shared.insert(Arc::clone(&contents), Shared { run, frontend, users: 1 });
-        Ok(Some(contents))
+        Ok(contents)
     }
 
     fn release(&mut self, key: F::Key) {
