@@ -1,7 +1,12 @@
 //! The open TCP connections of a listener, so that those whose endpoint was deleted end, as the datapath ends those that it sent
 //! to endpoints directly.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use tokio::time::sleep;
@@ -67,14 +72,14 @@ impl OpenConnections {
             sleep(GRACE).await;
             let still = self.stale(dialer);
             let all = self.0.lock();
-            for open in still.iter().filter(|number| stale.contains(number)).filter_map(|number| all.open.get(number)) {
+            for open in still.intersection(&stale).filter_map(|number| all.open.get(number)) {
                 tracing::debug!(called = %open.called, endpoint = %open.endpoint, "its endpoint is gone: connection ended");
                 open.stop.cancel();
             }
         }
     }
 
-    fn stale(&self, dialer: &Dialer) -> Vec<u64> {
+    fn stale(&self, dialer: &Dialer) -> HashSet<u64> {
         let all = self.0.lock();
         let stale = all.open.iter().filter(|(_, open)| dialer.is_deleted(&open.called, open.endpoint));
         stale.map(|(number, _)| *number).collect()
