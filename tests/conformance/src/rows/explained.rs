@@ -31,12 +31,16 @@ fn services(case: &Case<'_>) -> Result<()> {
     case.reaches(Pod("client-cloud-1"), &service.url("http"), &["server-cloud-1"])?;
     case.refused(Pod("client-cloud-2"), &service.url("http"))?;
     for (node, chosen, target) in [("cloud-1", 1, "direct"), ("cloud-2", 0, "refuse")] {
-        let (code, said) = edgemesh(case, node, &["services", "-n", "conformance", "-o", "json"])?;
-        ensure!(code == Some(0), "{code:?}: {said}");
-        let page: Value = serde_json::from_str(&said)?;
-        let listed = page["services"].as_array().into_iter().flatten().find(|entry| entry["name"] == service.name);
-        let port = listed.map(|entry| &entry["ports"][0]).with_context(|| said.clone())?;
-        ensure!(port["endpoints"] == 1 && port["chosen"] == chosen && port["target"] == target, "{node}: {port}");
+        // Calls are served a moment before the agent says so.
+        case.until("the page shows what is served", Duration::from_secs(15), || {
+            let (code, said) = edgemesh(case, node, &["services", "-n", "conformance", "-o", "json"])?;
+            ensure!(code == Some(0), "{code:?}: {said}");
+            let page: Value = serde_json::from_str(&said)?;
+            let listed = page["services"].as_array().into_iter().flatten().find(|entry| entry["name"] == service.name);
+            let port = listed.map(|entry| &entry["ports"][0]).with_context(|| said.clone())?;
+            ensure!(port["endpoints"] == 1 && port["chosen"] == chosen && port["target"] == target, "{node}: {port}");
+            Ok(())
+        })?;
         let (code, said) = edgemesh(case, node, &["services"])?;
         let name = format!("conformance/{} ", service.name);
         let line = said.lines().find(|line| line.starts_with(&name)).with_context(|| said.clone())?;
