@@ -66,6 +66,9 @@ pub struct Config {
     pub proxied: ProxiedConfig,
     /// How often endpoints of this network are looked at while the cloud is away, in seconds. 0 leaves them as they were.
     pub island_check_seconds: u64,
+    /// The longest pause between two calls of an endpoint of this network that takes no connections, in seconds, after which
+    /// it is used again if it answers. 0 looks for no such endpoints.
+    pub silent_check_seconds: u64,
     /// Logging.
     pub log: LogConfig,
     /// How long work in flight may take when the agent stops, in seconds.
@@ -166,6 +169,7 @@ impl Default for Config {
             tunnel: TunnelConfig::default(),
             proxied: ProxiedConfig::default(),
             island_check_seconds: 2,
+            silent_check_seconds: 15,
             log: LogConfig::default(),
             drain_seconds: 5,
         }
@@ -275,6 +279,9 @@ impl Validate for Config {
         }
         if self.island_check_seconds > 60 {
             problems.add("islandCheckSeconds", "must be at most 60; 0 for no checks");
+        }
+        if self.silent_check_seconds > 300 {
+            problems.add("silentCheckSeconds", "must be at most 300; 0 to use endpoints that take no connections");
         }
         if self.drain_seconds > 300 {
             problems.add("drainSeconds", "must be at most 300");

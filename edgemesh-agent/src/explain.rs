@@ -254,7 +254,7 @@ impl Explainer {
         let target = target(programmed, service, port);
         let now = Instant::now();
         let health = self.overlay.health();
-        // Ejection is the agent's own knowledge: sockets that are sent to endpoints directly don't tell it anything.
+        // Ejections are of connections that go through the agent; that an endpoint is silent is part of the catalog.
         let explanation = match target == "listener" {
             true => health.explain(viewpoint, catalog, port, call(service), now),
             false => viewpoint.explain(catalog, port, call(service), &PassedOver::new()),
@@ -274,6 +274,7 @@ impl Explainer {
                 "pod": endpoint.pod.as_ref().map(|(namespace, name)| format!("{namespace}/{name}")),
                 "node": endpoint.node, "network": node.map(|node| &node.network), "zone": endpoint.zone,
                 "ready": endpoint.ready, "serving": endpoint.serving, "terminating": endpoint.terminating,
+                "silent": endpoint.silent,
                 "tier": explained.tier, "chosen": explained.removed.is_none(), "removedBy": explained.removed, "why": why,
             });
             match &explained.reach {
@@ -393,6 +394,7 @@ fn why(rule: Rule, explained: &Explained, service: &Service, nearest: Tier) -> S
             Tier::Zone | Tier::Remote => "there are endpoints in this zone".to_owned(),
         },
         Rule::NodeNotReady => "its node is not Ready, and those of others are".to_owned(),
+        Rule::Ejection if endpoint.silent => "it takes no connections from this node".to_owned(),
         Rule::Ejection => "it could not be reached lately".to_owned(),
     }
 }

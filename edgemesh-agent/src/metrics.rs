@@ -57,6 +57,8 @@ pub struct DatapathMetrics {
     write_seconds: Histogram,
     sockets_destroyed: Family<ProtocolLabel, Counter>,
     sweep_failures: Counter,
+    silent: Gauge,
+    turned_silent: Counter,
 }
 
 impl DatapathMetrics {
@@ -75,6 +77,8 @@ impl DatapathMetrics {
             write_seconds: seconds(),
             sockets_destroyed: Family::default(),
             sweep_failures: Counter::default(),
+            silent: Gauge::default(),
+            turned_silent: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_datapath");
         registry.register("mode", "How Service addresses are translated: 1 for the way in use", metrics.mode.clone());
@@ -99,7 +103,21 @@ impl DatapathMetrics {
             "Such sockets, and network namespaces, that could not be dealt with",
             failures,
         );
+        let help = "Endpoints that take no connections from this node, so that others are chosen";
+        registry.register("silent_endpoints", help, metrics.silent.clone());
+        let help = "Times that an endpoint was found to take no connections";
+        registry.register("turned_silent", help, metrics.turned_silent.clone());
         metrics
+    }
+
+    /// How many endpoints take no connections.
+    pub(crate) fn silent(&self, count: usize) {
+        self.silent.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// One was found to take none.
+    pub(crate) fn turned_silent(&self) {
+        self.turned_silent.inc();
     }
 
     /// The way in use.

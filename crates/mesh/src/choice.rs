@@ -116,7 +116,7 @@ pub enum Rule {
     Tier,
     /// Its node is not `Ready`, and those of others are.
     NodeNotReady,
-    /// It is passed over.
+    /// It is passed over, or takes no connections from this node.
     Ejection,
 }
 
@@ -215,12 +215,32 @@ impl Viewpoint {
         passed_over: &PassedOver,
         mut removed: impl FnMut(&Arc<Endpoint>, Rule),
     ) -> Candidates {
-        let mut found = self.preferred(catalog, port, call, |_| true, &mut removed);
         let is_left = |endpoint: &Endpoint| !passed_over.contains(&SocketAddr::new(endpoint.address, endpoint.port));
-        let spills = !passed_over.is_empty()
-            && !keep_if_any(&mut found, |seen| is_left(seen.endpoint), Rule::Ejection, &mut removed);
+        if port.endpoints.iter().any(|endpoint| endpoint.silent) {
+            let answers = |endpoint: &Endpoint| !endpoint.silent && is_left(endpoint);
+            let candidates = self.choose_among(catalog, port, call, answers, &mut removed);
+            if !candidates.endpoints.is_empty() {
+                return candidates;
+            }
+        }
+        self.choose_among(catalog, port, call, is_left, &mut removed)
+    }
+
+    /// The choice without the endpoints that are not left: of those that the rules prefer, or else, when none of these is
+    /// left, of the others.
+    fn choose_among(
+        &self,
+        catalog: &Catalog,
+        port: &ServicePort,
+        call: Call,
+        is_left: impl Fn(&Endpoint) -> bool,
+        removed: &mut impl FnMut(&Arc<Endpoint>, Rule),
+    ) -> Candidates {
+        let mut found = self.preferred(catalog, port, call, |_| true, removed);
+        let spills =
+            !found.is_empty() && !keep_if_any(&mut found, |seen| is_left(seen.endpoint), Rule::Ejection, removed);
         if spills {
-            found = self.preferred(catalog, port, call, is_left, &mut removed);
+            found = self.preferred(catalog, port, call, is_left, removed);
         }
         Candidates {
             tier: found.iter().map(|seen| seen.tier).max().unwrap_or(Tier::Remote),

@@ -357,6 +357,7 @@ fn endpoint(listed: &discovery::Endpoint, namespace: &Arc<str>, interner: &mut I
         // "serving" is "ready" without regard to termination; slices of old controllers lack it.
         serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
         terminating,
+        silent: false,
     })
 }
 

@@ -276,6 +276,7 @@ mod tests {
             ready: true,
             serving: true,
             terminating: false,
+            silent: false,
         };
         ServicePort {
             service: ServiceName { namespace: "default".into(), name: "web".into() },

@@ -130,6 +130,8 @@ pub struct Endpoint {
     pub serving: bool,
     /// Is being deleted.
     pub terminating: bool,
+    /// Takes no connections from this node, whatever the API says: used when there are no others.
+    pub silent: bool,
 }
 
 /// A node as the mesh sees it.

@@ -44,6 +44,8 @@ struct Writer {
     peers: HashMap<Arc<str>, BTreeMap<Arc<str>, Peer>>,
     /// What was observed of endpoints while nobody else could tell.
     observed: Observed,
+    /// TCP endpoints that take no connections from this node.
+    silent: HashSet<SocketAddr>,
     dirty_services: HashSet<ServiceName>,
     dirty_nodes: BTreeSet<Arc<str>>,
 }
@@ -221,6 +223,17 @@ impl CatalogStore {
         writer.observed = observed;
     }
 
+    /// Names the TCP endpoints that take no connections from this node, from the next publication on.
+    pub fn set_silent(&self, silent: HashSet<SocketAddr>) {
+        let mut writer = self.writer.lock();
+        let writer = &mut *writer;
+        for endpoint in writer.silent.symmetric_difference(&silent) {
+            let concerned = writer.next.services_of_endpoint(endpoint.ip());
+            writer.dirty_services.extend(concerned.map(|service| service.name.clone()));
+        }
+        writer.silent = silent;
+    }
+
     /// Marks the catalog complete, from the next publication on.
     pub fn mark_synced(&self) {
         let mut writer = self.writer.lock();
@@ -258,8 +271,7 @@ impl Writer {
 
     fn rebuild(&mut self) {
         for name in std::mem::take(&mut self.dirty_services) {
-            let new =
-                self.services.get(&name).map(|service| with_endpoints(service, self.slices.get(&name), &self.observed));
+            let new = self.services.get(&name).map(|service| self.with_endpoints(service));
             let old = self.next.service_named(&name);
             if old.map(|old| &**old) != new.as_ref() {
                 self.next.set_service(&name, new.map(Arc::new));
@@ -278,29 +290,38 @@ impl Writer {
         }
         self.interner.prune();
     }
-}
 
-/// A Service with the endpoints of its slices, merged: each address and port once, the ready one if slices disagree.
-fn with_endpoints(service: &Service, slices: Option<&BTreeMap<Arc<str>, SliceEntry>>, observed: &Observed) -> Service {
-    let slices = || slices.into_iter().flat_map(|slices| slices.values());
-    let with_ports = |port: &Arc<ServicePort>| {
-        let of_port = slices()
-            .flat_map(|slice| slice.ports.iter())
-            .filter(|(name, protocol, _)| *name == port.name && *protocol == port.protocol)
-            .flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| observed.applied(e, Some(*protocol))));
-        Arc::new(ServicePort { endpoints: merged(of_port, true), ..ServicePort::clone(port) })
-    };
-    let hosts = if service.is_headless() {
-        let of_ports = slices().flat_map(|slice| {
-            let ports = slice.ports.iter();
-            ports.flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| observed.applied(e, Some(*protocol))))
-        });
-        let portless = slices().flat_map(|slice| slice.portless.iter().map(|e| observed.applied(e, None)));
-        merged(of_ports.chain(portless), false)
-    } else {
-        Vec::new()
-    };
-    Service { ports: service.ports.iter().map(with_ports).collect(), hosts, ..service.clone() }
+    /// A Service with the endpoints of its slices, merged: each address and port once, the ready one if slices disagree.
+    fn with_endpoints(&self, service: &Service) -> Service {
+        let slices = || self.slices.get(&service.name).into_iter().flat_map(|slices| slices.values());
+        let with_ports = |port: &Arc<ServicePort>| {
+            let of_port = slices()
+                .flat_map(|slice| slice.ports.iter())
+                .filter(|(name, protocol, _)| *name == port.name && *protocol == port.protocol)
+                .flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| self.as_seen(e, Some(*protocol))));
+            Arc::new(ServicePort { endpoints: merged(of_port, true), ..ServicePort::clone(port) })
+        };
+        let hosts = if service.is_headless() {
+            let of_ports = slices().flat_map(|slice| {
+                let ports = slice.ports.iter();
+                ports.flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| self.as_seen(e, Some(*protocol))))
+            });
+            let portless = slices().flat_map(|slice| slice.portless.iter().map(|e| self.as_seen(e, None)));
+            merged(of_ports.chain(portless), false)
+        } else {
+            Vec::new()
+        };
+        Service { ports: service.ports.iter().map(with_ports).collect(), hosts, ..service.clone() }
+    }
+
+    /// An endpoint with what this node knows of it itself.
+    fn as_seen(&self, endpoint: &Arc<Endpoint>, protocol: Option<Protocol>) -> Arc<Endpoint> {
+        let mut endpoint = self.observed.applied(endpoint, protocol);
+        if protocol == Some(Protocol::Tcp) && self.silent.contains(&SocketAddr::new(endpoint.address, endpoint.port)) {
+            Arc::make_mut(&mut endpoint).silent = true;
+        }
+        endpoint
+    }
 }
 
 fn merged(endpoints: impl Iterator<Item = Arc<Endpoint>>, by_port: bool) -> Vec<Arc<Endpoint>> {

@@ -138,6 +138,15 @@ fn choose_for(viewpoint: &str, policy: Value, annotations: Value, endpoints: &st
 }
 
 fn catalog(policy: Value, annotations: Value, endpoints: &str) -> (Arc<Catalog>, Arc<ServicePort>) {
+    catalog_with_silent(policy, annotations, endpoints, HashSet::new())
+}
+
+fn catalog_with_silent(
+    policy: Value,
+    annotations: Value,
+    endpoints: &str,
+    silent: HashSet<SocketAddr>,
+) -> (Arc<Catalog>, Arc<ServicePort>) {
     let store = CatalogStore::new();
     nodes(&store);
     let mut spec = json!({"clusterIP": "10.96.0.1", "ports": [{"port": 80}]});
@@ -156,6 +165,8 @@ fn catalog(policy: Value, annotations: Value, endpoints: &str) -> (Arc<Catalog>,
         }))
         .unwrap(),
     );
+    store.publish();
+    store.set_silent(silent);
     store.publish();
     let catalog = store.snapshot();
     let port = catalog.port_at("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp).unwrap().clone();
@@ -256,7 +267,8 @@ fn choose_besides(policy: &Value, annotations: &Value, endpoints: &str, ejected:
     let from = Viewpoint::of(&catalog, "edge-a1");
     let (health, now) = (Health::new(HealthSettings::default(), 1), Instant::now());
     let address = |short: &str| -> SocketAddr { format!("10.244.{short}:8080").parse().unwrap() };
-    for address in ejected.split_whitespace().map(address) {
+    let ejected: HashSet<SocketAddr> = ejected.split_whitespace().map(address).collect();
+    for &address in &ejected {
         health.failed(EndpointKey { address, protocol: Protocol::Tcp }, now, now).unwrap();
     }
     let tried: PassedOver = tried.split_whitespace().map(address).collect();
@@ -268,6 +280,13 @@ fn choose_besides(policy: &Value, annotations: &Value, endpoints: &str, ejected:
             let chosen = got.endpoints.contains(&explained.endpoint);
             assert_eq!(explained.removed.is_none(), chosen, "{explained:?}");
         }
+        let (catalog, port) = catalog_with_silent(policy.clone(), annotations.clone(), endpoints, ejected);
+        let silent = from.candidates_for(&catalog, &port, Call::default());
+        assert_eq!(
+            (short(&silent), silent.spilled),
+            (short(&got), got.spilled),
+            "silent endpoints are as ejected ones"
+        );
     }
     (short(&got), got.spilled)
 }

@@ -40,8 +40,13 @@ pub const CALLS: &str = "CALLS";
 /// Name of the map `FrontendKey6 -> Calls` (per-CPU hash).
 pub const CALLS6: &str = "CALLS6";
 
+/// Name of the ring buffer of `SocketAddress6`: backends that left a SYN unanswered.
+pub const UNANSWERED: &str = "UNANSWERED";
+/// Bytes of that ring buffer: what it has no room for is not told, since more of the same follows.
+pub const UNANSWERED_BYTES: u32 = 1 << 14;
+
 /// How many peers of connected sockets are remembered: as many sockets as can be open at once, since they are forgotten when
-/// they are closed. What failed to connect may stay; the least used is forgotten first.
+/// they fail to connect or are closed. Of more, the least used is forgotten first.
 pub const MAX_PEERS: u32 = 65_536;
 /// How many peers of unconnected sockets are remembered. Nothing tells when they are no longer needed, and a name server's
 /// clients leave one with each question: the least used is forgotten first.

@@ -7,11 +7,12 @@ mod affinity;
 mod families;
 mod maps;
 mod sockets;
+mod tcp_events;
 mod translate;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sock_addr},
-    programs::{SockAddrContext, SockContext},
+    macros::{cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 use sockets::{Ipv4, OfIpv6Socket};
 
@@ -88,6 +89,13 @@ fn name_service_on_ipv6_socket(ctx: SockAddrContext) -> i32 {
 fn sock_release(ctx: SockContext) -> i32 {
     translate::forget(&ctx);
     PROCEED
+}
+
+/// What befalls TCP sockets.
+#[sock_ops]
+fn tcp_events(ctx: SockOpsContext) -> u32 {
+    tcp_events::note(&ctx);
+    PROCEED as u32
 }
 
 #[cfg(not(test))]

@@ -3,11 +3,11 @@
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
 use edgemesh_ebpf_abi::{
     Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_PEERS, MAX_PEERS6, MAX_UNCONNECTED_PEERS, MAX_UNCONNECTED_PEERS6, PeerKey, PeerKey6,
-    SocketAddress, SocketAddress6,
+    SocketAddress, SocketAddress6, UNANSWERED_BYTES,
 };
 
 /// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
@@ -61,6 +61,10 @@ pub static CALLS: PerCpuHashMap<FrontendKey, Calls> = PerCpuHashMap::with_max_en
 #[map]
 pub static CALLS6: PerCpuHashMap<FrontendKey6, Calls> =
     PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
+
+/// Backends that left a SYN unanswered. Not pinned: it is for the agent that loaded the programs.
+#[map]
+pub static UNANSWERED: RingBuf = RingBuf::with_byte_size(UNANSWERED_BYTES, 0);
 
 /// The cookie of the network namespace in which the agent is; set when the programs are loaded.
 #[unsafe(no_mangle)]

@@ -10,9 +10,9 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::MapError,
+    maps::{MapData, MapError, RingBuf},
     programs::{
-        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, ProgramFd,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, ProgramFd, SockOps,
         links::{FdLink, LinkError},
     },
 };
@@ -35,7 +35,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ed
 /// hides them, so that no socket sees a backend's address while they are attached one after the other.
 const ADDRESS_PROGRAMS: [&str; 8] =
     ["recvmsg4", "recvmsg6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "connect6", "connect4"];
-/// All maps of the object.
+/// The maps that outlive the agent.
 const MAPS: [&str; 12] = [
     abi::FRONTENDS,
     abi::BACKENDS,
@@ -50,6 +50,8 @@ const MAPS: [&str; 12] = [
     abi::CALLS,
     abi::CALLS6,
 ];
+/// The program that sees what befalls TCP sockets.
+const EVENTS_PROGRAM: &str = "tcp_events";
 /// The program that sees sockets close.
 const RELEASE_PROGRAM: &str = "sock_release";
 /// The largest `/proc/self/mounts` that is read, in bytes.
@@ -129,6 +131,7 @@ pub struct Programs {
     ipv4: Table<V4>,
     ipv6: Table<V6>,
     sweeper: Option<Sweeper>,
+    unanswered: Option<RingBuf<MapData>>,
     adopted: Plan,
     cgroup: PathBuf,
     pins: Option<Pins>,
@@ -187,10 +190,13 @@ impl Programs {
         let mut ebpf = loader.load(OBJECT)?;
         let peers = Peers::open(&ebpf)?;
         let counters = Counters::take(&mut ebpf)?;
+        let unanswered =
+            RingBuf::try_from(take_map(&mut ebpf, abi::UNANSWERED)?).map_err(map_error(abi::UNANSWERED))?;
         let mut programs = Self {
             ipv4: Table::take(&mut ebpf)?,
             ipv6: Table::take(&mut ebpf)?,
             sweeper: Some(Sweeper::new(peers, cgroup.clone())),
+            unanswered: Some(unanswered),
             adopted: Plan::new(),
             cgroup,
             pins,
@@ -220,29 +226,25 @@ impl Programs {
             let pinned = link.map_err(io::Error::other).and_then(|link| link.pin(&path).map_err(io::Error::other));
             pinned.map(drop).map_err(|source| EbpfDatapathError::Pins { path, source })
         };
-        let missing = EbpfDatapathError::Missing;
-        let program = self.ebpf.program_mut(RELEASE_PROGRAM).ok_or(missing(RELEASE_PROGRAM))?;
-        let release: &mut CgroupSock = program.try_into().map_err(failed(RELEASE_PROGRAM))?;
-        release.load().map_err(failed(RELEASE_PROGRAM))?;
-        if !in_place(RELEASE_PROGRAM, &self.pins, release.fd().map_err(failed(RELEASE_PROGRAM))?)? {
-            let link = release.attach(cgroup, CgroupAttachMode::Single).map_err(failed(RELEASE_PROGRAM))?;
-            if self.pins.is_some() {
-                let link = release.take_link(link).map_err(failed(RELEASE_PROGRAM))?;
-                pin(RELEASE_PROGRAM, &self.pins, link.try_into())?;
-            }
+        // The types of programs and of their links have all this in common, but no trait.
+        macro_rules! attach {
+            ($kind:ty, $name:expr) => {{
+                let program = self.ebpf.program_mut($name).ok_or(EbpfDatapathError::Missing($name))?;
+                let program: &mut $kind = program.try_into().map_err(failed($name))?;
+                program.load().map_err(failed($name))?;
+                if !in_place($name, &self.pins, program.fd().map_err(failed($name))?)? {
+                    let link = program.attach(cgroup, CgroupAttachMode::Single).map_err(failed($name))?;
+                    if self.pins.is_some() {
+                        let link = program.take_link(link).map_err(failed($name))?;
+                        pin($name, &self.pins, link.try_into())?;
+                    }
+                }
+            }};
         }
+        attach!(CgroupSock, RELEASE_PROGRAM);
+        attach!(SockOps, EVENTS_PROGRAM);
         for name in ADDRESS_PROGRAMS {
-            let program = self.ebpf.program_mut(name).ok_or(missing(name))?;
-            let program: &mut CgroupSockAddr = program.try_into().map_err(failed(name))?;
-            program.load().map_err(failed(name))?;
-            if in_place(name, &self.pins, program.fd().map_err(failed(name))?)? {
-                continue;
-            }
-            let link = program.attach(cgroup, CgroupAttachMode::Single).map_err(failed(name))?;
-            if self.pins.is_some() {
-                let link = program.take_link(link).map_err(failed(name))?;
-                pin(name, &self.pins, link.try_into())?;
-            }
+            attach!(CgroupSockAddr, name);
         }
         Ok(())
     }
@@ -268,6 +270,11 @@ impl Programs {
     /// What ends sockets of these programs whose endpoint is gone; it can be taken once.
     pub fn take_sweeper(&mut self) -> Option<Sweeper> {
         self.sweeper.take()
+    }
+
+    /// Where the programs tell of backends that left a SYN unanswered; it can be taken once.
+    pub(super) fn take_unanswered(&mut self) -> Option<RingBuf<MapData>> {
+        self.unanswered.take()
     }
 
     /// How many slots for backends are in use and how many there are, of IPv4 and of IPv6.

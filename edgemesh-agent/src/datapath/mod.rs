@@ -16,17 +16,22 @@ pub mod outside;
 pub(crate) mod pins;
 pub mod plan;
 pub mod planner;
+mod silent;
 mod slots;
 mod sock_diag;
 pub mod stale;
 mod tables;
+mod unanswered;
 
 use std::{
     collections::HashSet,
     fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -124,11 +129,19 @@ impl Datapath {
         let reaper = Reaper::start(sweepers, is_ours, metrics.clone())
             .inspect_err(|error| tracing::error!(%error, "sockets of endpoints that are gone will not be ended"))
             .ok();
+        let rules_lead = Arc::new(AtomicBool::new(programs.is_none()));
+        if let Some(suspicions) = silent::start(Arc::clone(&config), Arc::clone(&catalog), metrics.clone(), shutdown) {
+            if let Some(ring) = programs.as_mut().and_then(Programs::take_unanswered) {
+                tokio::spawn(unanswered::of_sockets(ring, suspicions.clone()));
+            }
+            tokio::spawn(unanswered::of_flows(Arc::clone(&rules_lead), suspicions));
+        }
         let about = About { mode, reason, cgroup, counters: counters.map(Arc::new), rule_counts: Arc::default() };
         let worker = Worker {
             programs,
             rules,
             outside: OutsidePlan::new(),
+            rules_lead,
             guarded: Plan::new(),
             planned_outside: None,
             outside_failures: 0,
@@ -181,6 +194,8 @@ struct Worker {
     rules: Rules,
     /// What is to be in force for callers from outside.
     outside: OutsidePlan,
+    /// Whether rules lead flows to endpoints.
+    rules_lead: Arc<AtomicBool>,
     /// What the programs leave to the rules.
     guarded: Plan,
     /// From which catalog it was planned, unless it has to be planned in full; or something is not in force.
@@ -326,6 +341,7 @@ impl Worker {
         self.metrics.slots(self.programs.as_ref().map(Programs::slots));
         self.metrics.frontends(self.plan.read().values());
         self.metrics.outside_frontends(self.outside.len());
+        self.rules_lead.store(self.programs.is_none() || !self.outside.is_empty(), Ordering::Relaxed);
         self.state.store(Arc::new(State {
             generation: catalog.generation(),
             viewpoint: Some(viewpoint),

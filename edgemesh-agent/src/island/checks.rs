@@ -34,7 +34,7 @@ const DEAD_AFTER: u32 = 3;
 const BACK_AFTER: u32 = 2;
 
 /// What is looked at: a TCP endpoint, or a UDP endpoint for a pod that has no others.
-pub(super) type Target = (SocketAddr, Protocol);
+pub(crate) type Target = (SocketAddr, Protocol);
 
 /// What is known of one endpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -175,7 +175,7 @@ pub(super) fn targets(catalog: &Catalog, viewpoint: &Viewpoint) -> Vec<(Arc<str>
 }
 
 /// One connection to each. No result where this host itself could not make one.
-pub(super) async fn round(targets: Vec<Target>) -> Vec<(Target, Option<bool>)> {
+pub(crate) async fn round(targets: Vec<Target>) -> Vec<(Target, Option<bool>)> {
     let check = |(endpoint, protocol): Target| async move {
         let answered = match timeout(CONNECT_DEADLINE, TcpStream::connect(endpoint)).await {
             Ok(Ok(_)) => Some(true),

@@ -5,7 +5,7 @@
 //! this node's, need no word from other nodes, and work with any API server. Where another node says of its own endpoints what it
 //! found, that is taken over and they are not checked from here.
 
-mod checks;
+pub(crate) mod checks;
 mod cloud;
 mod message;
 mod reports;

@@ -22,6 +22,7 @@ mod process;
 mod rule_counts;
 mod sandbox;
 mod scale;
+mod silent;
 mod sites;
 mod sockets;
 mod stale;

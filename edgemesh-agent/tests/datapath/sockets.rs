@@ -241,6 +241,22 @@ fn closed_sockets_leave_nothing_behind() {
     assert_eq!(counters.remembered_peers().unwrap(), 0);
 }
 
+/// When a socket that failed to connect is closed the kernel no longer knows whom it called.
+#[test]
+fn connects_that_fail_leave_nothing_behind() {
+    let sandbox = Sandbox::new(&POD_ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    // Nobody listens there.
+    set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
+    for address in [VIP, "[::ffff:10.96.0.20]:80"] {
+        for _ in 0..50 {
+            assert_eq!(TcpStream::connect(address).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        }
+    }
+    assert_eq!(counters.get(Counter::TcpConnects).unwrap(), 100);
+    assert_eq!(counters.remembered_peers().unwrap(), 0);
+}
+
 /// Programs that name the name server with each question leave one remembered peer a question.
 #[test]
 fn a_crowd_of_unconnected_sockets_takes_nothing_from_connected_ones() {

@@ -1,0 +1,117 @@
+//! What befalls TCP sockets that were sent to backends, where no other hook sees it: SYNs that stay unanswered, and connects
+//! that fail.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{
+        BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock_ops,
+    },
+    helpers::bpf_get_socket_cookie,
+    programs::SockOpsContext,
+};
+use edgemesh_ebpf_abi::{SocketAddress, SocketAddress6};
+
+use crate::{
+    families::{Family, Socket, V4, V6},
+    maps::UNANSWERED,
+    sockets::read,
+};
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+
+/// One event in the life of a TCP socket.
+#[inline(always)]
+pub fn note(context: &SockOpsContext) {
+    let raw = raw(context);
+    let argument = |at: usize| {
+        // SAFETY: all fields of the union are words.
+        read(unsafe { &raw const raw.__bindgen_anon_1.args[at] })
+    };
+    match read(&raw const raw.op) {
+        BPF_SOCK_OPS_TCP_CONNECT_CB if remote(raw).is_some_and(|remote| remote.is_remembered(socket(context))) => {
+            // Beside what other programs asked for. What can't be asked for is not told.
+            let flags = BPF_SOCK_OPS_RTO_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG;
+            let _ = context.set_cb_flags((read(&raw const raw.bpf_sock_ops_cb_flags) | flags) as i32);
+        }
+        BPF_SOCK_OPS_RTO_CB if read(&raw const raw.state) == BPF_TCP_SYN_SENT => {
+            if let Some(remote) = remote(raw) {
+                // Without room there are enough in it already.
+                let _ = UNANSWERED.output::<SocketAddress6>(remote.address(), 0);
+            }
+        }
+        // Its peer is no longer known when such a socket is closed.
+        BPF_SOCK_OPS_STATE_CB if (argument(0), argument(1)) == (BPF_TCP_SYN_SENT, BPF_TCP_CLOSE) => {
+            if let Some(remote) = remote(raw) {
+                remote.forget(socket(context));
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The other end of a socket.
+enum Remote {
+    V4(SocketAddress),
+    /// The address as it was remembered, and in mapped form.
+    Mapped(SocketAddress, SocketAddress6),
+    V6(SocketAddress6),
+}
+
+impl Remote {
+    #[inline(always)]
+    fn is_remembered(&self, socket: Socket) -> bool {
+        match *self {
+            Self::V4(backend) | Self::Mapped(backend, _) => V4::service(socket, backend).is_some(),
+            Self::V6(backend) => V6::service(socket, backend).is_some(),
+        }
+    }
+
+    #[inline(always)]
+    fn forget(&self, socket: Socket) {
+        match *self {
+            Self::V4(backend) | Self::Mapped(backend, _) => V4::forget(socket, backend),
+            Self::V6(backend) => V6::forget(socket, backend),
+        }
+    }
+
+    #[inline(always)]
+    fn address(&self) -> SocketAddress6 {
+        match *self {
+            Self::V4(backend) => backend.into(),
+            Self::Mapped(_, backend) | Self::V6(backend) => backend,
+        }
+    }
+}
+
+#[inline(always)]
+fn remote(raw: &bpf_sock_ops) -> Option<Remote> {
+    // The upper half of the word in memory order.
+    let port = (u32::from_be(read(&raw const raw.remote_port)) as u16).to_be();
+    match read(&raw const raw.family) {
+        AF_INET => Some(Remote::V4(SocketAddress::from_network(read(&raw const raw.remote_ip4), port))),
+        AF_INET6 => {
+            let word = |at: usize| read(&raw const raw.remote_ip6[at]);
+            let words = [word(0), word(1), word(2), word(3)];
+            let address = SocketAddress6::from_network(words, port);
+            if words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be() {
+                return Some(Remote::Mapped(SocketAddress::from_network(words[3], port), address));
+            }
+            Some(Remote::V6(address))
+        }
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn socket(context: &SockOpsContext) -> Socket {
+    // SAFETY: the helper takes the context of this program type.
+    Socket { cookie: unsafe { bpf_get_socket_cookie(context.as_ptr()) }, connected: true }
+}
+
+#[inline(always)]
+fn raw(context: &SockOpsContext) -> &bpf_sock_ops {
+    // SAFETY: the kernel gives a valid context for the length of the program.
+    unsafe { &*context.ops }
+}

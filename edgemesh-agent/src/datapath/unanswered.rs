@@ -1,0 +1,108 @@
+//! Where it is seen that a SYN stays unanswered: the programs tell of sockets that send theirs again, and tracked flows show it
+//! of those that rules lead to endpoints.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use aya::maps::{MapData, RingBuf};
+use edgemesh_ebpf_abi::SocketAddress6;
+use tokio::{io::unix::AsyncFd, task::spawn_blocking, time::MissedTickBehavior};
+
+use super::{conntrack::Conntrack, silent::Suspicions};
+
+/// How often the tracked flows are looked at: a SYN is sent again after a second.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Passes on what the programs tell, until nobody listens any more.
+pub(super) async fn of_sockets(ring: RingBuf<MapData>, suspicions: Suspicions) {
+    // SAFETY: the ring keeps its descriptor open, and the same one, until it is dropped.
+    let mut ring = match unsafe { AsyncFd::register(ring) } {
+        Ok(ring) => ring,
+        Err(error) => {
+            tracing::error!(%error, "endpoints that take no connections will not be noticed");
+            return;
+        }
+    };
+    while !suspicions.is_closed() {
+        let Ok(mut ready) = ring.readable_mut().await else { return };
+        while let Some(told) = ready.get_inner_mut().next() {
+            if let Some(backend) = backend(&told) {
+                // While it is full there is enough to look at.
+                let _ = suspicions.try_send(backend);
+            }
+        }
+        ready.clear_ready();
+    }
+}
+
+/// Passes on what the flows of this network namespace show while rules lead some, until nobody listens any more.
+pub(super) async fn of_flows(are_led: Arc<AtomicBool>, suspicions: Suspicions) {
+    let mut conntrack = match Conntrack::open() {
+        Ok(conntrack) => conntrack,
+        Err(error) => {
+            tracing::error!(%error, "endpoints that take no connections will not be noticed where rules lead to them");
+            return;
+        }
+    };
+    let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut before = HashSet::new();
+    loop {
+        tokio::select! {
+            _ = looks.tick() => {}
+            () = suspicions.closed() => return,
+        }
+        if !are_led.load(Ordering::Relaxed) {
+            continue;
+        }
+        let look = spawn_blocking(move || {
+            let unanswered = conntrack.unanswered();
+            (conntrack, unanswered)
+        });
+        let Ok((again, unanswered)) = look.await else { return };
+        conntrack = again;
+        match unanswered {
+            Ok(unanswered) => {
+                for (.., server) in before.intersection(&unanswered) {
+                    let _ = suspicions.try_send(*server);
+                }
+                before = unanswered;
+            }
+            Err(error) => tracing::debug!(%error, "tracked flows can't be read; trying again"),
+        }
+    }
+}
+
+/// The address in a record.
+fn backend(record: &[u8]) -> Option<SocketAddr> {
+    let mut words = [0; 3];
+    for (word, bytes) in words.iter_mut().zip(record.chunks_exact(8)) {
+        *word = u64::from_ne_bytes(bytes.try_into().ok()?);
+    }
+    let address = (record.len() == 24).then(|| SocketAddress6::from_words(words))?;
+    let ip = std::net::Ipv6Addr::from(address.octets());
+    Some(SocketAddr::new(ip.to_canonical(), address.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_read_as_the_addresses_that_they_are() {
+        let record = |ip: &str, port| {
+            let ip: std::net::Ipv6Addr = ip.parse().unwrap();
+            SocketAddress6::new(ip.octets(), port).to_words().map(u64::to_ne_bytes).concat()
+        };
+        assert_eq!(backend(&record("::ffff:10.244.1.5", 80)), Some("10.244.1.5:80".parse().unwrap()));
+        assert_eq!(backend(&record("fd00::5", 8080)), Some("[fd00::5]:8080".parse().unwrap()));
+        assert_eq!(backend(&record("fd00::5", 8080)[..16]), None);
+    }
+}
