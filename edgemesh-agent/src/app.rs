@@ -12,10 +12,11 @@ use tokio::task::JoinHandle;
 
 use crate::{
     capture::Capture,
-    config::Config,
+    config::{Config, DnsConfig},
     datapath::{
         Datapath,
         mode::{self, DatapathError},
+        plan::{ClusterDns, DNS_PORT},
     },
     dns,
     explain::Explainer,
@@ -76,18 +77,22 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")), services: config.services };
     let catalog = Discovery::start(client.clone(), discovery, shutdown, readiness.task("catalog"));
 
+    let mut dns_addresses = vec![config.dns_listen()];
     let mut allocator = Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?;
     let routes = HostRoutes::open(shutdown)?;
     routes.deliver_locally(config.node_local_cidr).await?;
     match routes.deliver_locally6(config.node_local_cidr6).await {
-        Ok(()) => allocator = allocator.with_ipv6(config.node_local_cidr6),
+        Ok(()) => {
+            allocator = allocator.with_ipv6(config.node_local_cidr6);
+            dns_addresses.extend(config.dns_listen6());
+        }
         Err(error) => {
-            tracing::warn!(%error, "no IPv6 on this host: Services are reached through the tunnel by IPv4 only")
+            tracing::warn!(%error, "no IPv6 on this host: Services are reached through the tunnel, and cluster DNS answers, by IPv4 only")
         }
     }
     let allocator = Arc::new(allocator);
-    let dns = dns::Server::bind(config.dns_listen(), Arc::clone(&catalog), &config.dns, &registry)?;
-    let dns_address = dns.address();
+    let dns = dns::Server::bind(&dns_addresses, Arc::clone(&catalog), &config.dns, &registry)?;
+    let cluster_dns = dns.addresses().filter_map(|listener| cluster_dns(&config.dns, listener)).collect();
     let asker = dns.serve(shutdown);
     if config.routes {
         enable_forwarding();
@@ -115,7 +120,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         Arc::clone(&config),
         Arc::clone(&catalog),
         Arc::clone(&allocator),
-        dns_address,
+        cluster_dns,
         metrics,
         shutdown,
         readiness.task("datapath"),
@@ -162,6 +167,15 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         admin_task,
         config,
     })
+}
+
+/// The cluster DNS address for which a listener answers, if there is one of its family.
+fn cluster_dns(config: &DnsConfig, listener: SocketAddr) -> Option<ClusterDns> {
+    let address = match listener {
+        SocketAddr::V4(_) => config.cluster_address.into(),
+        SocketAddr::V6(_) => config.cluster_address6?.into(),
+    };
+    Some(ClusterDns { address: SocketAddr::new(address, DNS_PORT), listener })
 }
 
 /// Removes what the agent of this configuration leaves in the kernel when it ends: programs with their maps, rules, all routes, and

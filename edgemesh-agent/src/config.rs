@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
 };
 
@@ -94,6 +94,8 @@ pub enum DatapathMode {
 pub struct DnsConfig {
     /// The address that pods have in resolv.conf. It leads to `listenAddress` on this node.
     pub cluster_address: Ipv4Addr,
+    /// The IPv6 address that pods have there, if any. It leads to the first address of `nodeLocalCidr6` on this node.
+    pub cluster_address6: Option<Ipv6Addr>,
     /// Address on which the agent answers; the first of `nodeLocalCidr` if left out.
     pub listen_address: Option<IpAddr>,
     /// Port on which the agent answers.
@@ -180,6 +182,7 @@ impl Default for DnsConfig {
     fn default() -> Self {
         Self {
             cluster_address: Ipv4Addr::new(10, 96, 0, 10),
+            cluster_address6: None,
             listen_address: None,
             port: 53,
             cluster_domain: names::DEFAULT_CLUSTER_DOMAIN.to_owned(),
@@ -219,6 +222,12 @@ impl Config {
     pub fn dns_listen(&self) -> SocketAddr {
         let address = self.dns.listen_address.unwrap_or(IpAddr::V4(self.node_local_cidr.dns_address()));
         SocketAddr::new(address, self.dns.port)
+    }
+
+    /// The same for queries by IPv6, where pods send some.
+    pub fn dns_listen6(&self) -> Option<SocketAddr> {
+        let address = SocketAddr::from((self.node_local_cidr6.dns_address(), self.dns.port));
+        (self.dns.cluster_address6.is_some() && self.dns_listen().is_ipv4()).then_some(address)
     }
 
     /// From where endpoints are chosen: this node, in the configured network or else in the one of its Node.

@@ -126,6 +126,11 @@ impl Ipv6Range {
         self.base
     }
 
+    /// Address on which the agent answers DNS by IPv6; it is not given out.
+    pub fn dns_address(self) -> Ipv6Addr {
+        self.at(1)
+    }
+
     /// Whether the address is in the range.
     pub fn contains(self, address: Ipv6Addr) -> bool {
         self.offset(address).is_some()

@@ -48,7 +48,7 @@ use mode::{Chosen, DatapathError};
 use nftables::{RuleCounts, Rules};
 use outside::OutsidePlan;
 use parking_lot::RwLock;
-use plan::{Change, Frontend, Plan, Surroundings, Target};
+use plan::{Change, ClusterDns, Frontend, Plan, Surroundings, Target};
 use planner::{Planner, Wanted};
 use stale::{Reaper, Sweep};
 
@@ -92,7 +92,7 @@ struct About {
 
 impl Datapath {
     /// Attaches the programs, or readies the rules of nftables, and keeps them up to date until the shutdown is forced, because connections need them while the
-    /// agent drains. They serve on after it. `dns` is where this node answers for the cluster DNS address. `readiness` is released when a complete catalog is programmed.
+    /// agent drains. They serve on after it. `dns` is where this node answers for the cluster DNS addresses. `readiness` is released when a complete catalog is programmed.
     ///
     /// # Errors
     /// When the kernel can't or may not do what the settings ask for.
@@ -100,7 +100,7 @@ impl Datapath {
         config: Arc<Config>,
         catalog: Arc<CatalogStore>,
         allocator: Arc<Allocator>,
-        dns: SocketAddr,
+        dns: Vec<ClusterDns>,
         metrics: DatapathMetrics,
         shutdown: &Shutdown,
         readiness: ReadinessTask,
@@ -113,8 +113,9 @@ impl Datapath {
         }
         let state = Arc::<ArcSwap<State>>::default();
         let (node_local, node_local6) = (config.node_local_cidr, config.node_local_cidr6);
+        let listeners: Vec<SocketAddr> = dns.iter().map(|dns| dns.listener).collect();
         let is_ours = move |backend: SocketAddr| match backend.ip() {
-            _ if backend == dns => true,
+            _ if listeners.contains(&backend) => true,
             IpAddr::V4(ip) => node_local.contains(ip),
             IpAddr::V6(ip) => node_local6.contains(ip),
         };
@@ -219,7 +220,7 @@ struct Worker {
     config: Arc<Config>,
     allocator: Arc<Allocator>,
     /// Where this node answers DNS.
-    dns: SocketAddr,
+    dns: Vec<ClusterDns>,
     /// Whether a Service has `externalIPs`, so that the host's addresses matter.
     has_external: bool,
 }
@@ -292,14 +293,11 @@ impl Worker {
     fn program(&mut self, catalog: &Arc<Catalog>) -> bool {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
-        let cluster_dns = SocketAddr::from((self.config.dns.cluster_address, plan::DNS_PORT));
-        // A backend is of its frontend's family.
-        let dns = self.dns.is_ipv4().then_some((cluster_dns, self.dns));
         self.has_external = catalog.services().any(|service| !service.external_ips.is_empty());
         let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
-        let allocator = Arc::clone(&self.allocator);
+        let (allocator, dns) = (Arc::clone(&self.allocator), self.dns.clone());
         let surroundings =
-            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns };
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: &dns };
         let wanted = self.planner.plan(catalog, surroundings);
         // Before sockets are sent there, so that an address means the same Service port after a crash.
         if let Err(error) = self.allocator.save() {

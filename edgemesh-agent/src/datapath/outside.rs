@@ -167,7 +167,7 @@ mod tests {
         let host_addresses = HashSet::from(["192.168.1.11".parse().unwrap()]);
         let allocator = Allocator::in_memory(Ipv4Range::default());
         let surroundings =
-            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: None };
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: &[] };
         plan(&catalog, surroundings)
     }
 
@@ -240,7 +240,7 @@ mod tests {
         let allocator = Allocator::in_memory(Ipv4Range::default());
         let none = HashSet::new();
         let surroundings =
-            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &none, dns: None };
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &none, dns: &[] };
         let changed: BTreeMap<_, _> = changed(&catalog, &older, surroundings).into_iter().collect();
         assert_eq!(changed[&at("0.0.0.0:30080")], None);
         assert_eq!(changed[&at("0.0.0.0:30081")], Some(direct("10.244.1.5:8080")));

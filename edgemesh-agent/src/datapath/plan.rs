@@ -73,8 +73,17 @@ pub struct Surroundings<'a> {
     pub allocator: &'a Allocator,
     /// Addresses of this host's interfaces.
     pub host_addresses: &'a HashSet<IpAddr>,
-    /// The cluster DNS address, and the listener that answers for it.
-    pub dns: Option<(SocketAddr, SocketAddr)>,
+    /// The cluster DNS addresses, each with the listener that answers for it.
+    pub dns: &'a [ClusterDns],
+}
+
+/// A cluster DNS address, and the listener that answers for it. Both are of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClusterDns {
+    /// What pods have in resolv.conf, with the port.
+    pub address: SocketAddr,
+    /// Where the agent answers.
+    pub listener: SocketAddr,
 }
 
 /// One difference between two plans.
@@ -116,7 +125,7 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
             plan.insert(Frontend { address: SocketAddr::new(ip, port), protocol }, target);
         }
     }
-    if let Some((address, listener)) = dns {
+    for &ClusterDns { address, listener } in dns {
         // Also when the cluster runs a DNS Service at that address: pods must find names without it.
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             plan.insert(Frontend { address, protocol }, Target::Listener(listener));
@@ -138,10 +147,13 @@ pub(super) fn target_at(
 ) -> Option<Target> {
     let Frontend { address, protocol } = frontend;
     let (ip, port) = (address.ip(), address.port());
-    match surroundings.dns {
-        Some((dns, listener)) if dns == address => return Some(Target::Listener(listener)),
-        Some((dns, _)) if dns.ip() == ip && port == 0 => return Some(Target::Refuse),
-        _ => {}
+    for dns in surroundings.dns {
+        if dns.address == address {
+            return Some(Target::Listener(dns.listener));
+        }
+        if dns.address.ip() == ip && port == 0 {
+            return Some(Target::Refuse);
+        }
     }
     if port == 0 {
         return is_ours(catalog, ip).then_some(Target::Refuse);
@@ -301,7 +313,7 @@ mod tests {
         let catalog = store.snapshot();
         let viewpoint = Viewpoint::of(&catalog, node);
         let host_addresses = HashSet::from(["192.168.1.11".parse().unwrap()]);
-        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, host_addresses: &host_addresses, dns: None })
+        plan(&catalog, Surroundings { viewpoint: &viewpoint, allocator, host_addresses: &host_addresses, dns: &[] })
     }
 
     fn service_of(allocator: &Allocator, listener: SocketAddr) -> Arc<ServicePortName> {
@@ -462,7 +474,7 @@ mod tests {
                 viewpoint: &viewpoint,
                 allocator: &allocator,
                 host_addresses: &HashSet::new(),
-                dns: Some((address, listener)),
+                dns: &[ClusterDns { address, listener }],
             },
         );
         for protocol in [Protocol::Tcp, Protocol::Udp] {

@@ -11,7 +11,7 @@ use edgemesh_mesh::{
     model::{Protocol, Service, ServicePort},
 };
 
-use super::plan::{self, Frontend, Plan, Surroundings, Target};
+use super::plan::{self, ClusterDns, Frontend, Plan, Surroundings, Target};
 
 /// What must be in force.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ struct Last {
     catalog: Arc<Catalog>,
     viewpoint: Viewpoint,
     host_addresses: HashSet<IpAddr>,
-    dns: Option<(SocketAddr, SocketAddr)>,
+    dns: Vec<ClusterDns>,
     /// Frontends at external addresses, which no index of the catalog leads to.
     external: HashSet<Frontend>,
 }
@@ -53,7 +53,7 @@ impl Planner {
             catalog: Arc::clone(catalog),
             viewpoint: surroundings.viewpoint.clone(),
             host_addresses: surroundings.host_addresses.clone(),
-            dns: surroundings.dns,
+            dns: surroundings.dns.to_vec(),
             external: catalog.services().flat_map(|service| external(service).map(|(at, _)| at)).collect(),
         });
         Wanted::All(all)
@@ -164,7 +164,10 @@ mod tests {
         let allocator = Allocator::in_memory(Ipv4Range::default());
         let (mut planner, mut plan) = (Planner::default(), Plan::new());
         let host_addresses = HashSet::from(["192.168.1.11".parse().unwrap()]);
-        let dns = Some(("10.96.0.10:53".parse().unwrap(), "169.254.64.1:53".parse().unwrap()));
+        let dns =
+            &[("10.96.0.10:53", "169.254.64.1:53"), ("[fd00:96::a]:53", "[fd65::1]:53")].map(|(address, listener)| {
+                ClusterDns { address: address.parse().unwrap(), listener: listener.parse().unwrap() }
+            });
         // Each change, and whether it is planned by itself.
         let changes: Vec<(&str, Value, bool)> = vec![
             ("Service", service("web", "10.96.0.1", json!([{"port": 80, "nodePort": 30080}])), false),
@@ -179,6 +182,7 @@ mod tests {
                 service("dns", "10.96.0.10", json!([{"port": 53, "protocol": "UDP"}, {"name": "m", "port": 9153}])),
                 true,
             ),
+            ("Service", service("dns", "fd00:96::a", json!([{"port": 53, "protocol": "UDP"}])), true),
             ("Service", service("dns", "10.96.0.11", json!([{"port": 53, "protocol": "UDP"}])), true),
             ("Service", service("dns", "None", json!([{"port": 53, "protocol": "UDP"}])), true),
             (

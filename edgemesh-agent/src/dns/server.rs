@@ -84,9 +84,7 @@ pub enum DnsError {
 
 /// A DNS server with its sockets bound, not yet serving.
 pub struct Server {
-    address: SocketAddr,
-    udp: Vec<UdpSocket>,
-    tcp: TcpListener,
+    listeners: Vec<Listener>,
     zone: Name,
     catalog: Arc<CatalogStore>,
     upstreams: Wanted,
@@ -94,13 +92,20 @@ pub struct Server {
     metrics: Arc<Metrics>,
 }
 
+/// The sockets of one address.
+struct Listener {
+    address: SocketAddr,
+    udp: Vec<UdpSocket>,
+    tcp: TcpListener,
+}
+
 impl Server {
-    /// Binds UDP and TCP to one address; port 0 takes a free one. Must be called in a tokio runtime.
+    /// Binds UDP and TCP to addresses; port 0 takes a free one. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// When the address can't be listened on, a domain is no name, or the CA certificates can't be used.
+    /// When an address can't be listened on, a domain is no name, or the CA certificates can't be used.
     pub fn bind(
-        address: SocketAddr,
+        addresses: &[SocketAddr],
         catalog: Arc<CatalogStore>,
         config: &DnsConfig,
         registry: &RwLock<Registry>,
@@ -108,15 +113,16 @@ impl Server {
         let zone = Name::from_text(&config.cluster_domain)
             .filter(|zone| zone.wire().len() > 1)
             .ok_or_else(|| DnsError::ClusterDomain(config.cluster_domain.clone()))?;
-        let (address, udp, tcp) = listen(address).map_err(|error| DnsError::Listen { address, error })?;
-        let upstreams = wanted(config, address)?;
+        let bind = |&address| listen(address).map_err(|error| DnsError::Listen { address, error });
+        let listeners = addresses.iter().map(bind).collect::<Result<Vec<_>, DnsError>>()?;
+        let upstreams = wanted(config, listeners.iter().map(|listener| listener.address).collect())?;
         let metrics = Arc::new(Metrics::new(&mut registry.write()));
-        Ok(Self { address, udp, tcp, zone, catalog, upstreams, config: config.clone(), metrics })
+        Ok(Self { listeners, zone, catalog, upstreams, config: config.clone(), metrics })
     }
 
-    /// Where it listens, UDP and TCP.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    /// Where it listens, UDP and TCP, in the order in which it was asked for.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.listeners.iter().map(|listener| listener.address)
     }
 
     /// Answers queries until shutdown, in tasks of the shutdown's. What is returned asks without a socket.
@@ -134,25 +140,29 @@ impl Server {
         let waiting = metrics.waiting.clone();
         let upstreams = Upstreams::start(self.upstreams, lifetimes, Arc::clone(&metrics), shutdown.clone());
         let forwarder = Forwarder::new(upstreams, limits, Arc::clone(&metrics), shutdown.clone());
-        let zone = Zone::new(self.zone, self.address.ip(), self.config.ttl);
+        let own = self.listeners.iter().map(|listener| listener.address.ip()).collect();
+        let zone = Zone::new(self.zone, own, self.config.ttl);
         let completion =
             self.config.search_path_completion.then(|| Completion::start(self.config.resolv_conf.clone(), shutdown));
         let resolver = Arc::new(Resolver { zone, catalog: self.catalog, completion, forwarder, metrics });
         let queries = Limits::new(self.config.max_queries, self.config.max_queries_per_client, waiting);
-        for socket in self.udp {
+        let connections = Limits::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH, resolver.metrics.connections.clone());
+        for Listener { address, udp, tcp } in self.listeners {
+            for socket in udp {
+                let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
+                shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
+            }
             let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
-            shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
+            let connections = Arc::clone(&connections);
+            shutdown.spawn(async move { serve_tcp(tcp, resolver, connections, queries, stop).await });
+            tracing::info!(%address, "DNS is served");
         }
-        let stop = shutdown.clone();
-        let asker = Asker::new(Arc::clone(&resolver), self.config.resolv_conf);
-        shutdown.spawn(async move { serve_tcp(self.tcp, resolver, queries, stop).await });
-        tracing::info!(address = %self.address, "DNS is served");
-        asker
+        Asker::new(resolver, self.config.resolv_conf)
     }
 }
 
 /// The upstreams that the settings ask for.
-fn wanted(config: &DnsConfig, own: SocketAddr) -> Result<Wanted, DnsError> {
+fn wanted(config: &DnsConfig, own: Vec<SocketAddr>) -> Result<Wanted, DnsError> {
     let read = |texts: &[String]| texts.iter().map(|text| text.parse()).collect::<Result<Vec<UpstreamAddress>, _>>();
     let listed = read(&config.upstreams)?;
     let domain = |(name, upstreams): (&String, &Vec<String>)| {
@@ -169,7 +179,7 @@ fn wanted(config: &DnsConfig, own: SocketAddr) -> Result<Wanted, DnsError> {
     Ok(Wanted { default, domains, own, tls })
 }
 
-fn listen(address: SocketAddr) -> io::Result<(SocketAddr, Vec<UdpSocket>, TcpListener)> {
+fn listen(address: SocketAddr) -> io::Result<Listener> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(4);
     let mut tries = 0;
     loop {
@@ -186,24 +196,32 @@ fn listen(address: SocketAddr) -> io::Result<(SocketAddr, Vec<UdpSocket>, TcpLis
         while udp.len() < workers {
             udp.push(UdpSocket::from_std(udp_socket(bound)?)?);
         }
-        return Ok((bound, udp, TcpListener::from_std(tcp)?));
+        return Ok(Listener { address: bound, udp, tcp: TcpListener::from_std(tcp)? });
     }
 }
 
+fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    if address.is_ipv6() {
+        // No interface has a node-local address: it is a route's, which IPv6 doesn't count as one of the host's.
+        socket.set_freebind_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
 fn udp_socket(address: SocketAddr) -> io::Result<StdUdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
     // The kernel spreads clients over the sockets, so that each worker has its own queue.
     socket.set_reuse_port(true)?;
     socket.set_recv_buffer_size(1 << 20)?;
-    socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     Ok(socket.into())
 }
 
 fn tcp_socket(address: SocketAddr) -> io::Result<StdTcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    let socket = socket(address, Type::STREAM, Protocol::TCP)?;
     socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(1024)?;
     Ok(socket.into())
@@ -265,8 +283,13 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc
     }
 }
 
-async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>, queries: Arc<Limits>, shutdown: Shutdown) {
-    let connections = Limits::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH, resolver.metrics.connections.clone());
+async fn serve_tcp(
+    listener: TcpListener,
+    resolver: Arc<Resolver>,
+    connections: Arc<Limits>,
+    queries: Arc<Limits>,
+    shutdown: Shutdown,
+) {
     while let Some(accepted) = shutdown.stopping().run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((stream, peer)) => match connections.enter(peer.ip()) {

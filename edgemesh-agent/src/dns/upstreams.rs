@@ -60,8 +60,8 @@ pub(super) struct Wanted {
     pub(super) default: Origin,
     /// For the names of single domains.
     pub(super) domains: Vec<(Name, Vec<UpstreamAddress>)>,
-    /// This server's own address, which is never an upstream.
-    pub(super) own: SocketAddr,
+    /// This server's own addresses, which are never upstreams.
+    pub(super) own: Vec<SocketAddr>,
     /// What makes TLS connections, if any upstream wants them.
     pub(super) tls: Option<TlsConnector>,
 }
@@ -73,7 +73,7 @@ pub(super) struct Upstreams {
     default: ArcSwap<Vec<Arc<Upstream>>>,
     /// The most specific first.
     domains: Vec<(Name, List)>,
-    own: SocketAddr,
+    own: Vec<SocketAddr>,
     tls: Option<TlsConnector>,
     lifetimes: Lifetimes,
     next_number: AtomicU32,
@@ -274,7 +274,7 @@ impl Upstreams {
     fn list(&self, addresses: &[UpstreamAddress], before: &[Arc<Upstream>]) -> List {
         let mut list: Vec<Arc<Upstream>> = Vec::new();
         for address in addresses {
-            if address.address == self.own {
+            if self.own.contains(&address.address) {
                 tracing::warn!(%address, "this server's own address is no upstream");
             } else if !list.iter().any(|known| known.address == *address) {
                 let kept = before.iter().find(|known| known.address == *address).cloned();

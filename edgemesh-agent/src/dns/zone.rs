@@ -52,8 +52,8 @@ impl Answer {
 #[derive(Debug)]
 pub(super) struct Zone {
     name: Name,
-    /// Address under which the zone's own server name is found.
-    server: IpAddr,
+    /// Addresses under which the zone's own server name is found.
+    server: Vec<IpAddr>,
     ttl: u32,
     /// Added to the catalog's generation for the SOA's serial, so that it grows over restarts.
     serial_base: u32,
@@ -62,7 +62,7 @@ pub(super) struct Zone {
 }
 
 impl Zone {
-    pub(super) fn new(name: Name, server: IpAddr, ttl: u32) -> Self {
+    pub(super) fn new(name: Name, server: Vec<IpAddr>, ttl: u32) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Self { name, server, ttl, serial_base: now.as_secs() as u32, turns: Default::default() }
     }
@@ -117,7 +117,7 @@ impl Zone {
         match labels[..count] {
             [] => self.apex(catalog, asked),
             ["dns-version"] => Answer::found(self.only(asked == kind::TXT, || Data::Txt(SCHEMA_VERSION))),
-            ["ns", "dns"] => self.addresses(asked, [self.server].into_iter()),
+            ["ns", "dns"] => self.addresses(asked, self.server.iter().copied()),
             ["svc" | "pod" | "dns"] => Answer::found(Vec::new()),
             [namespace, "svc" | "pod"] => self.namespace(catalog, namespace),
             [service, namespace, "svc"] => match catalog.service(namespace, service) {
@@ -173,7 +173,8 @@ impl Zone {
             kind::SOA => Answer::found(vec![Record { owner: None, ..self.soa(catalog) }]),
             kind::NS | kind::ANY => {
                 let Some(server) = Name::under(&["ns", "dns"], &self.name) else { return Answer::found(Vec::new()) };
-                let additional = vec![self.record(Some(server.clone()), address(self.server))];
+                let own = self.server.iter().map(|ip| self.record(Some(server.clone()), address(*ip)));
+                let additional = own.collect();
                 Answer { additional, ..Answer::found(vec![self.record(None, Data::Ns(server))]) }
             }
             _ => Answer::found(Vec::new()),

@@ -7,6 +7,7 @@
 #[path = "../overlay/access_log.rs"]
 mod access_log;
 mod affinity;
+mod cluster_dns6;
 mod frontend_counts;
 mod health_check;
 mod host_routes;

@@ -100,7 +100,7 @@ fn ten_thousand_services_with_two_ports_node_ports_and_both_families_have_room()
     let viewpoint = Viewpoint::of(&catalog, "here");
     let (allocator, host_addresses) = (Allocator::in_memory(Ipv4Range::default()), Default::default());
     let surroundings =
-        Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: None };
+        Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: &[] };
     let Wanted::All(plan) = Planner::default().plan(&catalog, surroundings) else { panic!("a first plan") };
     let started = Instant::now();
     for (frontend, target) in &plan {
@@ -135,7 +135,7 @@ fn ten_thousand_services_with_ten_endpoints_are_programmed_at_once_and_a_change_
         let catalog = store.snapshot();
         let viewpoint = Viewpoint::of(&catalog, "here");
         let surroundings =
-            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: None };
+            Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: &[] };
         let started = Instant::now();
         let wanted = planner.plan(&catalog, surroundings);
         let planned = started.elapsed();

@@ -79,8 +79,8 @@ impl Dns {
         adjust(&mut config);
         let registry = Arc::default();
         let shutdown = Shutdown::default();
-        let server = dns::Server::bind(address, Arc::clone(&catalog), &config, &registry).unwrap();
-        let address = server.address();
+        let server = dns::Server::bind(&[address], Arc::clone(&catalog), &config, &registry).unwrap();
+        let address = server.addresses().next().unwrap();
         server.serve(&shutdown);
         Self { address, catalog, registry, shutdown }
     }

@@ -221,7 +221,7 @@ async fn a_file_without_certificates_is_a_clear_error() {
         ..DnsConfig::default()
     };
     let catalog = edgemesh_mesh::CatalogStore::new();
-    let bound = edgemesh_agent::dns::Server::bind("127.0.0.1:0".parse().unwrap(), catalog, &config, &Arc::default());
+    let bound = edgemesh_agent::dns::Server::bind(&["127.0.0.1:0".parse().unwrap()], catalog, &config, &Arc::default());
     let error = bound.err().unwrap().to_string();
     assert!(error.starts_with("tlsCa /nonexistent/ca.crt: "), "{error}");
 }
