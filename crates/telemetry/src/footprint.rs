@@ -18,24 +18,26 @@ pub(crate) async fn keep_small() {
         tokio::time::sleep(pause).await;
         pause = EVERY;
         match give_back() {
-            Ok(bytes) => tracing::debug!(bytes, "mappings of the program's file given back"),
+            Ok(bytes) => tracing::debug!(bytes, "mappings of the program's files given back"),
             Err(error) => {
-                tracing::debug!(%error, "mappings of the program's file can't be given back");
+                tracing::debug!(%error, "mappings of the program's files can't be given back");
                 return;
             }
         }
     }
 }
 
-/// Gives the mappings of the program's file back that can't differ from it. Returns how many bytes they span.
+/// Gives the mappings of the program's files back that can't differ from them, and memory that was allocated for the start.
+/// Returns how many bytes the mappings span.
 fn give_back() -> io::Result<usize> {
-    let program = fs::read_link("/proc/self/exe")?;
     let maps = fs::read_to_string("/proc/self/maps")?;
-    let (Some(program), true) = (program.to_str(), maps.len() <= MAX_MAPS) else { return Ok(0) };
+    if maps.len() > MAX_MAPS {
+        return Ok(0);
+    }
     let mut bytes = 0;
-    for range in as_in_the_file(&maps, program) {
-        // SAFETY: the range is mapped from the program's file, privately, and was never writable: each page that is dropped
-        // comes back from the file as it was.
+    for range in as_in_their_files(&maps) {
+        // SAFETY: the range is mapped from a file, privately, and was never writable: each page that is dropped comes back
+        // from the file as it was.
         let result =
             unsafe { libc::madvise(ptr::with_exposed_provenance_mut(range.start), range.len(), libc::MADV_DONTNEED) };
         if result != 0 {
@@ -43,35 +45,40 @@ fn give_back() -> io::Result<usize> {
         }
         bytes += range.len();
     }
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the function has no conditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
     Ok(bytes)
 }
 
-/// Address ranges of a program's file that nobody writes: its code, and the constants before it. Constants behind it hold
-/// addresses, which were written when the program was loaded, and are then protected.
-fn as_in_the_file(maps: &str, program: &str) -> Vec<Range<usize>> {
+/// Address ranges of the program's file, and of those of its libraries, that nobody writes: code, and the constants before it.
+/// Constants behind it can hold addresses, which were written when the file was loaded, and are then protected.
+fn as_in_their_files(maps: &str) -> Vec<Range<usize>> {
     let mut found = Vec::new();
+    let mut file = "";
+    let mut before_code = Some(Vec::new());
     for line in maps.lines() {
         let mut fields = line.split_ascii_whitespace();
         let (Some(range), Some(access), Some(path)) = (fields.next(), fields.next(), fields.nth(3)) else { continue };
-        if path != program {
-            continue;
+        if path != file {
+            (file, before_code) = (path, path.starts_with('/').then(Vec::new));
         }
         let address = |text: &str| usize::from_str_radix(text, 16).ok();
-        let Some((start, end)) = range.split_once('-').and_then(|(start, end)| Some((address(start)?, address(end)?)))
-        else {
-            continue;
-        };
-        match access {
-            "r--p" => found.push(start..end),
-            "r-xp" => {
-                found.push(start..end);
-                return found;
+        let range = range.split_once('-').and_then(|(start, end)| Some(address(start)?..address(end)?));
+        match (access, range, &mut before_code) {
+            ("r--p", Some(range), Some(before)) => before.push(range),
+            ("r-xp", Some(range), Some(before)) => {
+                found.append(before);
+                found.push(range);
+                before_code = None;
             }
             // A file of another shape: nothing is known of what follows.
-            _ => return Vec::new(),
+            _ => before_code = None,
         }
     }
-    Vec::new()
+    found
 }
 
 #[cfg(test)]
@@ -79,21 +86,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_stands_before_the_first_writable_part_is_given_back() {
+    fn only_code_and_what_stands_before_it_is_given_back() {
         let maps = "\
 55d0c0000000-55d0c0001000 r--p 00000000 fe:00 1 /bin/daemon
 55d0c0001000-55d0c0003000 r-xp 00001000 fe:00 1 /bin/daemon
 55d0c0003000-55d0c0004000 r--p 00002000 fe:00 1 /bin/daemon
 55d0c0004000-55d0c0005000 rw-p 00003000 fe:00 1 /bin/daemon
+7e0000000000-7e0000001000 r--p 00000000 fe:00 3 /usr/lib/locale/C.utf8/LC_CTYPE
 7f0000000000-7f0000001000 r-xp 00000000 fe:00 2 /lib/libc.so
+7f0000001000-7f0000002000 r-xp 00001000 fe:00 2 /lib/libc.so
 7ffd00000000-7ffd00001000 rw-p 00000000 00:00 0 [stack]
 ";
-        let (start, code) = (0x55d0_c000_0000, 0x55d0_c000_1000);
-        assert_eq!(as_in_the_file(maps, "/bin/daemon"), [start..code, code..code + 0x2000]);
-        assert!(as_in_the_file(&maps.replace("r--p 00000000", "rw-p 00000000"), "/bin/daemon").is_empty());
-        assert!(
-            as_in_the_file(maps, "/bin/other").is_empty() && as_in_the_file("nonsense\n\n", "/bin/daemon").is_empty()
-        );
+        let (start, code, library) = (0x55d0_c000_0000, 0x55d0_c000_1000, 0x7f00_0000_0000);
+        let expected = [start..code, code..code + 0x2000, library..library + 0x1000];
+        assert_eq!(as_in_their_files(maps), expected);
+        let writable = maps.replace("r--p 00000000 fe:00 1", "rw-p 00000000 fe:00 1");
+        assert_eq!(as_in_their_files(&writable), expected[2..]);
+        assert!(as_in_their_files("nonsense\n\n1-2 r-xp\nx-y r-xp 0 0:0 1 /bin/daemon").is_empty());
     }
 
     #[test]
@@ -105,9 +114,8 @@ mod tests {
         };
         // Reads every page of the code, as a start would.
         let read_all = || {
-            let program = fs::read_link("/proc/self/exe").unwrap();
             let maps = fs::read_to_string("/proc/self/maps").unwrap();
-            let ranges = as_in_the_file(&maps, program.to_str().unwrap());
+            let ranges = as_in_their_files(&maps);
             assert!(!ranges.is_empty(), "{maps}");
             let mut sum = 0_u64;
             for address in ranges.into_iter().flat_map(|range| range.step_by(4096)) {

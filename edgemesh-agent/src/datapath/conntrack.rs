@@ -2,7 +2,6 @@
 //! one (netlink family `NETLINK_NETFILTER`, subsystem ctnetlink; linux/netfilter/nfnetlink_conntrack.h).
 
 use std::{
-    collections::HashSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
@@ -16,24 +15,13 @@ const GET: u16 = CTNETLINK | 1;
 const DELETE: u16 = CTNETLINK | 2;
 const TUPLE_ORIG: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
-const STATUS: u16 = 3;
-const PROTO_INFO: u16 = 4;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
-const STATUS_MASK: u16 = 26;
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTO: u16 = 2;
 const PROTO_NUM: u16 = 1;
 const PROTO_SRC_PORT: u16 = 2;
 const PROTO_DST_PORT: u16 = 3;
-const PROTO_INFO_TCP: u16 = 1;
-const TCP_STATE: u16 = 1;
-/// The state of a flow of which a SYN was seen and no answer.
-const SYN_SENT: u8 = 1;
-/// The status bit of a flow that was answered.
-const SEEN_REPLY: u32 = 2;
-/// Most unanswered flows that are looked at; a flood of SYNs has more.
-const MAX_UNANSWERED: usize = 4096;
 
 /// A tracked flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,9 +38,6 @@ pub(super) struct Flow {
     zone: Option<Vec<u8>>,
     id: Vec<u8>,
 }
-
-/// Client, whom it called, and who was to answer.
-pub(super) type Unanswered = (SocketAddr, SocketAddr, SocketAddr);
 
 /// The flows of a network namespace.
 #[derive(Debug)]
@@ -74,25 +59,6 @@ impl Conntrack {
             })?;
         }
         Ok(())
-    }
-
-    /// The TCP flows that were led elsewhere than they called, and not answered yet.
-    pub(super) fn unanswered(&mut self) -> io::Result<HashSet<Unanswered>> {
-        let mut body = nfgenmsg(libc::AF_UNSPEC as u8, 0).to_vec();
-        // Kernels before 5.18 list all.
-        attribute(&mut body, STATUS, &0_u32.to_be_bytes());
-        attribute(&mut body, STATUS_MASK, &SEEN_REPLY.to_be_bytes());
-        let mut found = HashSet::new();
-        self.0.dump(GET, &body, |body| {
-            if found.len() < MAX_UNANSWERED
-                && is_syn_sent(body)
-                && let Some(Flow { client, called, server, .. }) = flow(body)
-                && called != server
-            {
-                found.insert((client, called, server));
-            }
-        })?;
-        Ok(found)
     }
 
     /// Forgets flows: their next packet begins anew. Those that ended by themselves are as good.
@@ -136,13 +102,6 @@ fn flow(body: &[u8]) -> Option<Flow> {
     let (protocol, client, called) = tuple(original)?;
     let (_, server, _) = tuple(reply?)?;
     Some(Flow { protocol, client, called, server, family, tuple: original.to_vec(), zone, id: id? })
-}
-
-/// Whether a flow is TCP's and has seen nothing but SYNs.
-fn is_syn_sent(body: &[u8]) -> bool {
-    let inner = |value, wanted| attributes(value).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-    let state = body.get(4..).and_then(|body| inner(body, PROTO_INFO)).and_then(|info| inner(info, PROTO_INFO_TCP));
-    state.and_then(|tcp| inner(tcp, TCP_STATE)) == Some(&[SYN_SENT])
 }
 
 /// Protocol, source and destination.
@@ -209,15 +168,6 @@ mod tests {
         assert_eq!(found.called, "10.96.0.10:53".parse().unwrap());
         assert_eq!(found.server, "10.244.1.5:5353".parse().unwrap());
         assert!((0..body.len()).all(|end| flow(&body[..end]).is_none()), "cut off");
-        assert!(!is_syn_sent(&body), "of another protocol");
-        for (state, expected) in [(SYN_SENT, true), (3, false)] {
-            let mut body = body.clone();
-            nested(&mut body, PROTO_INFO, |info| {
-                nested(info, PROTO_INFO_TCP, |tcp| attribute(tcp, TCP_STATE, &[state]));
-            });
-            assert_eq!(is_syn_sent(&body), expected);
-            assert!((0..body.len() - 4).all(|end| !is_syn_sent(&body[..end])), "cut off");
-        }
         let six = tuple_of(&[1; 16], &[2; 16], (1, 2), 3);
         assert_eq!(tuple(&six).unwrap().2, "[202:202:202:202:202:202:202:202]:2".parse().unwrap());
     }

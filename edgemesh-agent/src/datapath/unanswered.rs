@@ -1,8 +1,7 @@
-//! Where it is seen that a SYN stays unanswered: the programs tell of sockets that send theirs again, and tracked flows show it
-//! of those that rules lead to endpoints.
+//! Where it is seen that a SYN stays unanswered: the programs tell of sockets that send theirs again, and the rules remember the
+//! endpoints of such flows for some seconds.
 
 use std::{
-    collections::HashSet,
     net::SocketAddr,
     sync::{
         Arc,
@@ -13,11 +12,11 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use edgemesh_ebpf_abi::SocketAddress6;
-use tokio::{io::unix::AsyncFd, task::spawn_blocking, time::MissedTickBehavior};
+use tokio::{io::unix::AsyncFd, time::MissedTickBehavior};
 
-use super::{conntrack::Conntrack, silent::Suspicions};
+use super::{nftables::UnansweredFlows, silent::Suspicions};
 
-/// How often the tracked flows are looked at: a SYN is sent again after a second.
+/// How often it is looked what the rules remember.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Passes on what the programs tell, until nobody listens any more.
@@ -42,18 +41,11 @@ pub(super) async fn of_sockets(ring: RingBuf<MapData>, suspicions: Suspicions) {
     }
 }
 
-/// Passes on what the flows of this network namespace show while rules lead some, until nobody listens any more.
+/// Passes on what the rules of this network namespace have seen while they lead flows, until nobody listens any more.
 pub(super) async fn of_flows(are_led: Arc<AtomicBool>, suspicions: Suspicions) {
-    let mut conntrack = match Conntrack::open() {
-        Ok(conntrack) => conntrack,
-        Err(error) => {
-            tracing::error!(%error, "endpoints that take no connections will not be noticed where rules lead to them");
-            return;
-        }
-    };
+    let mut flows = UnansweredFlows::default();
     let mut looks = tokio::time::interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut before = HashSet::new();
     loop {
         tokio::select! {
             _ = looks.tick() => {}
@@ -62,20 +54,14 @@ pub(super) async fn of_flows(are_led: Arc<AtomicBool>, suspicions: Suspicions) {
         if !are_led.load(Ordering::Relaxed) {
             continue;
         }
-        let look = spawn_blocking(move || {
-            let unanswered = conntrack.unanswered();
-            (conntrack, unanswered)
-        });
-        let Ok((again, unanswered)) = look.await else { return };
-        conntrack = again;
-        match unanswered {
-            Ok(unanswered) => {
-                for (.., server) in before.intersection(&unanswered) {
-                    let _ = suspicions.try_send(*server);
+        // From the kernel's memory, and nearly always nothing: not worth another thread.
+        match flows.read() {
+            Ok(endpoints) => {
+                for endpoint in endpoints {
+                    let _ = suspicions.try_send(endpoint);
                 }
-                before = unanswered;
             }
-            Err(error) => tracing::debug!(%error, "tracked flows can't be read; trying again"),
+            Err(error) => tracing::debug!(%error, "what the rules have seen can't be read; trying again"),
         }
     }
 }

@@ -92,6 +92,17 @@ impl Joined {
         Some(Frontend { address: SocketAddr::new(ip, port), protocol })
     }
 
+    /// The address and port that it begins with.
+    pub(super) fn to_backend(self, family: Family) -> Option<SocketAddr> {
+        let mut rest = self.as_bytes();
+        let mut take = |length| rest.split_off(..length);
+        let ip = match family {
+            Family::V4 => IpAddr::from(<[u8; 4]>::try_from(take(4)?).ok()?),
+            Family::V6 => IpAddr::from(<[u8; 16]>::try_from(take(16)?).ok()?),
+        };
+        Some(SocketAddr::new(ip, u16::from_be_bytes(*take(4)?.first_chunk()?)))
+    }
+
     fn backend(backend: SocketAddr) -> Self {
         Self::default().address(backend.ip()).port(backend.port())
     }

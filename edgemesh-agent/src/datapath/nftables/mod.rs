@@ -7,6 +7,7 @@ mod nft;
 mod routes;
 mod ruleset;
 mod transaction;
+mod unanswered;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -32,6 +33,7 @@ use routes::ServiceRoutes;
 pub use ruleset::TABLE;
 use ruleset::{Chain, Family, Map, Place, Scope};
 use transaction::{Elements, Kernel, Transaction};
+pub(super) use unanswered::UnansweredFlows;
 
 /// Whether an endpoint is on this node.
 pub type IsLocal<'a> = &'a dyn Fn(SocketAddr, Protocol) -> bool;

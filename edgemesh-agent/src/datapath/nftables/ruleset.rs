@@ -13,6 +13,11 @@ pub const TABLE: &str = "edgemesh_services";
 /// Bit of the packet mark between the hooks, of the first packet of a flow that was sent to a backend. Those of
 /// kube-proxy (0x4000, 0x8000) and of the CNI port mappings (0x2000) are others.
 const MARK: u32 = 0x1000;
+/// Bits of a tracked flow's status (linux/netfilter/nf_conntrack_common.h): it was answered, its first packet has passed, and
+/// its destination was translated.
+const SEEN_REPLY: u32 = 0x2;
+const CONFIRMED: u32 = 0x8;
+const DST_NAT: u32 = 0x20;
 /// Clients that session affinity remembers at one time, for each kind of frontend and family.
 const CLIENTS: u32 = 65_536;
 /// Before kube-proxy's and others' chains at the same hook (-100), so that an address that both know is ours.
@@ -112,6 +117,8 @@ pub(super) enum Map {
     Hairpin(Family),
     /// Ranges of this node's pods.
     Pods(Family),
+    /// Endpoints that left a SYN unanswered a moment ago.
+    Unanswered(Family),
 }
 
 impl Map {
@@ -134,6 +141,7 @@ impl Map {
                     Self::Local,
                     Self::Hairpin,
                     Self::Pods,
+                    Self::Unanswered,
                 ]
                 .map(|of| of(family)),
             );
@@ -177,6 +185,9 @@ impl Map {
             Self::Local(family) => format!("type {}", family.address()),
             Self::Hairpin(family) => format!("type {0} . {0}", family.address()),
             Self::Pods(family) => format!("type {}; flags interval; auto-merge", family.address()),
+            Self::Unanswered(family) => {
+                format!("type {} . inet_service; flags dynamic,timeout; timeout 5s; size 1024", family.address())
+            }
         }
     }
 }
@@ -198,6 +209,7 @@ impl std::fmt::Display for Map {
             Self::Local(family) => ("local", family, ""),
             Self::Hairpin(family) => ("hairpin", family, ""),
             Self::Pods(family) => ("pods", family, ""),
+            Self::Unanswered(family) => ("unanswered", family, ""),
         };
         write!(f, "{place}{}{what}", family.number())
     }
@@ -425,6 +437,17 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
         "forward",
         "{ type filter hook forward priority filter; policy accept; }",
         &[&["ct state != invalid return", "meta l4proto != tcp return"], to_pods, &from_endpoints].concat(),
+    );
+    // A SYN of a flow that was sent to an endpoint and is already known, and not answered yet.
+    chain(
+        "unanswered",
+        "{ type filter hook postrouting priority 98; policy accept; }",
+        &[
+            "tcp flags & (fin | syn | rst | ack) != syn return",
+            &format!("ct status & {:#x} != {:#x} return", SEEN_REPLY | CONFIRMED | DST_NAT, CONFIRMED | DST_NAT),
+            "add @unanswered4 { ip daddr . tcp dport }",
+            "add @unanswered6 { ip6 daddr . tcp dport }",
+        ],
     );
     let unbridged: &[&str] = if !scope.bridged_answers {
         &["ip saddr @pods4 ip daddr @local4 masquerade", "ip6 saddr @pods6 ip6 daddr @local6 masquerade"]

@@ -188,6 +188,25 @@ impl Kernel {
         Err(failed(io::ErrorKind::Interrupted.into()))
     }
 
+    /// The keys in a set. Nothing if there is no such set.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub(super) fn keys(&mut self, map: Map) -> Result<Vec<Joined>, NftError> {
+        let mut keys = Vec::new();
+        let read = self.with_socket(|socket| {
+            socket.dump(GETSETELEM, &body_about(map), |body| {
+                let lists = attributes(body.get(4..).unwrap_or_default()).filter(|(kind, _)| *kind == ELEMENTS);
+                keys.extend(lists.flat_map(|(_, elements)| attributes(elements)).filter_map(|(_, one)| key(one)));
+            })
+        });
+        match read {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+            Err(error) => Err(NftError::Kernel { what: map.to_string(), error }),
+            Ok(()) => Ok(keys),
+        }
+    }
+
     /// Removes tables, all or none.
     ///
     /// # Errors
@@ -230,9 +249,17 @@ fn body_about(map: Map) -> Vec<u8> {
 
 /// The key of an element, and how many packets it has counted.
 fn counter(element: &[u8]) -> Option<(Joined, u64)> {
-    let within = |body, wanted| attributes(body).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
     let packets = within(within(within(element, EXPRESSION)?, EXPRESSION_DATA)?, COUNTER_PACKETS)?;
-    Some((Joined::from_bytes(within(within(element, KEY)?, VALUE)?), u64::from_be_bytes(packets.try_into().ok()?)))
+    Some((key(element)?, u64::from_be_bytes(packets.try_into().ok()?)))
+}
+
+/// The key of an element.
+fn key(element: &[u8]) -> Option<Joined> {
+    Some(Joined::from_bytes(within(within(element, KEY)?, VALUE)?))
+}
+
+fn within(body: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(body).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
 /// Names end with a zero.
