@@ -29,8 +29,12 @@ pub(super) async fn of_sockets(ring: RingBuf<MapData>, suspicions: Suspicions) {
             return;
         }
     };
-    while !suspicions.is_closed() {
-        let Ok(mut ready) = ring.readable_mut().await else { return };
+    loop {
+        let ready = tokio::select! {
+            ready = ring.readable_mut() => ready,
+            () = suspicions.closed() => return,
+        };
+        let Ok(mut ready) = ready else { return };
         while let Some(told) = ready.get_inner_mut().next() {
             if let Some(backend) = backend(&told) {
                 // While it is full there is enough to look at.

@@ -77,6 +77,51 @@ fn pods_and_the_host_reach_endpoints_on_another_node() {
 }
 
 #[test]
+fn cluster_addresses_are_served_beside_kube_proxy_whoever_came_first() {
+    // What kube-proxy does, in short: its chain at the same hook sends the same cluster address elsewhere.
+    let mut kube_proxy = "table ip kube-proxy {
+        chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+        chain nat-output { type nat hook output priority -100; jump services; }
+        chain nat-postrouting { type nat hook postrouting priority srcnat; meta mark & 0x4000 != 0 masquerade; }
+        chain services {"
+        .to_owned();
+    for protocol in ["tcp", "udp"] {
+        let to = "meta mark set meta mark | 0x4000 dnat to 10.244.1.6:8080";
+        kube_proxy.push_str(&format!("\nip daddr {{ 10.96.0.20, 10.96.0.21 }} {protocol} dport 80 {to}"));
+    }
+    kube_proxy.push_str("\n}\n}");
+    for kube_proxy_first in [true, false] {
+        let _node = node();
+        let [_pod5, _pod6, pod7] = pods([5, 6, 7]);
+        if kube_proxy_first {
+            nft(&kube_proxy);
+        }
+        let mut rules = rules(Mode::Nftables);
+        let both = |rules: &mut Rules, backends: Option<&[&str]>| {
+            for protocol in [Tcp, Udp] {
+                serve(rules, protocol, VIP, backends);
+            }
+        };
+        both(&mut rules, Some(&["10.244.1.5:8080"]));
+        if !kube_proxy_first {
+            nft(&kube_proxy);
+        }
+        let ours =
+            || [pod7.run(|| [call(VIP), call_udp(VIP)]), [call(VIP), call_udp(VIP)]].map(|of| of.map(Result::unwrap));
+        let [of_pod, of_host] = ours();
+        assert_eq!(of_pod, ["10.244.1.5:8080 10.244.1.7"; 2], "it is not masqueraded as kube-proxy would");
+        assert_eq!(of_host, ["10.244.1.5:8080 10.244.1.1"; 2]);
+        let its_own = "10.96.0.21:80";
+        let answers = pod7.run(|| [call(its_own), call_udp(its_own)]).map(Result::unwrap);
+        assert_eq!(answers, ["10.244.1.6:8080 10.244.1.1"; 2], "its own works on");
+        both(&mut rules, Some(&[]));
+        assert_eq!(pod7.run(|| call(VIP)).unwrap_err().kind(), ErrorKind::HostUnreachable, "not left to it");
+        both(&mut rules, None);
+        assert_eq!(pod7.run(|| call(VIP)).unwrap(), "10.244.1.6:8080 10.244.1.1", "its turn");
+    }
+}
+
+#[test]
 fn a_pod_is_told_that_a_service_has_no_endpoint_or_no_such_port() {
     let _node = node();
     let pod6 = pod(6);

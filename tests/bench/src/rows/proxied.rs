@@ -71,8 +71,11 @@ fn measure(bench: &Bench, kind: Kind, unit: f64) -> Result<Vec<Pair>> {
 fn start_haproxy(cluster: &Cluster, kind: Kind, server: SocketAddr) -> Result<Background> {
     let settings = cluster.folder()?.join("bench-haproxy.cfg");
     let port = server.port() + HAPROXY_PORTS;
+    // It writes a line for each connection to its standard output, as the agent does.
     let text = format!(
-        "global\n  maxconn 4096\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n\
+        "global\n  maxconn 4096\n  log stdout format raw daemon\n\
+         defaults\n  mode tcp\n  log global\n  option tcplog\n\
+         \x20 timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n\
          listen bench\n  bind 0.0.0.0:{port}\n  server near {server}\n"
     );
     fs::write(&settings, text)?;
