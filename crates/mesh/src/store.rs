@@ -216,21 +216,16 @@ impl CatalogStore {
     /// Has endpoints be as they were observed, from the next publication on; with nothing observed, as EndpointSlices say.
     pub fn set_observed(&self, observed: Observed) {
         let mut writer = self.writer.lock();
-        let writer = &mut *writer;
-        for ip in writer.observed.differing(&observed) {
-            writer.dirty_services.extend(writer.next.services_of_endpoint(ip).map(|service| service.name.clone()));
-        }
+        let differing = writer.observed.differing(&observed);
+        writer.endpoints_changed(differing);
         writer.observed = observed;
     }
 
     /// Names the TCP endpoints that take no connections from this node, from the next publication on.
     pub fn set_silent(&self, silent: HashSet<SocketAddr>) {
         let mut writer = self.writer.lock();
-        let writer = &mut *writer;
-        for endpoint in writer.silent.symmetric_difference(&silent) {
-            let concerned = writer.next.services_of_endpoint(endpoint.ip());
-            writer.dirty_services.extend(concerned.map(|service| service.name.clone()));
-        }
+        let differing: Vec<IpAddr> = writer.silent.symmetric_difference(&silent).map(SocketAddr::ip).collect();
+        writer.endpoints_changed(differing);
         writer.silent = silent;
     }
 
@@ -267,6 +262,13 @@ impl Writer {
             }
         }
         self.dirty_services.insert(owner);
+    }
+
+    /// What is known of the endpoints at some addresses is another now.
+    fn endpoints_changed(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        for ip in addresses {
+            self.dirty_services.extend(self.next.services_of_endpoint(ip).map(|service| service.name.clone()));
+        }
     }
 
     fn rebuild(&mut self) {

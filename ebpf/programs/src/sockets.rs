@@ -156,11 +156,15 @@ impl OfIpv6Socket {
     #[inline(always)]
     pub fn new(context: SockAddrContext) -> Self {
         let address = raw(&context);
-        let mapped = read(&raw const address.user_ip6[0]) == 0
-            && read(&raw const address.user_ip6[1]) == 0
-            && read(&raw const address.user_ip6[2]) == 0xffff_u32.to_be();
+        let mapped = is_mapped(|at| read(&raw const address.user_ip6[at]));
         if mapped { Self::Mapped(MappedIpv6(context)) } else { Self::Ipv6(Ipv6(context)) }
     }
+}
+
+/// Whether an IPv6 address, by its words, is an IPv4 one in mapped form.
+#[inline(always)]
+pub fn is_mapped(word: impl Fn(usize) -> u32) -> bool {
+    word(0) == 0 && word(1) == 0 && word(2) == 0xffff_u32.to_be()
 }
 
 #[inline(always)]

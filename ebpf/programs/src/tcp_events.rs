@@ -15,7 +15,7 @@ use edgemesh_ebpf_abi::{SocketAddress, SocketAddress6};
 use crate::{
     families::{Family, Socket, V4, V6},
     maps::UNANSWERED,
-    sockets::read,
+    sockets::{is_mapped, read},
 };
 
 const AF_INET: u32 = 2;
@@ -53,9 +53,8 @@ pub fn note(context: &SockOpsContext) {
 
 /// The other end of a socket.
 enum Remote {
+    /// Also in mapped form: it is remembered as what it is.
     V4(SocketAddress),
-    /// The address as it was remembered, and in mapped form.
-    Mapped(SocketAddress, SocketAddress6),
     V6(SocketAddress6),
 }
 
@@ -63,7 +62,7 @@ impl Remote {
     #[inline(always)]
     fn is_remembered(&self, socket: Socket) -> bool {
         match *self {
-            Self::V4(backend) | Self::Mapped(backend, _) => V4::service(socket, backend).is_some(),
+            Self::V4(backend) => V4::service(socket, backend).is_some(),
             Self::V6(backend) => V6::service(socket, backend).is_some(),
         }
     }
@@ -71,7 +70,7 @@ impl Remote {
     #[inline(always)]
     fn forget(&self, socket: Socket) {
         match *self {
-            Self::V4(backend) | Self::Mapped(backend, _) => V4::forget(socket, backend),
+            Self::V4(backend) => V4::forget(socket, backend),
             Self::V6(backend) => V6::forget(socket, backend),
         }
     }
@@ -80,7 +79,7 @@ impl Remote {
     fn address(&self) -> SocketAddress6 {
         match *self {
             Self::V4(backend) => backend.into(),
-            Self::Mapped(_, backend) | Self::V6(backend) => backend,
+            Self::V6(backend) => backend,
         }
     }
 }
@@ -93,12 +92,10 @@ fn remote(raw: &bpf_sock_ops) -> Option<Remote> {
         AF_INET => Some(Remote::V4(SocketAddress::from_network(read(&raw const raw.remote_ip4), port))),
         AF_INET6 => {
             let word = |at: usize| read(&raw const raw.remote_ip6[at]);
-            let words = [word(0), word(1), word(2), word(3)];
-            let address = SocketAddress6::from_network(words, port);
-            if words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be() {
-                return Some(Remote::Mapped(SocketAddress::from_network(words[3], port), address));
+            if is_mapped(word) {
+                return Some(Remote::V4(SocketAddress::from_network(word(3), port)));
             }
-            Some(Remote::V6(address))
+            Some(Remote::V6(SocketAddress6::from_network([word(0), word(1), word(2), word(3)], port)))
         }
         _ => None,
     }

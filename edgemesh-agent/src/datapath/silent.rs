@@ -189,9 +189,9 @@ impl Judge {
         }
         let silent = self.suspects.silent();
         if silent != self.shown {
-            self.metrics.silent(silent.len());
             self.catalog.set_silent(silent.clone());
             self.catalog.publish();
+            self.metrics.silent(silent.len());
             self.shown = silent;
         }
     }

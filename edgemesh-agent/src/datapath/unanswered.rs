@@ -2,7 +2,7 @@
 //! endpoints of such flows for some seconds.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -72,13 +72,10 @@ pub(super) async fn of_flows(are_led: Arc<AtomicBool>, suspicions: Suspicions) {
 
 /// The address in a record.
 fn backend(record: &[u8]) -> Option<SocketAddr> {
-    let mut words = [0; 3];
-    for (word, bytes) in words.iter_mut().zip(record.chunks_exact(8)) {
-        *word = u64::from_ne_bytes(bytes.try_into().ok()?);
-    }
-    let address = (record.len() == 24).then(|| SocketAddress6::from_words(words))?;
-    let ip = std::net::Ipv6Addr::from(address.octets());
-    Some(SocketAddr::new(ip.to_canonical(), address.port()))
+    let (words, []) = record.as_chunks() else { return None };
+    let words: [[u8; 8]; 3] = words.try_into().ok()?;
+    let address = SocketAddress6::from_words(words.map(u64::from_ne_bytes));
+    Some(SocketAddr::new(IpAddr::from(address.octets()).to_canonical(), address.port()))
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use std::{
 use aya::maps::{Map, MapData, PerCpuHashMap, PerCpuValues};
 use edgemesh_agent::{
     app,
-    config::DatapathMode,
     datapath::{
         ebpf::{Counters, Programs},
         frontend_counts::{CountsFrontends as _, FrontendCounts},
@@ -204,11 +203,7 @@ fn the_agent_shows_by_service_what_was_sent_directly_and_what_was_refused(mode: 
     tcp_server(POD);
     let data = tempfile::tempdir().unwrap();
     std::fs::write(data.path().join("catalog.json"), catalog().to_string()).unwrap();
-    let datapath = match mode {
-        Mode::Ebpf => DatapathMode::Ebpf,
-        Mode::Nftables => DatapathMode::Nftables,
-    };
-    let config = config(&sandbox, data.path(), datapath);
+    let config = config(&sandbox, data.path(), mode.into());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let start = || {
         runtime.block_on(async {

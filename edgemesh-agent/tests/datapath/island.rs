@@ -2,8 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
-    net::{SocketAddr, TcpListener, UdpSocket},
-    process::Command,
+    net::{SocketAddr, TcpListener},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,14 +12,11 @@ use std::{
 };
 
 use edgemesh_tunnel::{Carried, NO_ENDPOINT, StreamHeader, StreamTarget};
-use hickory_proto::{
-    op::{Message, Query},
-    rr::RecordType,
-};
+use hickory_proto::rr::RecordType;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::sites::{Host, POD_A, POD_B, Sites, call, counting_server, to, until};
+use crate::sites::{CLUSTER_DNS, Host, POD_A, POD_B, Sites, addresses_of, call, counting_server, to, until};
 
 const VIP: &str = "10.96.0.30";
 const API: &str = "127.0.0.1:10551";
@@ -103,25 +99,11 @@ fn cloud(at: &Host) {
     });
 }
 
-fn addresses_of(from: &Host, name: &'static str) -> Vec<String> {
-    from.run(move || {
-        let mut query = Message::query();
-        query.add_query(Query::query(name.parse().unwrap(), RecordType::A));
-        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.set_read_timeout(Some(crate::sites::DEADLINE)).unwrap();
-        socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").unwrap();
-        let mut buffer = [0; 1500];
-        let (length, _) = socket.recv_from(&mut buffer).unwrap();
-        let mut found: Vec<String> = Message::from_vec(&buffer[..length])
-            .unwrap()
-            .answers
-            .iter()
-            .filter(|record| record.record_type() == RecordType::A)
-            .map(|record| record.data.to_string())
-            .collect();
-        found.sort();
-        found
-    })
+/// The addresses of the headless Service, as a pod finds them.
+fn addresses_of_names(from: &Host) -> Vec<String> {
+    let mut found = addresses_of(from, CLUSTER_DNS, "names.default.svc.cluster.local.", RecordType::A);
+    found.sort();
+    found
 }
 
 #[test]
@@ -135,7 +117,7 @@ fn dead_endpoints_leave_and_return_while_the_cloud_is_away_and_its_word_counts_w
     let server = Stoppable::start(&sites.a.pod);
     let vip: SocketAddr = to(VIP, 80);
     let answers = |wanted: &str| call(&sites.a.host, vip, 1).is_ok_and(|answer| answer == wanted);
-    let names = || addresses_of(&sites.a.pod, "names.default.svc.cluster.local.");
+    let names = || addresses_of_names(&sites.a.pod);
     until("the pod of this node", || answers("pod a"));
     until("the cloud to be missed", || sites.a.metric("edgemesh_agent_island_active") == 1);
     assert_eq!(names(), [POD_A[0], POD_B[0]]);
@@ -188,7 +170,7 @@ fn pods_with_udp_ports_only_leave_when_they_are_gone_and_not_when_they_never_ans
     ];
     let sites = Sites::start(&objects, |config| config.island_check_seconds = 1);
     sites.move_node("b", "site-a");
-    let names = || addresses_of(&sites.a.pod, "names.default.svc.cluster.local.");
+    let names = || addresses_of_names(&sites.a.pod);
     let checks = |result| sites.a.metric(&format!("edgemesh_agent_island_checks_total{{result=\"{result}\"}}"));
     // Only UDP gets to the pod of b, as a policy can have it.
     nft(&sites.b.pod, "table ip t { chain c { type filter hook input priority 0; meta l4proto tcp drop; }; }");
@@ -217,10 +199,7 @@ const NO_WAY_TO_B: &str = "table ip t { chain c { type filter hook output priori
 
 /// Runs `nft` on a host.
 fn nft(at: &Host, arguments: &'static str) {
-    at.run(move || {
-        let output = Command::new("nft").arg(arguments).output().unwrap();
-        assert!(output.status.success(), "nft {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    });
+    at.run(move || crate::outside::nft(arguments));
 }
 
 /// Sends bytes as a report of node b to node a, and gives the answer.
@@ -245,7 +224,7 @@ fn a_node_of_the_network_is_believed_about_its_own_endpoints_until_it_is_silent(
     sites.move_node("b", "site-a");
     counting_server(&sites.a.pod, 8080, "pod a");
     counting_server(&sites.b.pod, 8080, "pod b");
-    let names = |sites: &Sites| addresses_of(&sites.a.pod, "names.default.svc.cluster.local.");
+    let names = |sites: &Sites| addresses_of_names(&sites.a.pod);
     let page = |sites: &Sites, wanted: &str| sites.a.admin("/debug/island").contains(wanted);
     // Node a can't connect to the pod of b: only b itself can.
     nft(&sites.a.host, NO_WAY_TO_B);

@@ -7,15 +7,12 @@ use std::{
 
 use edgemesh_agent::config::DatapathMode;
 use edgemesh_tunnel::{Carried, RefusalReason, StreamHeader, StreamTarget, TunnelError};
-use hickory_proto::{
-    op::{Message, Query},
-    rr::RecordType,
-};
+use hickory_proto::rr::RecordType;
 use serde_json::{Value, json};
 
 use crate::{
     access_log::{AccessLog, says},
-    sites::{POD_A, POD_B, Sites, ask, call, counting_server, echo_server, to, until},
+    sites::{CLUSTER_DNS, POD_A, POD_B, Sites, addresses_of, ask, call, counting_server, echo_server, to, until},
 };
 
 const CALLS: &str = "edgemesh_agent_pod_calls_connections_total{protocol=\"tcp\",path=\"tunnel\",result=\"ok\"}";
@@ -118,16 +115,7 @@ fn a_name_of_a_headless_service_leads_to_its_pod_in_another_network() {
     let log = AccessLog::start();
     let sites = Sites::start(&headless(), |_| {});
     counting_server(&sites.b.pod, 5432, "db-0");
-    let found = sites.a.pod.run(|| {
-        let mut query = Message::query();
-        query.add_query(Query::query("db-0.db.default.svc.cluster.local.".parse().unwrap(), RecordType::A));
-        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.set_read_timeout(Some(crate::sites::DEADLINE)).unwrap();
-        socket.send_to(&query.to_vec().unwrap(), "10.96.0.10:53").unwrap();
-        let mut buffer = [0; 1500];
-        let (length, _) = socket.recv_from(&mut buffer).unwrap();
-        Message::from_vec(&buffer[..length]).unwrap().answers[0].data.to_string()
-    });
+    let found = addresses_of(&sites.a.pod, CLUSTER_DNS, "db-0.db.default.svc.cluster.local.", RecordType::A).remove(0);
     assert_eq!(found, POD_B[0]);
     until("the pod", || call(&sites.a.pod, to(&found, 5432), 5).is_ok_and(|answer| answer == "db-0 5"));
     // It is named as the pod that it is, and no Service is said to have been called.

@@ -10,11 +10,14 @@ use std::{
     thread,
 };
 
-use edgemesh_agent::datapath::{
-    ebpf::{Counters, Programs},
-    map_sizes::MapSizes,
-    nftables::{Changes, Rules},
-    plan::{Change, Frontend, Target},
+use edgemesh_agent::{
+    config::DatapathMode,
+    datapath::{
+        ebpf::{Counters, Programs},
+        map_sizes::MapSizes,
+        nftables::{Changes, Rules},
+        plan::{Change, Frontend, Target},
+    },
 };
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol;
@@ -112,6 +115,15 @@ impl Sandbox {
 pub(crate) enum Mode {
     Ebpf,
     Nftables,
+}
+
+impl From<Mode> for DatapathMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Ebpf => Self::Ebpf,
+            Mode::Nftables => Self::Nftables,
+        }
+    }
 }
 
 /// What translates them.

@@ -1,16 +1,11 @@
 //! An endpoint that swallows SYNs while the API calls it ready: others get its connections until it answers again.
 
-use std::{
-    io::Write,
-    net::TcpStream,
-    process::{Command, Stdio},
-    thread,
-};
+use std::{net::TcpStream, thread};
 
-use edgemesh_agent::config::DatapathMode;
 use serde_json::{Value, json};
 
 use crate::{
+    outside::nft,
     sandbox::{Mode, in_both_modes},
     sites::{DEADLINE, Host, POD_A, Site, Sites, call, counting_server, to, until},
 };
@@ -50,11 +45,7 @@ fn silence(pod: &Host, silent: bool) {
     } else {
         "delete table inet silence"
     };
-    pod.run(move || {
-        let mut nft = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-        nft.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
-        assert!(nft.wait().unwrap().success());
-    });
+    pod.run(move || nft(rules));
 }
 
 /// Calls a Service until both of its endpoints have answered.
@@ -64,10 +55,10 @@ fn reach_both(site: &Site, ip: &str) {
     }
 }
 
-/// Begins calls of the Service, of which some meet the silent endpoint and wait.
+/// Begins calls of the Service: so many that some meet the silent endpoint, where they wait.
 fn begin_calls(site: &Site, ip: &'static str) {
     site.host.run(move || {
-        for _ in 0..8 {
+        for _ in 0..32 {
             thread::spawn(move || TcpStream::connect_timeout(&to(ip, 80), DEADLINE));
         }
     });
@@ -79,10 +70,7 @@ fn an_endpoint_that_swallows_syns_is_passed_over_until_it_answers(mode: Mode) {
     let sites = Sites::start(&objects, |config| {
         config.silent_check_seconds = 2;
         config.island_check_seconds = 0;
-        config.datapath = match mode {
-            Mode::Ebpf => DatapathMode::Ebpf,
-            Mode::Nftables => DatapathMode::Nftables,
-        };
+        config.datapath = mode.into();
     });
     counting_server(&sites.a.pod, 8080, "first");
     counting_server(&sites.a.pod, 8081, "second");

@@ -17,6 +17,10 @@ use edgemesh_agent::{
     config::Config,
 };
 use edgemesh_api::{MeshNode, MeshNodeSpec, MeshPeer};
+use hickory_proto::{
+    op::{Message, Query},
+    rr::RecordType,
+};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -24,6 +28,8 @@ use tokio::runtime::Runtime;
 
 use crate::sandbox::{Sandbox, ip};
 
+/// The cluster DNS address.
+pub(crate) const CLUSTER_DNS: &str = "10.96.0.10";
 /// What takes longer doesn't work.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// The pods, by IPv4 and IPv6.
@@ -295,6 +301,29 @@ pub(crate) fn echo_server(at: &Host, address: SocketAddr) {
             }
         });
     });
+}
+
+/// The addresses that cluster DNS has for a name, in the order of its answer.
+pub(crate) fn addresses_of(from: &Host, server: &'static str, name: &'static str, kind: RecordType) -> Vec<String> {
+    from.run(move || {
+        let mut query = Message::query();
+        query.add_query(Query::query(name.parse().unwrap(), kind));
+        let server = to(server, 53);
+        let any = if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket.send_to(&query.to_vec().unwrap(), server).unwrap();
+        let mut buffer = [0; 1500];
+        let (length, answered) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!(answered, server, "who was asked answers");
+        addresses_in(&buffer[..length], kind)
+    })
+}
+
+/// The addresses in an answer.
+pub(crate) fn addresses_in(answer: &[u8], kind: RecordType) -> Vec<String> {
+    let answers = Message::from_vec(answer).unwrap().answers;
+    answers.iter().filter(|record| record.record_type() == kind).map(|record| record.data.to_string()).collect()
 }
 
 /// Sends bytes, ends the sending side, and reads the answer to its end.

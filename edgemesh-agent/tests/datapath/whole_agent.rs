@@ -189,11 +189,7 @@ fn source_ranges_of_a_load_balancer_hold_for_processes_of_the_host(mode: Mode) {
     crate::sandbox::ip("route add 203.0.113.0/24 dev lo src 192.168.1.11");
     let data = tempfile::tempdir().unwrap();
     std::fs::write(data.path().join("catalog.json"), catalog().to_string()).unwrap();
-    let datapath = match mode {
-        Mode::Ebpf => DatapathMode::Ebpf,
-        Mode::Nftables => DatapathMode::Nftables,
-    };
-    let config = config(&sandbox, data.path(), datapath);
+    let config = config(&sandbox, data.path(), mode.into());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let agent = runtime.block_on(async {
         let agent = app::build(config).await.unwrap();
@@ -223,8 +219,7 @@ fn source_ranges_of_a_load_balancer_hold_for_processes_of_the_host(mode: Mode) {
 fn with_neither_an_api_nor_a_copy_on_disk_cluster_names_fail_and_others_are_resolved(mode: Mode) {
     let sandbox = Sandbox::new(&["10.244.1.5", "192.168.1.11"]);
     let data = tempfile::tempdir().unwrap();
-    let datapath = if mode == Mode::Ebpf { DatapathMode::Ebpf } else { DatapathMode::Nftables };
-    let mut config = config(&sandbox, data.path(), datapath);
+    let mut config = config(&sandbox, data.path(), mode.into());
     config.dns.upstreams = vec![denying_upstream().to_string()];
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let agent = runtime.block_on(app::build(config)).unwrap();

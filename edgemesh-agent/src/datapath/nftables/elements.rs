@@ -79,28 +79,21 @@ impl Joined {
             _ => return None,
         };
         let mut rest = self.as_bytes();
-        let mut take = |length| rest.split_off(..length);
         let ip = match (family, has_address) {
-            (Family::V4, true) => IpAddr::from(<[u8; 4]>::try_from(take(4)?).ok()?),
-            (Family::V6, true) => IpAddr::from(<[u8; 16]>::try_from(take(16)?).ok()?),
+            (_, true) => take_address(&mut rest, family)?,
             (Family::V4, false) => Ipv4Addr::UNSPECIFIED.into(),
             (Family::V6, false) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let number = *take(4)?.first()?;
+        let number = *rest.split_off(..4)?.first()?;
         let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|known| protocol_number(*known) == number)?;
-        let port = if has_port { u16::from_be_bytes(*take(4)?.first_chunk()?) } else { 0 };
+        let port = if has_port { take_port(&mut rest)? } else { 0 };
         Some(Frontend { address: SocketAddr::new(ip, port), protocol })
     }
 
     /// The address and port that it begins with.
     pub(super) fn to_backend(self, family: Family) -> Option<SocketAddr> {
         let mut rest = self.as_bytes();
-        let mut take = |length| rest.split_off(..length);
-        let ip = match family {
-            Family::V4 => IpAddr::from(<[u8; 4]>::try_from(take(4)?).ok()?),
-            Family::V6 => IpAddr::from(<[u8; 16]>::try_from(take(16)?).ok()?),
-        };
-        Some(SocketAddr::new(ip, u16::from_be_bytes(*take(4)?.first_chunk()?)))
+        Some(SocketAddr::new(take_address(&mut rest, family)?, take_port(&mut rest)?))
     }
 
     fn backend(backend: SocketAddr) -> Self {
@@ -114,6 +107,17 @@ impl Joined {
     pub(super) fn as_bytes(&self) -> &[u8] {
         self.bytes.get(..self.length).unwrap_or_default()
     }
+}
+
+fn take_address(rest: &mut &[u8], family: Family) -> Option<IpAddr> {
+    Some(match family {
+        Family::V4 => <[u8; 4]>::try_from(rest.split_off(..4)?).ok()?.into(),
+        Family::V6 => <[u8; 16]>::try_from(rest.split_off(..16)?).ok()?.into(),
+    })
+}
+
+fn take_port(rest: &mut &[u8]) -> Option<u16> {
+    rest.split_off(..4)?.first_chunk().copied().map(u16::from_be_bytes)
 }
 
 /// What a map holds for a key.

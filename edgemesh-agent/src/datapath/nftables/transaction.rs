@@ -166,16 +166,12 @@ impl Kernel {
             let (mut counted, mut generation, mut is_whole) = (HashMap::new(), None, true);
             let read = self.with_socket(|socket| {
                 socket.dump(GETSETELEM, &body_about(map), |body| {
-                    let Some((head, elements)) = body.split_first_chunk::<4>() else { return };
+                    let Some((head, list)) = body.split_first_chunk::<4>() else { return };
                     is_whole &= *generation.get_or_insert(*head) == *head;
                     // An element that comes twice has been moved by the kernel while it was read, and others were passed over.
-                    let mut each = |element| {
-                        let Some((key, packets)) = counter(element) else { return };
+                    for (key, packets) in elements_in(list).filter_map(counter) {
                         is_whole &= counted.insert(key, packets).is_none();
-                    };
-                    attributes(elements).filter(|(kind, _)| *kind == ELEMENTS).for_each(|(_, elements)| {
-                        attributes(elements).for_each(|(_, element)| each(element));
-                    });
+                    }
                 })
             });
             match read {
@@ -196,8 +192,7 @@ impl Kernel {
         let mut keys = Vec::new();
         let read = self.with_socket(|socket| {
             socket.dump(GETSETELEM, &body_about(map), |body| {
-                let lists = attributes(body.get(4..).unwrap_or_default()).filter(|(kind, _)| *kind == ELEMENTS);
-                keys.extend(lists.flat_map(|(_, elements)| attributes(elements)).filter_map(|(_, one)| key(one)));
+                keys.extend(elements_in(body.get(4..).unwrap_or_default()).filter_map(key));
             })
         });
         match read {
@@ -245,6 +240,12 @@ fn body_about(map: Map) -> Vec<u8> {
     attribute(&mut body, ELEMENTS_TABLE, &name(TABLE));
     attribute(&mut body, ELEMENTS_SET, &name(&map.to_string()));
     body
+}
+
+/// The elements in the attributes of a message about some.
+fn elements_in(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let elements = attributes(list).filter(|(kind, _)| *kind == ELEMENTS);
+    elements.flat_map(|(_, elements)| attributes(elements)).map(|(_, element)| element)
 }
 
 /// The key of an element, and how many packets it has counted.

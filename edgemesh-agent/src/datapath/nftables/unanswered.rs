@@ -10,11 +10,11 @@ use super::{
 
 /// Reads what the rules of this network namespace have seen in the last seconds.
 #[derive(Debug, Default)]
-pub(in super::super) struct UnansweredFlows(Kernel);
+pub(crate) struct UnansweredFlows(Kernel);
 
 impl UnansweredFlows {
     /// The endpoints. None where there is no table.
-    pub(in super::super) fn read(&mut self) -> Result<Vec<SocketAddr>, NftError> {
+    pub(crate) fn read(&mut self) -> Result<Vec<SocketAddr>, NftError> {
         let mut endpoints = Vec::new();
         for family in Family::ALL {
             let keys = self.0.keys(Map::Unanswered(family))?;
