@@ -156,15 +156,16 @@ impl OfIpv6Socket {
     #[inline(always)]
     pub fn new(context: SockAddrContext) -> Self {
         let address = raw(&context);
-        let mapped = is_mapped(|at| read(&raw const address.user_ip6[at]));
+        let word = |at: usize| read(&raw const address.user_ip6[at]);
+        let mapped = is_mapped([word(0), word(1), word(2)]);
         if mapped { Self::Mapped(MappedIpv6(context)) } else { Self::Ipv6(Ipv6(context)) }
     }
 }
 
-/// Whether an IPv6 address, by its words, is an IPv4 one in mapped form.
+/// Whether an IPv6 address, by its first three words, is an IPv4 one in mapped form.
 #[inline(always)]
-pub fn is_mapped(word: impl Fn(usize) -> u32) -> bool {
-    word(0) == 0 && word(1) == 0 && word(2) == 0xffff_u32.to_be()
+pub fn is_mapped(words: [u32; 3]) -> bool {
+    words == [0, 0, 0xffff_u32.to_be()]
 }
 
 #[inline(always)]

@@ -86,17 +86,17 @@ impl Remote {
 
 #[inline(always)]
 fn remote(raw: &bpf_sock_ops) -> Option<Remote> {
+    // All fields before any branch: from loads in two branches the compiler can make one at a variable offset, which the
+    // verifier refuses.
+    let word = |at: usize| read(&raw const raw.remote_ip6[at]);
+    let (first, last) = ([word(0), word(1), word(2)], word(3));
+    let address = read(&raw const raw.remote_ip4);
     // The upper half of the word in memory order.
     let port = (u32::from_be(read(&raw const raw.remote_port)) as u16).to_be();
     match read(&raw const raw.family) {
-        AF_INET => Some(Remote::V4(SocketAddress::from_network(read(&raw const raw.remote_ip4), port))),
-        AF_INET6 => {
-            let word = |at: usize| read(&raw const raw.remote_ip6[at]);
-            if is_mapped(word) {
-                return Some(Remote::V4(SocketAddress::from_network(word(3), port)));
-            }
-            Some(Remote::V6(SocketAddress6::from_network([word(0), word(1), word(2), word(3)], port)))
-        }
+        AF_INET => Some(Remote::V4(SocketAddress::from_network(address, port))),
+        AF_INET6 if is_mapped(first) => Some(Remote::V4(SocketAddress::from_network(last, port))),
+        AF_INET6 => Some(Remote::V6(SocketAddress6::from_network([first[0], first[1], first[2], last], port))),
         _ => None,
     }
 }
