@@ -93,7 +93,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let allocator = Arc::new(allocator);
     let dns = dns::Server::bind(&dns_addresses, Arc::clone(&catalog), &config.dns, &registry)?;
     let cluster_dns = dns.addresses().filter_map(|listener| cluster_dns(&config.dns, listener)).collect();
-    let asker = dns.serve(shutdown);
+    let asker = dns.serve(shutdown).context("DNS threads")?;
     if config.routes {
         enable_forwarding();
         let metrics = RouteMetrics::new(&mut registry.write());

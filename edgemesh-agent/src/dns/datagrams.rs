@@ -12,7 +12,7 @@ use std::{
 use socket2::{SockAddr, SockAddrStorage};
 
 /// Datagrams that are taken, or given back, with one call.
-pub(super) const BATCH: usize = 32;
+const BATCH: usize = 32;
 
 /// What arrived last, in memory that is used again for the next.
 pub(super) struct Received {
@@ -37,10 +37,10 @@ impl Received {
         Self { bytes: vec![0; longest * BATCH], longest, arrived: Vec::with_capacity(BATCH) }
     }
 
-    /// Takes what waits at a nonblocking socket, and returns how many datagrams that were.
+    /// Waits for a datagram, takes it with all others that wait, and returns how many that were: none when the socket is shut down.
     ///
     /// # Errors
-    /// `WouldBlock` when there is nothing.
+    /// The socket's; `WouldBlock` when there is nothing and the socket is a nonblocking one.
     pub(super) fn receive(&mut self, socket: &impl AsFd) -> io::Result<usize> {
         self.arrived.clear();
         let mut names: [SockAddrStorage; BATCH] = array::from_fn(|_| SockAddrStorage::zeroed());
@@ -62,7 +62,7 @@ impl Received {
                 socket.as_fd().as_raw_fd(),
                 headers.as_mut_ptr(),
                 BATCH as libc::c_uint,
-                libc::MSG_DONTWAIT,
+                libc::MSG_WAITFORONE,
                 ptr::null_mut(),
             )
         };
@@ -70,11 +70,10 @@ impl Received {
         for (header, name) in headers.iter().zip(names).take(count) {
             // SAFETY: the kernel wrote an address of this length.
             let sender = unsafe { SockAddr::new(name, header.msg_hdr.msg_namelen) }.as_socket();
-            // A datagram of another family can't be: it counts as empty, and is too short to be answered.
-            let unknown = (0, SocketAddr::from(([0, 0, 0, 0], 0)));
-            self.arrived.push(sender.map_or(unknown, |sender| (header.msg_len as usize, sender)));
+            // From a socket that is shut down the kernel fills every place with a datagram of nobody's.
+            self.arrived.extend(sender.map(|sender| (header.msg_len as usize, sender)));
         }
-        Ok(count)
+        Ok(self.arrived.len())
     }
 
     /// The datagrams that arrived, with their senders.
@@ -97,19 +96,11 @@ impl Answers {
         }
     }
 
-    /// Whether none waits.
-    pub(super) fn is_empty(&self) -> bool {
-        self.waiting == 0
-    }
-
-    /// Sends from the first that waits, as many as one call takes. One that the kernel refuses is left out: it says
-    /// nothing about the others, and a client that is gone needs no answer.
-    ///
-    /// # Errors
-    /// `WouldBlock` when the socket's queue is full: those that were not sent still wait.
-    pub(super) fn send(&mut self, socket: &impl AsFd) -> io::Result<()> {
+    /// Sends all that wait. One that the kernel refuses is left out: it says nothing about the others, and a client that is
+    /// gone needs no answer. Where the socket's queue stays full for longer than its time limit, the rest is left out too: clients
+    /// ask again.
+    pub(super) fn send(&mut self, socket: &impl AsFd) {
         let mut begin = 0;
-        let mut result = Ok(());
         while begin < self.waiting {
             let some = &mut self.all[begin..self.waiting.min(begin + BATCH)];
             let mut parts = [MaybeUninit::<libc::iovec>::uninit(); BATCH];
@@ -127,28 +118,19 @@ impl Answers {
             // SAFETY: the first headers, as many as there are answers, point to memory that lives until the call has
             // returned; the kernel only reads it.
             let sent = unsafe {
-                libc::sendmmsg(
-                    socket.as_fd().as_raw_fd(),
-                    headers.as_mut_ptr(),
-                    some.len() as libc::c_uint,
-                    libc::MSG_DONTWAIT,
-                )
+                libc::sendmmsg(socket.as_fd().as_raw_fd(), headers.as_mut_ptr(), some.len() as libc::c_uint, 0)
             };
             match usize::try_from(sent) {
                 Ok(sent) => begin += sent.max(1),
-                Err(_) => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::WouldBlock => {
-                        result = Err(error);
-                        break;
-                    }
+                Err(_) => match io::Error::last_os_error().kind() {
+                    io::ErrorKind::WouldBlock => break,
+                    io::ErrorKind::Interrupted => {}
                     // The error is that of the first one.
                     _ => begin += 1,
                 },
             }
         }
-        self.all[..self.waiting].rotate_left(begin);
-        self.waiting -= begin;
-        result
+        self.waiting = 0;
     }
 }
 
@@ -188,8 +170,7 @@ mod tests {
         }
         assert_eq!(received.receive(&server).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert_eq!(received.datagrams().count(), 0);
-        answers.send(&server).unwrap();
-        assert!(answers.is_empty());
+        answers.send(&server);
         let mut buffer = [0; 100];
         for number in (0..BATCH + 3).filter(|number| number % 3 != 0) {
             assert_eq!(clients[number % 2].recv(&mut buffer).unwrap(), number);
@@ -208,10 +189,21 @@ mod tests {
                 true
             });
         }
-        answers.send(&server).unwrap();
-        assert!(answers.is_empty());
+        answers.send(&server);
         let mut buffer = [0; 10];
         assert!((0..2).all(|_| client.recv(&mut buffer).is_ok_and(|length| length == 1)));
+    }
+
+    #[test]
+    fn a_socket_that_is_shut_down_has_none_after_those_that_wait() {
+        let (server, client) = (socket(), socket());
+        server.set_nonblocking(false).unwrap();
+        client.send_to(&[1], server.local_addr().unwrap()).unwrap();
+        // It says that the socket isn't connected.
+        socket2::SockRef::from(&server).shutdown(std::net::Shutdown::Read).unwrap_err();
+        let mut received = Received::new(10);
+        assert_eq!(received.receive(&server).unwrap(), 1);
+        assert_eq!(received.receive(&server).unwrap(), 0);
     }
 
     #[test]

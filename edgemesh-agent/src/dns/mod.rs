@@ -13,6 +13,7 @@ mod reply;
 mod resolv_conf;
 mod resolver;
 mod server;
+mod udp;
 mod upstream;
 mod upstreams;
 mod wire;

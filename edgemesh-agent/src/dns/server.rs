@@ -1,8 +1,8 @@
-//! The listeners: UDP on several sockets, TCP with pipelining (RFC 7766).
+//! The listeners: UDP with one socket a thread, TCP with pipelining (RFC 7766).
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket},
+    net::{SocketAddr, TcpListener as StdTcpListener},
     sync::Arc,
     time::Duration,
 };
@@ -13,8 +13,8 @@ use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
-    net::{TcpListener, TcpStream, UdpSocket},
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc},
     time::timeout,
 };
@@ -24,21 +24,19 @@ use super::{
     asker::Asker,
     cache::Lifetimes,
     completion::Completion,
-    datagrams::{Answers, BATCH, Received},
     dot,
     forward::{self, Forwarder},
     limits::Limits,
     metrics::Metrics,
     reply::Transport,
     resolver::{Client, Resolver, Step},
+    udp::{self, MAX_QUERY},
     upstreams::{Origin, Upstreams, Wanted},
     wire::Name,
     zone::Zone,
 };
 use crate::config::DnsConfig;
 
-/// Queries are short; a longer datagram isn't one.
-const MAX_QUERY: usize = 4096;
 /// TCP connections at one time, and of one client.
 const MAX_CONNECTIONS: usize = 256;
 const MAX_CONNECTIONS_EACH: usize = 64;
@@ -46,6 +44,11 @@ const MAX_CONNECTIONS_EACH: usize = 64;
 const MAX_PIPELINED: usize = 32;
 /// A TCP connection without a query for this long is closed; so is one that doesn't take its answers.
 const IDLE: Duration = Duration::from_secs(10);
+/// Cores for each thread that serves UDP at an address. One answers 100,000 queries a second, more than a small node's pods ask; shared
+/// between several, which sleep and wake the more often for it, each costs more.
+const CORES_EACH: usize = 4;
+/// Longest wait for room in a UDP socket's queue.
+const MAX_SEND: Duration = Duration::from_secs(1);
 /// Longest that answers past their lifetime are used (RFC 8767 suggests one to three days).
 const STALE: Duration = Duration::from_secs(24 * 3600);
 /// Caps on what upstreams say.
@@ -95,7 +98,7 @@ pub struct Server {
 /// The sockets of one address.
 struct Listener {
     address: SocketAddr,
-    udp: Vec<UdpSocket>,
+    udp: Vec<Socket>,
     tcp: TcpListener,
 }
 
@@ -125,8 +128,11 @@ impl Server {
         self.listeners.iter().map(|listener| listener.address)
     }
 
-    /// Answers queries until shutdown, in tasks of the shutdown's. What is returned asks without a socket.
-    pub fn serve(self, shutdown: &Shutdown) -> Asker {
+    /// Answers queries until shutdown. What is returned asks without a socket.
+    ///
+    /// # Errors
+    /// When a thread can't be started.
+    pub fn serve(self, shutdown: &Shutdown) -> io::Result<Asker> {
         let lifetimes = Lifetimes { positive: MAX_POSITIVE, negative: MAX_NEGATIVE, stale: STALE };
         let limits = forward::Limits {
             lifetimes,
@@ -149,15 +155,14 @@ impl Server {
         let connections = Limits::new(MAX_CONNECTIONS, MAX_CONNECTIONS_EACH, resolver.metrics.connections.clone());
         for Listener { address, udp, tcp } in self.listeners {
             for socket in udp {
-                let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
-                shutdown.spawn(async move { serve_udp(Arc::new(socket), resolver, queries, stop).await });
+                udp::serve(socket, Arc::clone(&resolver), Arc::clone(&queries), shutdown)?;
             }
             let (resolver, queries, stop) = (Arc::clone(&resolver), Arc::clone(&queries), shutdown.clone());
             let connections = Arc::clone(&connections);
             shutdown.spawn(async move { serve_tcp(tcp, resolver, connections, queries, stop).await });
             tracing::info!(%address, "DNS is served");
         }
-        Asker::new(resolver, self.config.resolv_conf)
+        Ok(Asker::new(resolver, self.config.resolv_conf))
     }
 }
 
@@ -180,21 +185,21 @@ fn wanted(config: &DnsConfig, own: Vec<SocketAddr>) -> Result<Wanted, DnsError> 
 }
 
 fn listen(address: SocketAddr) -> io::Result<Listener> {
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    let threads = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / CORES_EACH).clamp(1, 4));
     let mut tries = 0;
     loop {
         tries += 1;
         let first = udp_socket(address)?;
-        let bound = first.local_addr()?;
+        let bound = first.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
         let tcp = match tcp_socket(bound) {
             Ok(tcp) => tcp,
             // A free UDP port may be taken for TCP: try another.
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && address.port() == 0 && tries < 16 => continue,
             Err(error) => return Err(error),
         };
-        let mut udp = vec![UdpSocket::from_std(first)?];
-        while udp.len() < workers {
-            udp.push(UdpSocket::from_std(udp_socket(bound)?)?);
+        let mut udp = vec![first];
+        while udp.len() < threads {
+            udp.push(udp_socket(bound)?);
         }
         return Ok(Listener { address: bound, udp, tcp: TcpListener::from_std(tcp)? });
     }
@@ -206,81 +211,26 @@ fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Soc
         // No interface has a node-local address: it is a route's, which IPv6 doesn't count as one of the host's.
         socket.set_freebind_v6(true)?;
     }
-    socket.set_nonblocking(true)?;
     Ok(socket)
 }
 
-fn udp_socket(address: SocketAddr) -> io::Result<StdUdpSocket> {
+fn udp_socket(address: SocketAddr) -> io::Result<Socket> {
     let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
     // The kernel spreads clients over the sockets, so that each worker has its own queue.
     socket.set_reuse_port(true)?;
     socket.set_recv_buffer_size(1 << 20)?;
+    socket.set_write_timeout(Some(MAX_SEND))?;
     socket.bind(&address.into())?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 fn tcp_socket(address: SocketAddr) -> io::Result<StdTcpListener> {
     let socket = socket(address, Type::STREAM, Protocol::TCP)?;
     socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(1024)?;
     Ok(socket.into())
-}
-
-async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>, queries: Arc<Limits>, shutdown: Shutdown) {
-    let mut received = Received::new(MAX_QUERY + 1);
-    let mut answers = Answers::default();
-    loop {
-        let readable = shutdown.stopping().run_until_cancelled(socket.readable()).await;
-        match readable {
-            None => return,
-            Some(Ok(())) => {}
-            Some(Err(error)) => {
-                tracing::warn!(%error, "DNS socket");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        }
-        // When the queue was emptied, the socket counts as not readable from before that, and what comes now wakes this task: asking
-        // the kernel again would cost more, most times for nothing. Errors belong to single datagrams.
-        let filled = socket.try_io(Interest::READABLE, || match received.receive(&*socket)? {
-            BATCH => Ok(()),
-            _ => Err(io::ErrorKind::WouldBlock.into()),
-        });
-        for (message, client) in received.datagrams().filter(|(message, _)| message.len() <= MAX_QUERY) {
-            let asking = Client { address: client.ip(), transport: Transport::Udp };
-            answers.add(client, |out| match resolver.at_once(message, asking, out) {
-                Step::Done => true,
-                Step::Ignore => false,
-                Step::Later => match queries.enter(asking.address) {
-                    Err(limit) => resolver.overloaded(message, Transport::Udp, limit, out),
-                    Ok(place) => {
-                        let (socket, resolver, message) =
-                            (Arc::clone(&socket), Arc::clone(&resolver), message.to_vec());
-                        shutdown.spawn(async move {
-                            let _place = place;
-                            let mut out = Vec::new();
-                            if resolver.later(&message, asking, &mut out).await {
-                                // A client that is gone needs no answer.
-                                drop(socket.send_to(&out, client).await);
-                            }
-                        });
-                        false
-                    }
-                },
-            });
-        }
-        while !answers.is_empty() {
-            let sent = socket.try_io(Interest::WRITABLE, || answers.send(&*socket));
-            if sent.is_err() && socket.writable().await.is_err() {
-                break;
-            }
-        }
-        if filled.is_ok() {
-            // A flood on this socket must not starve the runtime's other tasks.
-            tokio::task::yield_now().await;
-        }
-    }
 }
 
 async fn serve_tcp(

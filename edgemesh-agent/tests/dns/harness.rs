@@ -32,7 +32,7 @@ pub(crate) struct Dns {
     pub(crate) address: SocketAddr,
     pub(crate) catalog: Arc<CatalogStore>,
     pub(crate) registry: Arc<RwLock<Registry>>,
-    shutdown: Shutdown,
+    pub(crate) shutdown: Shutdown,
 }
 
 impl Drop for Dns {
@@ -81,7 +81,7 @@ impl Dns {
         let shutdown = Shutdown::default();
         let server = dns::Server::bind(&[address], Arc::clone(&catalog), &config, &registry).unwrap();
         let address = server.addresses().next().unwrap();
-        server.serve(&shutdown);
+        server.serve(&shutdown).unwrap();
         Self { address, catalog, registry, shutdown }
     }
 

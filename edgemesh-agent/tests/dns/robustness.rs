@@ -214,3 +214,33 @@ async fn no_query_is_forgotten_when_clients_ask_one_thing_after_the_other() {
         .collect();
     tokio::task::spawn_blocking(|| clients.into_iter().for_each(|client| client.join().unwrap())).await.unwrap();
 }
+
+/// Whether nobody else has the address, nor shares it.
+fn is_free(address: std::net::SocketAddr) -> bool {
+    std::net::UdpSocket::bind(address).is_ok()
+}
+
+#[tokio::test]
+async fn a_server_that_stopped_has_left_its_address() {
+    let dns = Dns::start(&[], &[]);
+    assert_eq!(dns.ask(VERSION, RecordType::TXT).await.answers.len(), 1);
+    assert!(!is_free(dns.address));
+    assert!(dns.shutdown.drain(DEADLINE).await, "something of it goes on");
+    assert!(is_free(dns.address));
+}
+
+#[test]
+fn a_server_ends_with_its_runtime() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let dns = {
+        let _entered = runtime.enter();
+        Dns::start(&[], &[])
+    };
+    assert!(!is_free(dns.address));
+    drop(runtime);
+    let started = std::time::Instant::now();
+    while !is_free(dns.address) {
+        assert!(started.elapsed() < DEADLINE, "its thread still receives");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
