@@ -37,6 +37,8 @@ impl Shutdown {
         F: Future<Output = ()> + Send + 'static,
     {
         let force = self.force.clone();
+        // On the heap, since a future that an async block takes over and awaits has its room in that one twice.
+        let task = Box::pin(task);
         self.tracker.spawn(async move {
             tokio::select! {
                 () = task => {}

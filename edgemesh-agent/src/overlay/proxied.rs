@@ -19,7 +19,7 @@ use edgemesh_telemetry::Shutdown;
 use socket2::{Domain, SockFilter, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 
@@ -73,13 +73,7 @@ impl Proxied {
     }
 
     fn bind_once(address: SocketAddr, parts: Arc<Parts>) -> io::Result<Self> {
-        let tcp = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-        tcp.set_reuse_address(true)?;
-        tcp.set_nonblocking(true)?;
-        prepare(&tcp, address, &parts.listening)?;
-        tcp.bind(&address.into())?;
-        tcp.listen(BACKLOG)?;
-        let tcp = TcpListener::from_std(tcp.into())?;
+        let tcp = listener(address, |socket| prepare(socket, address, &parts.listening))?;
         let address = tcp.local_addr()?;
         let udp = ProxiedUdp::bind(address, parts.clone())?;
         Ok(Self { tcp, udp, address, parts })
@@ -106,6 +100,18 @@ impl Proxied {
             }
         });
     }
+}
+
+fn listener(address: SocketAddr, prepare: impl FnOnce(&Socket) -> io::Result<()>) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    // Connections have it from their listener: one call less for each.
+    socket.set_tcp_nodelay(true)?;
+    prepare(&socket)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
 }
 
 /// What both sockets of a listener need before they are bound.
@@ -181,11 +187,7 @@ async fn accept_each(listener: TcpListener, parts: &Arc<Parts>, connections: &Ar
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((connection, client)) => {
-                let work = serve(connection, client, parts.clone(), connections.clone());
-                parts.shutdown.spawn(async move {
-                    work.await;
-                    drop(place);
-                });
+                parts.shutdown.spawn(serve(connection, client, parts.clone(), connections.clone(), place));
             }
             Err(error) => {
                 tracing::warn!(%error, "can't accept a proxied connection");
@@ -195,7 +197,13 @@ async fn accept_each(listener: TcpListener, parts: &Arc<Parts>, connections: &Ar
     }
 }
 
-async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>, connections: Arc<OpenConnections>) {
+async fn serve(
+    mut connection: TcpStream,
+    client: SocketAddr,
+    parts: Arc<Parts>,
+    connections: Arc<OpenConnections>,
+    _place: OwnedSemaphorePermit,
+) {
     let local = connection.local_addr().ok();
     let Some(called) = local.and_then(|local| parts.listening.called(local, Protocol::Tcp)) else {
         parts.metrics.connection("tcp", "none", "no_service");
@@ -221,20 +229,16 @@ async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>,
     let _active = parts.metrics.active("tcp");
     let limits = CopyLimits { idle: None, stop };
     let copied = &account.copied;
-    let end = async {
-        connection.set_nodelay(true)?;
-        match upstream {
-            Upstream::Direct(mut endpoint) => {
-                let end = copy_both(&mut connection, &mut endpoint, copied, &limits).await;
-                if end.is_err() {
-                    reset(&endpoint);
-                }
-                end
+    let end = match upstream {
+        Upstream::Direct(mut endpoint) => {
+            let end = copy_both(&mut connection, &mut endpoint, copied, &limits).await;
+            if end.is_err() {
+                reset(&endpoint);
             }
-            Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, copied, &limits).await,
+            end
         }
-    }
-    .await;
+        Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, copied, &limits).await,
+    };
     parts.metrics.tcp_bytes(copied.forward(), copied.backward());
     match end {
         Ok(CopyEnd::Stopped) if !forced.is_cancelled() => {
@@ -247,5 +251,19 @@ async fn serve(mut connection: TcpStream, client: SocketAddr, parts: Arc<Parts>,
             account.failed("broken");
             reset(&connection);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn small_segments_of_accepted_connections_go_at_once() {
+        let listener = listener("127.0.0.1:0".parse().unwrap(), |_| Ok(())).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap());
+        let (client, accepted) = tokio::join!(client, listener.accept());
+        assert!(accepted.unwrap().0.nodelay().unwrap());
+        drop(client);
     }
 }
