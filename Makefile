@@ -9,7 +9,7 @@ export KUBECTL_OLD ?= $(HOME)/.cache/edgemesh/kubectl-old/usr/bin/kubectl
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 BIN := $(CARGO_TARGET_DIR)/debug
 
-.PHONY: help setup build demo test check bench soak fresh
+.PHONY: help setup build demo test check bench order soak fresh
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,10 @@ bench: ## measure against direct paths and peers; one JSON file a row in bench-r
 	scripts/setup.sh --bench
 	cargo build --locked --release --workspace --bins
 	EDGEMESH_BIN=$(CARGO_TARGET_DIR)/release $(CARGO_TARGET_DIR)/release/bench
+
+order: ## record which functions idle daemons run, for the linker, after the compiler or many libraries have changed
+	cargo build --locked --release --workspace --bins
+	scripts/order-functions.sh $(CARGO_TARGET_DIR)/release
 
 soak: build ## ten minutes of endpoints that come and go under load; SOAK_SECONDS for another time
 	$(BIN)/soak

@@ -1,4 +1,5 @@
-//! Builds the eBPF programs with a compiler that has the BPF targets, and hands the object to the crate.
+//! Builds the eBPF programs with a compiler that has the BPF targets, and hands the object to the crate; puts functions that run
+//! while nothing happens side by side.
 //!
 //! Two ways lead there: Debian's rustc, which carries a precompiled `core` for BPF, or a rustup nightly with `rust-src`.
 
@@ -27,6 +28,7 @@ enum Compiler {
 
 #[allow(clippy::print_stderr)]
 fn main() -> ExitCode {
+    edgemesh_function_order::link_in_order();
     match build() {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod fill;
+mod functions;
 mod latency;
 mod load;
 mod nftables;
@@ -131,6 +132,13 @@ enum Part {
     Ask { server: SocketAddr },
     #[command(hide = true)]
     Await { target: String },
+    #[command(hide = true)]
+    Functions {
+        host: String,
+        daemon: String,
+        #[arg(long)]
+        seconds: u64,
+    },
 }
 
 #[allow(clippy::print_stdout)]
@@ -168,6 +176,10 @@ fn act() -> Result<ExitCode> {
             fill::change(&kubeconfig, endpoints, times, milliseconds)?;
         }
         Some(Part::Ask { server }) => load::ask(server)?,
+        Some(Part::Functions { host, daemon, seconds }) => {
+            let pid = Cluster::new(&arguments.lab, &arguments.root)?.daemon(&host, &daemon)?;
+            say(&functions::begun(pid, Duration::from_secs(seconds))?.join("\n"));
+        }
         Some(Part::Await { target }) => {
             say("waiting");
             load::await_answer(&target, ANSWER_DEADLINE)?;
