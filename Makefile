@@ -37,7 +37,7 @@ bench: ## measure against direct paths and peers; one JSON file a row in bench-r
 	cargo build --locked --release --workspace --bins
 	EDGEMESH_BIN=$(CARGO_TARGET_DIR)/release $(CARGO_TARGET_DIR)/release/bench
 
-order: ## record which functions idle daemons run, for the linker, after the compiler or many libraries have changed
+order: ## record which functions idle daemons run, for the linker, where compiler, libraries or the checkout's folder are others
 	cargo build --locked --release --workspace --bins
 	scripts/order-functions.sh $(CARGO_TARGET_DIR)/release
 
