@@ -1,5 +1,5 @@
 #!/bin/sh
-# Records which functions idle daemons run, for the linker (crates/function-order), with the programs of a release build in the folder
+# Records which functions idle daemons run on x86-64, for the linker (crates/function-order), with the programs of a release build in the folder
 # given. To be done again where the compiler, many libraries or the folder of the checkout are others; without it daemons are only larger.
 set -eu
 
@@ -7,7 +7,8 @@ bin=$1
 lists=crates/function-order/lists
 export EDGEMESH_LAB=order EDGEMESH_BIN="$bin"
 
-trap '"$bin/lab" down' EXIT
+results=$(mktemp -d)
+trap '"$bin/lab" down; rm -r "$results"' EXIT
 "$bin/lab" up
 # Ten seconds after their start the daemons give back what is mapped of their programs. What they run from then on counts.
 sleep 12
@@ -20,7 +21,7 @@ for daemon in edge-a1/agent/edgemesh-agent edge-a1/edgecore/edgecore edge-b1/gat
     recorders="$recorders $!"
 done
 # Brings pods, which are idle too.
-"$bin/bench" --here --results "$(mktemp -d)" --short --only rss_agent
+"$bin/bench" --here --results "$results" --short --only rss_agent
 for recorder in $recorders; do
     wait "$recorder"
 done

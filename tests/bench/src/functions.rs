@@ -1,8 +1,8 @@
-//! Which functions a process runs: each has a breakpoint where it begins, which is taken away when it is met. For x86-64, and for
-//! processes of the lab: one whose recorder is killed ends at its next breakpoint.
+//! Which functions a process runs: each has a breakpoint where it begins, which is taken away when it is met. For processes of the
+//! lab: one whose recorder is killed ends at its next breakpoint.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     os::unix::fs::FileExt as _,
@@ -32,19 +32,16 @@ struct Function {
 pub(crate) fn begun(pid: i32, time: Duration) -> Result<Vec<String>> {
     let mut functions = functions(pid)?;
     let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
-    let mut threads = threads(pid)?;
-    for thread in &threads {
-        request(libc::PTRACE_SEIZE, *thread, libc::PTRACE_O_TRACECLONE as usize).context("tracing")?;
-        stop(*thread)?;
-    }
+    let threads = stop_all(pid)?;
     for (address, function) in &mut functions {
         let mut byte = [0];
         memory.read_exact_at(&mut byte, *address)?;
         memory.write_all_at(&[BREAKPOINT], *address)?;
         function.under = Some(byte[0]);
     }
-    for thread in &threads {
-        request(libc::PTRACE_CONT, *thread, 0)?;
+    for thread in threads {
+        request(libc::PTRACE_SETOPTIONS, thread, libc::PTRACE_O_TRACECLONE as usize)?;
+        request(libc::PTRACE_CONT, thread, 0)?;
     }
     let (mut begun, end) = (Vec::new(), Instant::now() + time);
     while Instant::now() < end {
@@ -58,10 +55,9 @@ pub(crate) fn begun(pid: i32, time: Duration) -> Result<Vec<String>> {
         }
         let mut signal = signal(status);
         if signal == libc::SIGTRAP
-            && let Some(function) = at_breakpoint(thread, &mut functions)?
+            && let Some((address, function)) = at_breakpoint(thread, &mut functions)?
         {
             signal = 0;
-            let (address, function) = function;
             if let Some(byte) = function.under.take() {
                 memory.write_all_at(&[byte], address)?;
                 begun.append(&mut function.names);
@@ -69,18 +65,20 @@ pub(crate) fn begun(pid: i32, time: Duration) -> Result<Vec<String>> {
         }
         request(libc::PTRACE_CONT, thread, usize::try_from(signal)?)?;
     }
-    threads = self::threads(pid)?;
-    for thread in &threads {
-        if stop(*thread)? == libc::SIGTRAP {
-            at_breakpoint(*thread, &mut functions)?;
+    let mut left = Vec::new();
+    for thread in threads_of(pid)? {
+        let Some(signal) = stop(thread)? else { continue };
+        if signal == libc::SIGTRAP {
+            at_breakpoint(thread, &mut functions)?;
         }
+        left.push(thread);
     }
     for (address, function) in &functions {
         if let Some(byte) = function.under {
             memory.write_all_at(&[byte], *address)?;
         }
     }
-    for thread in threads {
+    for thread in left {
         request(libc::PTRACE_DETACH, thread, 0)?;
     }
     Ok(begun)
@@ -119,17 +117,45 @@ fn at_breakpoint(thread: i32, functions: &mut BTreeMap<u64, Function>) -> Result
     Ok(Some((registers.rip, function)))
 }
 
-fn threads(pid: i32) -> Result<Vec<i32>> {
+fn threads_of(pid: i32) -> Result<Vec<i32>> {
     let entries = fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?;
     entries.map(|entry| Ok(entry?.file_name().to_string_lossy().parse()?)).collect()
 }
 
-/// Stops a thread. Returns the signal that came first, or none.
-fn stop(thread: i32) -> Result<i32> {
-    request(libc::PTRACE_INTERRUPT, thread, 0)?;
+/// Stops all threads of a process, which is traced from then on. There can be new ones until the last has stopped.
+fn stop_all(pid: i32) -> Result<BTreeSet<i32>> {
+    let mut all = BTreeSet::new();
+    loop {
+        let stopped = all.len();
+        for thread in threads_of(pid)? {
+            if all.contains(&thread) || !if_there(request(libc::PTRACE_SEIZE, thread, 0))? {
+                continue;
+            }
+            if stop(thread)?.is_some() {
+                all.insert(thread);
+            }
+        }
+        if all.len() == stopped {
+            return Ok(all);
+        }
+    }
+}
+
+/// Stops a thread that is traced. Returns the signal that came first, 0 if there was none; nothing if the thread has ended.
+fn stop(thread: i32) -> Result<Option<i32>> {
+    if !if_there(request(libc::PTRACE_INTERRUPT, thread, 0))? {
+        return Ok(None);
+    }
     let (_, status) = stopped(thread, 0)?.context("a thread doesn't stop")?;
-    ensure!(libc::WIFSTOPPED(status), "thread {thread} has ended");
-    Ok(signal(status))
+    Ok(libc::WIFSTOPPED(status).then(|| signal(status)))
+}
+
+/// Whether the thread of a request was still there.
+fn if_there(done: io::Result<()>) -> io::Result<bool> {
+    match done {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        done => done.map(|()| true),
+    }
 }
 
 /// The signal that stopped a thread; none if that was an event, such as a new thread, which is traced from its begin.
@@ -161,12 +187,8 @@ fn request(request: libc::c_uint, thread: i32, data: usize) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Runs in a process of its own.
-    #[test]
-    #[ignore = "for the other test"]
-    fn naps() {
-        (0..1000).for_each(|_| nap());
-    }
+    /// Set in the process that is recorded, which runs the same test as the recorder.
+    const RECORDED: &str = "EDGEMESH_BENCH_RECORDED";
 
     #[inline(never)]
     fn nap() {
@@ -181,12 +203,22 @@ mod tests {
     #[test]
     fn what_a_process_runs_is_told_from_what_it_does_not_and_it_goes_on() {
         let never: fn() = std::hint::black_box(is_never_called);
+        if std::env::var_os(RECORDED).is_some() {
+            // Longer than it is recorded; it is killed then.
+            return (0..30_000).for_each(|_| nap());
+        }
         let this = std::env::current_exe().unwrap();
-        let words = ["--ignored", "--exact", "functions::tests::naps"];
-        let mut process = Command::new(this).args(words).stdout(std::process::Stdio::null()).spawn().unwrap();
+        let test = "functions::tests::what_a_process_runs_is_told_from_what_it_does_not_and_it_goes_on";
+        let mut process = Command::new(this)
+            .args(["--exact", test])
+            .env(RECORDED, "")
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
         let pid = i32::try_from(process.id()).unwrap();
         // Its program is mapped before its libraries are.
         while !fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().contains("libc.so") {
+            assert!(process.try_wait().unwrap().is_none(), "it did not start");
             thread::sleep(PAUSE);
         }
         let naps = |begun: &[String]| begun.iter().filter(|name| name.contains("3nap")).count();

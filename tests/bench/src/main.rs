@@ -2,6 +2,7 @@
 
 mod cluster;
 mod fill;
+#[cfg(target_arch = "x86_64")]
 mod functions;
 mod latency;
 mod load;
@@ -132,6 +133,7 @@ enum Part {
     Ask { server: SocketAddr },
     #[command(hide = true)]
     Await { target: String },
+    #[cfg(target_arch = "x86_64")]
     #[command(hide = true)]
     Functions {
         host: String,
@@ -176,6 +178,7 @@ fn act() -> Result<ExitCode> {
             fill::change(&kubeconfig, endpoints, times, milliseconds)?;
         }
         Some(Part::Ask { server }) => load::ask(server)?,
+        #[cfg(target_arch = "x86_64")]
         Some(Part::Functions { host, daemon, seconds }) => {
             let pid = Cluster::new(&arguments.lab, &arguments.root)?.daemon(&host, &daemon)?;
             say(&functions::begun(pid, Duration::from_secs(seconds))?.join("\n"));
