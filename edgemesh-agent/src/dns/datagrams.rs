@@ -171,6 +171,7 @@ mod tests {
         assert_eq!(received.receive(&server).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert_eq!(received.datagrams().count(), 0);
         answers.send(&server);
+        assert_eq!(answers.waiting, 0);
         let mut buffer = [0; 100];
         for number in (0..BATCH + 3).filter(|number| number % 3 != 0) {
             assert_eq!(clients[number % 2].recv(&mut buffer).unwrap(), number);
@@ -190,6 +191,7 @@ mod tests {
             });
         }
         answers.send(&server);
+        assert_eq!(answers.waiting, 0);
         let mut buffer = [0; 10];
         assert!((0..2).all(|_| client.recv(&mut buffer).is_ok_and(|length| length == 1)));
     }

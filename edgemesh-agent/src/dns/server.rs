@@ -216,7 +216,7 @@ fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Soc
 
 fn udp_socket(address: SocketAddr) -> io::Result<Socket> {
     let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
-    // The kernel spreads clients over the sockets, so that each worker has its own queue.
+    // The kernel spreads clients over the sockets, so that each thread has its own queue.
     socket.set_reuse_port(true)?;
     socket.set_recv_buffer_size(1 << 20)?;
     socket.set_write_timeout(Some(MAX_SEND))?;
