@@ -81,7 +81,8 @@ fn reach_everything(sites: &Sites, by: &str) {
     });
     assert_eq!(flows, 300);
     assert!(sites.a.metric(CALLS) >= 5, "{}", sites.a.admin("/metrics"));
-    assert!(sites.a.metric(FLOWS) >= 312, "{}", sites.a.admin("/metrics"));
+    // One for each caller, pod and port of the caller: the 300 have as many, the sockets before them may have had the same.
+    assert!(sites.a.metric(FLOWS) >= 303, "{}", sites.a.admin("/metrics"));
     assert_eq!(sites.a.metric("edgemesh_agent_capture_ranges"), 2);
 }
 
