@@ -1,6 +1,6 @@
 #!/bin/sh
 # Records which functions idle daemons run on x86-64, for the linker (crates/function-order), with the programs of a release build in the folder
-# given. To be done again where the compiler, many libraries or the folder of the checkout are others; without it daemons are only larger.
+# given. To be done again after the compiler, many libraries or what idle daemons do have changed; without it daemons are only larger.
 set -eu
 
 bin=$1

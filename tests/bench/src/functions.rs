@@ -25,11 +25,18 @@ struct Function {
     under: Option<u8>,
 }
 
-/// The names of the Rust functions that a process begins within a time, in the order in which it first does so.
+/// Names of the Rust functions of a process.
+pub(crate) struct Recorded {
+    /// Those that it began, in the order in which it first did so.
+    pub(crate) begun: Vec<String>,
+    pub(crate) others: Vec<String>,
+}
+
+/// Watches which functions a process begins within a time.
 ///
 /// # Errors
 /// When its symbols can't be read or it can't be traced.
-pub(crate) fn begun(pid: i32, time: Duration) -> Result<Vec<String>> {
+pub(crate) fn record(pid: i32, time: Duration) -> Result<Recorded> {
     let mut functions = functions(pid)?;
     let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
     let threads = stop_all(pid)?;
@@ -81,7 +88,7 @@ pub(crate) fn begun(pid: i32, time: Duration) -> Result<Vec<String>> {
     for thread in left {
         request(libc::PTRACE_DETACH, thread, 0)?;
     }
-    Ok(begun)
+    Ok(Recorded { begun, others: functions.into_values().flat_map(|function| function.names).collect() })
 }
 
 /// The Rust functions of a process by their addresses in its memory. Others are left out: between the symbols of assembly there
@@ -221,14 +228,16 @@ mod tests {
             assert!(process.try_wait().unwrap().is_none(), "it did not start");
             thread::sleep(PAUSE);
         }
-        let naps = |begun: &[String]| begun.iter().filter(|name| name.contains("3nap")).count();
-        let mut begun = Vec::new();
+        let count = |names: &[String], part| names.iter().filter(|name| name.contains(part)).count();
+        let mut recorded = record(pid, Duration::from_millis(300)).unwrap();
         // It begins to nap when it has started.
-        while naps(&begun) == 0 {
-            begun = super::begun(pid, Duration::from_millis(300)).unwrap();
+        while count(&recorded.begun, "3nap") == 0 {
+            recorded = record(pid, Duration::from_millis(300)).unwrap();
         }
-        assert_eq!(naps(&begun), 1, "{begun:?}");
-        assert!(!begun.iter().any(|name| name.contains("is_never_called")), "{never:?} was called");
+        let Recorded { begun, others } = recorded;
+        assert_eq!((count(&begun, "3nap"), count(&others, "3nap")), (1, 0), "{begun:?}");
+        assert_eq!(count(&begun, "is_never_called"), 0, "{never:?} was called");
+        assert_eq!(count(&others, "is_never_called"), 1);
         assert!(process.try_wait().unwrap().is_none(), "it ended");
         process.kill().unwrap();
         process.wait().unwrap();

@@ -3,6 +3,8 @@
 mod cluster;
 mod fill;
 #[cfg(target_arch = "x86_64")]
+mod function_patterns;
+#[cfg(target_arch = "x86_64")]
 mod functions;
 mod latency;
 mod load;
@@ -181,7 +183,8 @@ fn act() -> Result<ExitCode> {
         #[cfg(target_arch = "x86_64")]
         Some(Part::Functions { host, daemon, seconds }) => {
             let pid = Cluster::new(&arguments.lab, &arguments.root)?.daemon(&host, &daemon)?;
-            say(&functions::begun(pid, Duration::from_secs(seconds))?.join("\n"));
+            let recorded = functions::record(pid, Duration::from_secs(seconds))?;
+            say(&function_patterns::patterns(&recorded.begun, &recorded.others).join("\n"));
         }
         Some(Part::Await { target }) => {
             say("waiting");
