@@ -14,7 +14,7 @@ use socket2::SockRef;
 
 use crate::{
     process::stay_on_first_cpu,
-    serve::{BUFFER, DISCARD, ECHO, MESSAGE},
+    serve::{BUFFER, DISCARD, DISCARD_ON_FIRST_CPU, ECHO, MESSAGE},
 };
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -26,6 +26,9 @@ const RETRY: Duration = Duration::from_millis(5);
 pub(crate) enum Kind {
     /// One connection that sends as fast as it can, in Gbit/s until the server has counted everything.
     Throughput,
+    /// The same with client and server on one CPU. Where nothing else takes part in it, this is what their bytes cost, with half
+    /// the scatter that the scheduler's choice of CPUs brings.
+    ThroughputOnOneCpu,
     /// Messages of 64 bytes, one at a time on one connection, in round trips per second.
     RoundTrips,
     /// Connect, 64 bytes there and back, close; one at a time, in microseconds each.
@@ -39,6 +42,7 @@ impl Kind {
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Throughput => "throughput",
+            Self::ThroughputOnOneCpu => "throughput-on-one-cpu",
             Self::RoundTrips => "round-trips",
             Self::Connect => "connect",
             Self::Datagrams => "datagrams",
@@ -69,9 +73,11 @@ pub(crate) fn measure(
     if kind != Kind::Throughput {
         stay_on_first_cpu()?;
     }
+    let gbits = |bytes_per_second: f64| bytes_per_second * 8.0 / 1e9;
     let one = |side: &str, address: SocketAddr| -> Result<f64> {
         match kind {
-            Kind::Throughput => throughput(address, each).map(|bytes_per_second| bytes_per_second * 8.0 / 1e9),
+            Kind::Throughput => throughput(address, DISCARD, each).map(gbits),
+            Kind::ThroughputOnOneCpu => throughput(address, DISCARD_ON_FIRST_CPU, each).map(gbits),
             Kind::RoundTrips => round_trips(address, each),
             Kind::Connect => connections(address, each).map(|per_second| 1e6 / per_second),
             Kind::Datagrams => datagrams(address, each),
@@ -103,7 +109,8 @@ pub(crate) fn measure(
 pub(crate) fn apply(kind: Kind, address: SocketAddr, time: Duration) -> Result<f64> {
     let begin = Instant::now();
     let per_second = match kind {
-        Kind::Throughput => throughput(address, time),
+        Kind::Throughput => throughput(address, DISCARD, time),
+        Kind::ThroughputOnOneCpu => throughput(address, DISCARD_ON_FIRST_CPU, time),
         Kind::RoundTrips => round_trips(address, time),
         Kind::Connect => connections(address, time),
         Kind::Datagrams => datagrams(address, time),
@@ -119,12 +126,12 @@ fn open(address: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn throughput(address: SocketAddr, each: Duration) -> Result<f64> {
+fn throughput(address: SocketAddr, kind: u8, each: Duration) -> Result<f64> {
     let mut stream = open(address)?;
     let block = vec![0x5a; BUFFER];
     let begin = Instant::now();
     let mut sent = 0_u64;
-    stream.write_all(&[DISCARD])?;
+    stream.write_all(&[kind])?;
     while begin.elapsed() < each {
         stream.write_all(&block)?;
         sent += block.len() as u64;

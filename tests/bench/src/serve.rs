@@ -13,6 +13,8 @@ use crate::process::stay_on_first_cpu;
 
 /// First byte of a connection that only sends: the server counts, and answers with the count at the end.
 pub(crate) const DISCARD: u8 = b'D';
+/// As [`DISCARD`], on the first CPU.
+pub(crate) const DISCARD_ON_FIRST_CPU: u8 = b'O';
 /// First byte of a connection on which every message of [`MESSAGE`] bytes comes back.
 pub(crate) const ECHO: u8 = b'E';
 /// Size of a message of the round-trip measurements.
@@ -97,8 +99,10 @@ fn answer_stream(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut kind = [0];
     stream.read_exact(&mut kind)?;
-    if kind[0] == ECHO {
+    if kind[0] != DISCARD {
         stay_on_first_cpu().map_err(io::Error::other)?;
+    }
+    if kind[0] == ECHO {
         let mut message = [0; MESSAGE];
         loop {
             stream.read_exact(&mut message)?;
