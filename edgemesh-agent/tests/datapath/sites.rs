@@ -342,11 +342,20 @@ pub(crate) fn call(from: &Host, address: SocketAddr, bytes: usize) -> io::Result
 
 /// Sends a datagram of a size from a new socket, and gives what comes back and from where.
 pub(crate) fn ask(from: &Host, address: SocketAddr, size: usize) -> io::Result<(usize, SocketAddr)> {
+    ask_and_keep(from, address, size).map(|(answer, _)| answer)
+}
+
+/// As [`ask`], with the socket: while it is open no other one has its port, and so its flow.
+pub(crate) fn ask_and_keep(
+    from: &Host,
+    address: SocketAddr,
+    size: usize,
+) -> io::Result<((usize, SocketAddr), UdpSocket)> {
     from.run(move || {
         let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
         let socket = UdpSocket::bind((any, 0))?;
         socket.set_read_timeout(Some(Duration::from_secs(5)))?;
         socket.send_to(&vec![3; size], address)?;
-        socket.recv_from(&mut vec![0; 65_536])
+        Ok((socket.recv_from(&mut vec![0; 65_536])?, socket))
     })
 }
