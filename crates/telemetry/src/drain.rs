@@ -41,6 +41,8 @@ impl Shutdown {
         let task = Box::pin(task);
         self.tracker.spawn(async move {
             tokio::select! {
+                // First, so that a task that hears of the force itself can end in its own way.
+                biased;
                 () = task => {}
                 () = force.cancelled() => {}
             }

@@ -61,8 +61,8 @@ pub(crate) async fn serve(
     metrics: Metrics,
     stopping: CancellationToken,
 ) {
-    let header = match timeout(HEADER_DEADLINE, StreamHeader::read(&mut stream)).await {
-        Ok(Ok(header)) => header,
+    let (header, in_blocks) = match timeout(HEADER_DEADLINE, StreamHeader::read(&mut stream)).await {
+        Ok(Ok(read)) => read,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => return,
         Ok(Err(error)) => {
             tracing::debug!(%peer, %error, "a stream's header makes no sense");
@@ -86,7 +86,10 @@ pub(crate) async fn serve(
         }
     };
     metrics.accepted(stream.path());
-    if wire::write_answer(&mut stream, Ok(())).await.is_ok() {
+    if wire::write_answer(&mut stream, Ok(in_blocks)).await.is_ok() {
+        if in_blocks {
+            stream.begin_blocks();
+        }
         session.0(stream).await;
     }
 }

@@ -4,6 +4,7 @@
 mod accept;
 mod addresses;
 mod behaviour;
+mod blocks;
 mod config;
 mod connections;
 mod dial;

@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, Rea
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use crate::{
+    blocks::Blocks,
     connections::Connection,
     metrics::{Metrics, StreamBytes},
     peer::Path,
@@ -22,10 +23,10 @@ use crate::{
 pub const MAX_DATAGRAM: usize = u16::MAX as usize;
 
 /// A stream through the tunnel. Shutting it down for writing leaves the other direction open, as with TCP; dropping it
-/// closes both.
+/// closes both. A TCP connection whose stream is dropped before it was shut down is reset at the other side.
 #[derive(Debug)]
 pub struct TunnelStream {
-    inner: Compat<libp2p::Stream>,
+    inner: Blocks<Compat<libp2p::Stream>>,
     connection: Arc<Connection>,
     path: Path,
     bytes: StreamBytes,
@@ -46,12 +47,17 @@ impl TunnelStream {
     pub(crate) fn new(stream: libp2p::Stream, connection: Arc<Connection>, path: Path, metrics: &Metrics) -> Self {
         metrics.streams.inc();
         Self {
-            inner: stream.compat(),
+            inner: Blocks::new(stream.compat()),
             connection,
             bytes: metrics.stream_bytes(&path),
             path,
             _open: OpenStream(metrics.streams.clone()),
         }
+    }
+
+    /// What follows goes in blocks, both ways.
+    pub(crate) fn begin_blocks(&mut self) {
+        self.inner.begin();
     }
 
     /// The path that it took when it was opened.

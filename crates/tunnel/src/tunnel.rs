@@ -199,7 +199,12 @@ impl Tunnel {
             stream.write_all(frame).await.map_err(lost)?;
             stream.flush().await.map_err(lost)?;
             match wire::read_answer(&mut stream).await.map_err(lost)? {
-                Ok(()) => Ok(stream),
+                Ok(in_blocks) => {
+                    if in_blocks {
+                        stream.begin_blocks();
+                    }
+                    Ok(stream)
+                }
                 Err(refusal) => Err(TunnelError::Refused { node: node.to_owned(), refusal }),
             }
         };

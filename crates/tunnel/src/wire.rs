@@ -79,6 +79,9 @@ struct HeaderFrame {
     /// this field looks for a Service without a name and refuses. 2: the agent itself, and there is no endpoint either.
     #[prost(uint32, tag = "8")]
     target: u32,
+    /// The dialing side can carry the connection in blocks.
+    #[prost(bool, tag = "9")]
+    blocks: bool,
 }
 
 const SERVICE: u32 = 0;
@@ -92,7 +95,13 @@ struct AnswerFrame {
     code: u32,
     #[prost(string, tag = "2")]
     detail: String,
+    /// The connection comes and goes in blocks. Not set by those that know none, nor said to them.
+    #[prost(bool, tag = "3")]
+    blocks: bool,
 }
+
+/// How the connection goes after the answer, if both sides can: in blocks, or as it is.
+pub(crate) type InBlocks = bool;
 
 impl StreamHeader {
     /// The encoded frame, or its length if it is too long.
@@ -119,6 +128,7 @@ impl StreamHeader {
             },
             port: u32::from(self.endpoint.port()),
             source: self.source.clone(),
+            blocks: self.protocol == Carried::Tcp,
         };
         if frame.encoded_len() > MAX_FRAME {
             return Err(frame.encoded_len());
@@ -126,8 +136,8 @@ impl StreamHeader {
         Ok(frame.encode_length_delimited_to_vec())
     }
 
-    /// Reads and checks a header.
-    pub(crate) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
+    /// Reads and checks a header. Says also whether the dialing side can carry the connection in blocks.
+    pub(crate) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<(Self, InBlocks)> {
         let frame = HeaderFrame::decode(read_frame(stream).await?.as_slice())?;
         let address = if let Ok(v4) = <[u8; 4]>::try_from(frame.address.as_slice()) {
             IpAddr::from(v4)
@@ -142,7 +152,7 @@ impl StreamHeader {
             2 => Carried::Udp,
             _ => return Err(malformed("the protocol is neither TCP nor UDP")),
         };
-        let HeaderFrame { namespace, service, port_name, .. } = frame;
+        let HeaderFrame { namespace, service, port_name, blocks, .. } = frame;
         let target = match frame.target {
             SERVICE if namespace.is_empty() || service.is_empty() => {
                 return Err(malformed("the Service has no name"));
@@ -159,30 +169,33 @@ impl StreamHeader {
             ISLAND => StreamTarget::Island,
             _ => return Err(malformed("what is called is not known")),
         };
-        Ok(Self { target, protocol, endpoint: SocketAddr::new(address, port), source: frame.source })
+        let header = Self { target, protocol, endpoint: SocketAddr::new(address, port), source: frame.source };
+        Ok((header, blocks && protocol == Carried::Tcp))
     }
 }
 
 /// Answers a header.
 pub(crate) async fn write_answer(
     stream: &mut (impl AsyncWrite + Unpin),
-    answer: Result<(), &Refusal>,
+    answer: Result<InBlocks, &Refusal>,
 ) -> io::Result<()> {
     let frame = match answer {
-        Ok(()) => AnswerFrame { code: 0, detail: String::new() },
-        Err(refusal) => {
-            AnswerFrame { code: code_of(refusal.reason), detail: refusal.detail.chars().take(512).collect() }
-        }
+        Ok(blocks) => AnswerFrame { blocks, ..AnswerFrame::default() },
+        Err(refusal) => AnswerFrame {
+            code: code_of(refusal.reason),
+            detail: refusal.detail.chars().take(512).collect(),
+            blocks: false,
+        },
     };
     stream.write_all(&frame.encode_length_delimited_to_vec()).await?;
     stream.flush().await
 }
 
 /// Reads the answer to a header.
-pub(crate) async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<(), Refusal>> {
+pub(crate) async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<InBlocks, Refusal>> {
     let frame = AnswerFrame::decode(read_frame(stream).await?.as_slice())?;
     Ok(match reason_of(frame.code) {
-        None => Ok(()),
+        None => Ok(frame.blocks),
         Some(reason) => Err(Refusal { reason, detail: frame.detail }),
     })
 }
@@ -253,7 +266,7 @@ mod tests {
         let mut bytes = header().encode().unwrap();
         bytes.extend_from_slice(b"payload");
         let mut reader = bytes.as_slice();
-        assert_eq!(StreamHeader::read(&mut reader).await.unwrap(), header());
+        assert_eq!(StreamHeader::read(&mut reader).await.unwrap(), (header(), false));
         assert_eq!(reader, b"payload");
     }
 
@@ -261,13 +274,13 @@ mod tests {
     async fn an_ipv6_endpoint_is_kept() {
         let header = StreamHeader { endpoint: "[fd00::1]:53".parse().unwrap(), ..header() };
         let bytes = header.encode().unwrap();
-        assert_eq!(StreamHeader::read(&mut bytes.as_slice()).await.unwrap(), header);
+        assert_eq!(StreamHeader::read(&mut bytes.as_slice()).await.unwrap().0, header);
     }
 
     #[tokio::test]
     async fn a_pod_is_called_without_a_service_and_never_beside_one() {
         let pod = StreamHeader { target: StreamTarget::Pod, ..header() };
-        assert_eq!(StreamHeader::read(&mut pod.encode().unwrap().as_slice()).await.unwrap(), pod);
+        assert_eq!(StreamHeader::read(&mut pod.encode().unwrap().as_slice()).await.unwrap().0, pod);
         let frame = HeaderFrame {
             protocol: 1,
             address: vec![10, 244, 3, 7],
@@ -309,13 +322,30 @@ mod tests {
                 for value in 0..=u8::MAX {
                     let mut bytes = original.clone();
                     bytes[at] = value;
-                    let Ok(read) = StreamHeader::read(&mut bytes.as_slice()).await else { continue };
+                    let Ok((read, _)) = StreamHeader::read(&mut bytes.as_slice()).await else { continue };
                     if let StreamTarget::Service { namespace, service, .. } = &read.target {
                         assert!(!namespace.is_empty() && !service.is_empty(), "{bytes:?}");
                     }
-                    assert_eq!(StreamHeader::read(&mut read.encode().unwrap().as_slice()).await.unwrap(), read);
+                    assert_eq!(StreamHeader::read(&mut read.encode().unwrap().as_slice()).await.unwrap().0, read);
                 }
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn only_tcp_goes_in_blocks_and_only_where_both_sides_say_so() {
+        let tcp = StreamHeader { protocol: Carried::Tcp, ..header() };
+        for (header, blocks) in [(tcp, true), (header(), false)] {
+            assert_eq!(StreamHeader::read(&mut header.encode().unwrap().as_slice()).await.unwrap().1, blocks);
+        }
+        // From before there were blocks.
+        let old = HeaderFrame { protocol: 1, address: vec![0; 4], port: 1, target: POD, ..HeaderFrame::default() };
+        assert!(!StreamHeader::read(&mut old.encode_length_delimited_to_vec().as_slice()).await.unwrap().1);
+        assert_eq!(read_answer(&mut &[0_u8][..]).await.unwrap(), Ok(false));
+        for blocks in [true, false] {
+            let mut bytes = Vec::new();
+            write_answer(&mut bytes, Ok(blocks)).await.unwrap();
+            assert_eq!(read_answer(&mut bytes.as_slice()).await.unwrap(), Ok(blocks));
         }
     }
 

@@ -11,7 +11,7 @@ use edgemesh_mesh::{
     Catalog, CatalogStore,
     cidr::Cidr,
     l4::{
-        copy::{Copied, CopyLimits, copy_both},
+        copy::{Copied, CopyEnd, CopyLimits, Side, copy_both},
         udp::{Traffic, pump, socket},
     },
     model::{Protocol, Service, ServicePort},
@@ -65,8 +65,11 @@ impl Acceptor {
                 let limits = CopyLimits { idle: None, stop: self.shutdown.forced().clone() };
                 Ok(Session::new(move |mut stream| async move {
                     let copied = Copied::default();
-                    if let Err(error) = copy_both(&mut stream, &mut endpoint, &copied, &limits).await {
+                    let end = copy_both(&mut stream, &mut endpoint, &copied, &limits).await;
+                    if let CopyEnd::Broken { error, .. } = &end {
                         tracing::debug!(%error, to = copied.forward(), from = copied.backward(), "a stream broke");
+                    }
+                    if end.cuts_off(Side::Second) {
                         reset(&endpoint);
                     }
                 }))

@@ -100,12 +100,13 @@ impl Account {
         self.result = reason;
     }
 
-    /// Both sides have ended, or the agent ends.
-    pub(super) fn ended(&mut self, end: CopyEnd) {
+    /// A connection has ended, or the agent ends.
+    pub(super) fn ended(&mut self, end: &CopyEnd) {
         self.result = match end {
             CopyEnd::Closed => "closed",
             CopyEnd::Idle => "idle",
             CopyEnd::Stopped => "stopped",
+            CopyEnd::Broken { .. } => return self.failed("broken"),
         };
     }
 

@@ -12,7 +12,7 @@ use std::{
 
 use edgemesh_mesh::{
     cidr::Cidr,
-    l4::copy::{CopyEnd, CopyLimits, copy_both},
+    l4::copy::{CopyEnd, CopyLimits, Side, copy_both},
     model::Protocol,
 };
 use edgemesh_telemetry::Shutdown;
@@ -232,7 +232,7 @@ async fn serve(
     let end = match upstream {
         Upstream::Direct(mut endpoint) => {
             let end = copy_both(&mut connection, &mut endpoint, copied, &limits).await;
-            if end.is_err() {
+            if end.cuts_off(Side::Second) {
                 reset(&endpoint);
             }
             end
@@ -240,17 +240,15 @@ async fn serve(
         Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, copied, &limits).await,
     };
     parts.metrics.tcp_bytes(copied.forward(), copied.backward());
+    if end.cuts_off(Side::First) {
+        reset(&connection);
+    }
+    if let CopyEnd::Broken { error, .. } = &end {
+        tracing::debug!(%called, %client, %error, "a connection broke");
+    }
     match end {
-        Ok(CopyEnd::Stopped) if !forced.is_cancelled() => {
-            account.failed("broken");
-            reset(&connection);
-        }
-        Ok(end) => account.ended(end),
-        Err(error) => {
-            tracing::debug!(%called, %client, %error, "a connection broke");
-            account.failed("broken");
-            reset(&connection);
-        }
+        CopyEnd::Stopped if !forced.is_cancelled() => account.failed("broken"),
+        end => account.ended(&end),
     }
 }
 

@@ -1,10 +1,12 @@
 //! What breaks other proxies: endpoints that swallow connections, half-closed connections, relayed paths, Services that
 //! change and go while they are in use.
 
+use std::time::Duration;
+
 use edgemesh_mesh::model::Protocol;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
 };
 
 use crate::{
@@ -119,6 +121,55 @@ async fn connections_end_with_their_endpoint_when_their_service_has_others() {
     let mut answer = String::new();
     within("the answer", steady.read_to_string(&mut answer)).await.unwrap();
     assert_eq!(answer, "kept 5");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_of_one_side_is_a_reset_at_the_other_and_never_an_orderly_end() {
+    let (a, b) = two_sites().await;
+    resets_pass(&a, &b).await;
+    let (a, b, _relay) = two_sites_behind_a_relay().await;
+    resets_pass(&a, &b).await;
+}
+
+/// Calls endpoints of both nodes from the first; each side resets a connection with either.
+async fn resets_pass(a: &Node, b: &Node) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = listener.local_addr().unwrap();
+    service(&[a, b], "near", "TCP", &[(endpoint, "a")]);
+    service(&[a, b], "far", "TCP", &[(endpoint, "b")]);
+    for (name, client_breaks) in [("near", true), ("near", false), ("far", true), ("far", false)] {
+        let mut client = TcpStream::connect(a.listener(name, Protocol::Tcp)).await.unwrap();
+        client.write_all(b"begun").await.unwrap();
+        let (mut server, _) = within("the connection", listener.accept()).await.unwrap();
+        within("the bytes", server.read_exact(&mut [0; 5])).await.unwrap();
+        let (breaking, mut other) = if client_breaks { (client, server) } else { (server, client) };
+        socket2::SockRef::from(&breaking).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(breaking);
+        let ended = within("the end", other.read(&mut [0; 1])).await.map_err(|error| error.kind());
+        assert_eq!(ended, Err(std::io::ErrorKind::ConnectionReset), "{name}, {client_breaks}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_end_of_an_agent_cuts_off_is_reset_at_both_sides() {
+    let (a, b) = two_sites().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = listener.local_addr().unwrap();
+    service(&[&a, &b], "near", "TCP", &[(endpoint, "a")]);
+    service(&[&a, &b], "far", "TCP", &[(endpoint, "b")]);
+    let mut ends = Vec::new();
+    for name in ["near", "far"] {
+        let mut client = TcpStream::connect(a.listener(name, Protocol::Tcp)).await.unwrap();
+        client.write_all(b"begun").await.unwrap();
+        let (mut server, _) = within("the connection", listener.accept()).await.unwrap();
+        within("the bytes", server.read_exact(&mut [0; 5])).await.unwrap();
+        ends.extend([(name, "client", client), (name, "server", server)]);
+    }
+    assert!(!a.shutdown.drain(Duration::ZERO).await, "connections are open");
+    for (name, side, mut end) in ends {
+        let ended = within("the end", end.read(&mut [0; 1])).await.map_err(|error| error.kind());
+        assert_eq!(ended, Err(std::io::ErrorKind::ConnectionReset), "{name}, {side}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

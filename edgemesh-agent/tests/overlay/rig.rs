@@ -52,7 +52,7 @@ pub(crate) struct Node {
     pub(crate) allocator: Arc<Allocator>,
     registry: Arc<RwLock<Registry>>,
     relay: bool,
-    _shutdown: Shutdown,
+    pub(crate) shutdown: Shutdown,
     _folder: TempDir,
 }
 
@@ -83,7 +83,7 @@ impl Node {
         )
         .unwrap();
         let relay = config.tunnel.relay;
-        Self { name, overlay, catalog, allocator, registry, relay, _shutdown: shutdown, _folder: folder }
+        Self { name, overlay, catalog, allocator, registry, relay, shutdown, _folder: folder }
     }
 
     /// What this node would publish.

@@ -49,8 +49,17 @@ pub struct CopyLimits {
     pub stop: CancellationToken,
 }
 
-/// How a copy ended.
+/// One of the two streams of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The first.
+    First,
+    /// The second.
+    Second,
+}
+
+/// How a copy ended.
+#[derive(Debug)]
 pub enum CopyEnd {
     /// Both sides closed.
     Closed,
@@ -58,27 +67,59 @@ pub enum CopyEnd {
     Idle,
     /// It was told to stop.
     Stopped,
+    /// A stream failed.
+    Broken {
+        /// Which.
+        side: Side,
+        /// How.
+        error: io::Error,
+    },
 }
 
-/// Copies between two streams until both directions have ended.
-///
-/// # Errors
-/// When either stream fails. The caller should then reset both, so that neither peer takes a part for the whole.
-pub async fn copy_both<A, B>(a: &mut A, b: &mut B, copied: &Copied, limits: &CopyLimits) -> io::Result<CopyEnd>
+impl Side {
+    fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
+    }
+
+    fn broken(self) -> impl Fn(io::Error) -> CopyEnd {
+        move |error| CopyEnd::Broken { side: self, error }
+    }
+}
+
+impl CopyEnd {
+    /// Whether the stream of a side has to be reset, so that its peer doesn't take a part for the whole: it was cut off by this
+    /// end, and its peer hasn't reset it itself.
+    pub fn cuts_off(&self, side: Side) -> bool {
+        match self {
+            Self::Closed => false,
+            Self::Idle | Self::Stopped => true,
+            Self::Broken { side: broken, error } => {
+                side != *broken || !matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+            }
+        }
+    }
+}
+
+/// Copies between two streams until both directions have ended, or either stream fails. The caller should then reset those that
+/// are [cut off](CopyEnd::cuts_off).
+pub async fn copy_both<A, B>(a: &mut A, b: &mut B, copied: &Copied, limits: &CopyLimits) -> CopyEnd
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    let (mut forward, mut backward) = (Direction::default(), Direction::default());
+    let (mut forward, mut backward) = (Direction::from(Side::First), Direction::from(Side::Second));
     let copying = poll_fn(|cx| {
         let to_b = forward.poll(cx, a, b, &copied.forward)?;
         let to_a = backward.poll(cx, b, a, &copied.backward)?;
         if to_b.is_ready() && to_a.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
     });
     tokio::select! {
-        result = copying => result.map(|()| CopyEnd::Closed),
-        () = idle(copied, limits.idle) => Ok(CopyEnd::Idle),
-        () = limits.stop.cancelled() => Ok(CopyEnd::Stopped),
+        result = copying => result.err().unwrap_or(CopyEnd::Closed),
+        () = idle(copied, limits.idle) => CopyEnd::Idle,
+        () = limits.stop.cancelled() => CopyEnd::Stopped,
     }
 }
 
@@ -98,8 +139,9 @@ async fn idle(copied: &Copied, limit: Option<Duration>) {
 }
 
 /// One direction: what was read and not yet written.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Direction {
+    from: Side,
     buffer: Vec<u8>,
     size: usize,
     start: usize,
@@ -110,7 +152,17 @@ struct Direction {
 }
 
 impl Direction {
-    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W, copied: &AtomicU64) -> Poll<io::Result<()>>
+    fn from(from: Side) -> Self {
+        Self { from, buffer: Vec::new(), size: 0, start: 0, end: 0, ended: false, closed: false, unflushed: false }
+    }
+
+    fn poll<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut R,
+        to: &mut W,
+        copied: &AtomicU64,
+    ) -> Poll<Result<(), CopyEnd>>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -118,13 +170,14 @@ impl Direction {
         if self.closed {
             return Poll::Ready(Ok(()));
         }
+        let (reading, writing) = (self.from.broken(), self.from.other().broken());
         for _ in 0..BLOCKS_PER_TURN {
             if self.start == self.end && !self.ended {
                 match self.poll_fill(cx, from) {
-                    Poll::Ready(result) => result?,
+                    Poll::Ready(result) => result.map_err(&reading)?,
                     Poll::Pending => {
                         if self.unflushed {
-                            ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                            ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(&writing)?;
                             self.unflushed = false;
                         }
                         return Poll::Pending;
@@ -132,16 +185,17 @@ impl Direction {
                 }
             }
             while self.start < self.end {
-                let written = ready!(Pin::new(&mut *to).poll_write(cx, &self.buffer[self.start..self.end]))?;
+                let written = ready!(Pin::new(&mut *to).poll_write(cx, &self.buffer[self.start..self.end]));
+                let written = written.map_err(&writing)?;
                 if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                    return Poll::Ready(Err(writing(io::ErrorKind::WriteZero.into())));
                 }
                 self.start += written;
                 self.unflushed = true;
                 copied.fetch_add(written as u64, Ordering::Relaxed);
             }
             if self.ended {
-                ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(&writing)?;
                 self.closed = true;
                 self.buffer = Vec::new();
                 return Poll::Ready(Ok(()));
@@ -172,7 +226,7 @@ mod tests {
 
     use super::*;
 
-    type Copying = tokio::task::JoinHandle<(io::Result<CopyEnd>, u64, u64)>;
+    type Copying = tokio::task::JoinHandle<(CopyEnd, u64, u64)>;
 
     /// A client and a server with a copy between them.
     fn proxied(limits: CopyLimits) -> (DuplexStream, DuplexStream, Copying) {
@@ -200,7 +254,8 @@ mod tests {
         client.read_to_end(&mut answer).await.unwrap();
         assert_eq!(answer, b"the answer");
         let (end, forward, backward) = copy.await.unwrap();
-        assert_eq!((end.unwrap(), forward, backward), (CopyEnd::Closed, 8, 10));
+        assert!(matches!(end, CopyEnd::Closed), "{end:?}");
+        assert_eq!((forward, backward), (8, 10));
     }
 
     #[tokio::test]
@@ -224,7 +279,8 @@ mod tests {
         };
         tokio::join!(exchange(client), exchange(server));
         let (end, forward, backward) = copy.await.unwrap();
-        assert_eq!((end.unwrap(), forward, backward), (CopyEnd::Closed, 3_000_000, 3_000_000));
+        assert!(matches!(end, CopyEnd::Closed), "{end:?}");
+        assert_eq!((forward, backward), (3_000_000, 3_000_000));
     }
 
     #[tokio::test(start_paused = true)]
@@ -237,7 +293,7 @@ mod tests {
             server.read_u8().await.unwrap();
             assert!(!copy.is_finished());
         }
-        assert_eq!(copy.await.unwrap().0.unwrap(), CopyEnd::Idle);
+        assert!(matches!(copy.await.unwrap().0, CopyEnd::Idle));
     }
 
     #[tokio::test]
@@ -245,7 +301,7 @@ mod tests {
         let limits = CopyLimits::default();
         let (_client, _server, copy) = proxied(limits.clone());
         limits.stop.cancel();
-        assert_eq!(copy.await.unwrap().0.unwrap(), CopyEnd::Stopped);
+        assert!(matches!(copy.await.unwrap().0, CopyEnd::Stopped));
     }
 
     #[tokio::test]
@@ -255,5 +311,51 @@ mod tests {
         drop(server);
         // One side has ended and the other can't be written to, or both have ended: it must not hang.
         let _ = copy.await.unwrap();
+    }
+
+    /// A stream that can't be read, or only not be written.
+    struct Broken {
+        reads: bool,
+        kind: io::ErrorKind,
+    }
+
+    impl AsyncRead for Broken {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            if self.reads { Poll::Pending } else { Poll::Ready(Err(self.kind.into())) }
+        }
+    }
+
+    impl AsyncWrite for Broken {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(self.kind.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_its_peer_reset_is_told_from_the_one_that_is_still_open() {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut};
+        let (copied, limits) = (Copied::default(), CopyLimits::default());
+        for (reads, kind, was_reset) in
+            [(false, ConnectionReset, true), (true, BrokenPipe, true), (false, TimedOut, false)]
+        {
+            for side in [Side::First, Side::Second] {
+                let mut broken = Broken { reads, kind };
+                let (mut peer, mut whole) = duplex(64);
+                peer.write_all(b"to the broken one").await.unwrap();
+                let end = match side {
+                    Side::First => copy_both(&mut broken, &mut whole, &copied, &limits).await,
+                    Side::Second => copy_both(&mut whole, &mut broken, &copied, &limits).await,
+                };
+                assert_eq!((end.cuts_off(side), end.cuts_off(side.other())), (!was_reset, true), "{end:?}");
+            }
+        }
     }
 }
