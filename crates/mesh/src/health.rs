@@ -79,9 +79,16 @@ pub struct Ejected {
 pub struct Health {
     settings: HealthSettings,
     seed: u64,
-    state: Mutex<HashMap<EndpointKey, Ejection>>,
-    /// Size of `state`: while nothing is wrong, no lock is taken.
+    state: Mutex<State>,
+    /// Ejections in `state`: while nothing is wrong, no lock is taken.
     known: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    ejections: HashMap<EndpointKey, Ejection>,
+    /// When none of them means anything any more. Those of endpoints that are gone would stay otherwise.
+    obsolete: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -137,37 +144,50 @@ impl Health {
         healthy
     }
 
+    /// Whether nothing is remembered of any endpoint: then the rules alone choose.
+    pub fn is_clear(&self) -> bool {
+        self.known.load(Ordering::Relaxed) == 0
+    }
+
     fn ejected_of(&self, port: &ServicePort, now: Instant) -> PassedOver {
-        if self.known.load(Ordering::Relaxed) == 0 {
+        if self.is_clear() {
             return PassedOver::new();
         }
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        if state.obsolete.is_some_and(|at| now >= at) {
+            *state = State::default();
+            self.known.store(0, Ordering::Relaxed);
+            return PassedOver::new();
+        }
         let keys = port.endpoints.iter().map(|endpoint| EndpointKey::of(endpoint, port.protocol));
-        let ejected = keys.filter(|key| state.get(key).is_some_and(|ejection| now < ejection.until));
+        let ejected = keys.filter(|key| state.ejections.get(key).is_some_and(|ejection| now < ejection.until));
         ejected.map(|key| key.address).collect()
     }
 
     /// A connection is about to try the endpoint. If its ejection has ended, the others keep away until the outcome is known.
     pub fn trying(&self, endpoint: EndpointKey, now: Instant) {
-        if self.known.load(Ordering::Relaxed) == 0 {
+        if self.is_clear() {
             return;
         }
-        if let Some(ejection) = self.state.lock().get_mut(&endpoint)
+        let mut state = self.state.lock();
+        let until = now + self.settings.trial;
+        if let Some(ejection) = state.ejections.get_mut(&endpoint)
             && now >= ejection.until
         {
             ejection.trial = true;
-            ejection.until = now + self.settings.trial;
+            ejection.until = until;
+            state.obsolete = state.obsolete.max(Some(until + self.memory()));
         }
     }
 
     /// It was reached: it is as good as any. Says whether that ended an ejection.
     pub fn reached(&self, endpoint: EndpointKey) -> bool {
-        if self.known.load(Ordering::Relaxed) == 0 {
+        if self.is_clear() {
             return false;
         }
         let mut state = self.state.lock();
-        let was_there = state.remove(&endpoint).is_some();
-        self.known.store(state.len(), Ordering::Relaxed);
+        let was_there = state.ejections.remove(&endpoint).is_some();
+        self.known.store(state.ejections.len(), Ordering::Relaxed);
         was_there
     }
 
@@ -178,16 +198,17 @@ impl Health {
             return None;
         }
         let mut state = self.state.lock();
-        let before = match state.get(&endpoint) {
+        let before = match state.ejections.get(&endpoint) {
             Some(ejection) if began < ejection.since || (now < ejection.until && !ejection.trial) => return None,
             Some(ejection) if now < ejection.until + self.memory() => ejection.failures,
             _ => 0,
         };
         let failures = before.saturating_add(1);
         let time = self.time(endpoint, failures);
-        self.make_room(&mut state, endpoint, now);
-        state.insert(endpoint, Ejection { failures, since: now, until: now + time, trial: false });
-        self.known.store(state.len(), Ordering::Relaxed);
+        self.make_room(&mut state.ejections, endpoint, now);
+        state.ejections.insert(endpoint, Ejection { failures, since: now, until: now + time, trial: false });
+        state.obsolete = state.obsolete.max(Some(now + time + self.memory()));
+        self.known.store(state.ejections.len(), Ordering::Relaxed);
         Some(time)
     }
 
@@ -195,6 +216,7 @@ impl Health {
     pub fn ejected(&self, now: Instant) -> Vec<Ejected> {
         let state = self.state.lock();
         let mut all: Vec<_> = state
+            .ejections
             .iter()
             .filter(|(_, ejection)| now < ejection.until)
             .map(|(endpoint, ejection)| Ejected {
@@ -312,6 +334,18 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_that_never_comes_back_is_forgotten_in_the_end() {
+        let (health, begin) = (health(), Instant::now());
+        let time = health.failed(key(2), begin, begin).unwrap();
+        health.trying(key(2), begin + time);
+        let end = begin + time + HealthSettings::default().trial + health.memory();
+        assert_eq!(usable(&health, end - SECOND), [1, 2, 3]);
+        assert!(!health.is_clear(), "its failures still count");
+        assert_eq!(usable(&health, end), [1, 2, 3]);
+        assert!(health.is_clear());
+    }
+
+    #[test]
     fn the_time_doubles_with_each_failure_in_a_row_up_to_its_bound() {
         let (health, mut now) = (health(), Instant::now());
         let mut longest = Duration::ZERO;
@@ -362,7 +396,7 @@ mod tests {
         for last in 1..=3 {
             health.failed(key(last), begin, begin + u32::from(last) * SECOND);
         }
-        assert_eq!(health.state.lock().len(), 2);
+        assert_eq!(health.state.lock().ejections.len(), 2);
         let later = begin + 600 * SECOND;
         assert!(health.failed(key(3), later, later).unwrap() <= 2 * SECOND);
     }

@@ -1,5 +1,6 @@
 //! Counters of the proxied path, and of the calls of pods.
 
+use edgemesh_mesh::model::Protocol;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -29,8 +30,11 @@ struct ProtocolLabel {
 #[derive(Debug, Clone, Default)]
 pub(super) struct ProxiedMetrics {
     connections: Family<Outcome, Counter>,
-    bytes: Family<Direction, Counter>,
-    active: Family<ProtocolLabel, Gauge>,
+    /// Bytes of TCP connections.
+    to_endpoint: Counter,
+    to_client: Counter,
+    active_tcp: Gauge,
+    active_udp: Gauge,
     dropped: Counter,
     evicted: Counter,
     ejections: Counter,
@@ -61,11 +65,16 @@ impl ProxiedMetrics {
     }
 
     fn shared(registry: &mut Registry, to: &str) -> Self {
-        let metrics = Self::default();
+        let mut metrics = Self::default();
         registry.register("connections", format!("Connections and UDP flows to {to}"), metrics.connections.clone());
-        registry.register("bytes", format!("Bytes of TCP connections to {to}"), metrics.bytes.clone());
-        let active = format!("Connections and UDP flows to {to}, open now");
-        registry.register("active", active, metrics.active.clone());
+        let bytes = Family::default();
+        registry.register("bytes", format!("Bytes of TCP connections to {to}"), bytes.clone());
+        let of = |direction| bytes.get_or_create_owned(&Direction { protocol: "tcp", direction });
+        (metrics.to_endpoint, metrics.to_client) = (of("to_endpoint"), of("to_client"));
+        let active = Family::default();
+        registry.register("active", format!("Connections and UDP flows to {to}, open now"), active.clone());
+        let of = |protocol| active.get_or_create_owned(&ProtocolLabel { protocol });
+        (metrics.active_tcp, metrics.active_udp) = (of("tcp"), of("udp"));
         registry.register(
             "dropped_datagrams",
             "Datagrams dropped: too many flows, or too fast",
@@ -89,8 +98,8 @@ impl ProxiedMetrics {
     }
 
     pub(super) fn tcp_bytes(&self, to_endpoint: u64, to_client: u64) {
-        self.bytes.get_or_create(&Direction { protocol: "tcp", direction: "to_endpoint" }).inc_by(to_endpoint);
-        self.bytes.get_or_create(&Direction { protocol: "tcp", direction: "to_client" }).inc_by(to_client);
+        self.to_endpoint.inc_by(to_endpoint);
+        self.to_client.inc_by(to_client);
     }
 
     pub(super) fn dropped(&self) {
@@ -110,10 +119,13 @@ impl ProxiedMetrics {
     }
 
     /// Counts as active until it is dropped.
-    pub(super) fn active(&self, protocol: &'static str) -> Active {
-        let gauge = self.active.get_or_create_owned(&ProtocolLabel { protocol });
+    pub(super) fn active(&self, protocol: Protocol) -> Active {
+        let gauge = match protocol {
+            Protocol::Tcp => &self.active_tcp,
+            Protocol::Udp => &self.active_udp,
+        };
         gauge.inc();
-        Active(gauge)
+        Active(gauge.clone())
     }
 }
 

@@ -5,6 +5,7 @@ mod accept;
 mod access;
 mod affinity;
 mod called;
+mod choices;
 mod leads;
 mod metrics;
 mod open_connections;

@@ -226,7 +226,7 @@ async fn serve(
             return reset(&connection);
         }
     };
-    let _active = parts.metrics.active("tcp");
+    let _active = parts.metrics.active(Protocol::Tcp);
     let limits = CopyLimits { idle: None, stop };
     let copied = &account.copied;
     let end = match upstream {

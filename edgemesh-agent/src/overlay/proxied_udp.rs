@@ -137,7 +137,8 @@ impl ProxiedUdp {
                 Listening::Services(_) => Ok((self.socket.clone(), Some(local.ip()))),
                 Listening::Pods => self.socket_of_pod(local).map(|socket| (socket, None)),
             };
-            Box::new(Replies { from, client, _active: self.parts.metrics.active("udp") }) as Box<dyn DatagramSink>
+            Box::new(Replies { from, client, _active: self.parts.metrics.active(Protocol::Udp) })
+                as Box<dyn DatagramSink>
         };
         let leads = self.leads.clone();
         let ended = move |end: FlowEnded, traffic: &Traffic| {

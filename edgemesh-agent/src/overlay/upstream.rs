@@ -30,7 +30,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Standpoint, affinity::Affinity, called::Called, metrics::ProxiedMetrics};
+use super::{Standpoint, affinity::Affinity, called::Called, choices::Choices, metrics::ProxiedMetrics};
 use crate::{datapath::host, node_local::ServicePortName};
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
@@ -180,6 +180,8 @@ struct Chosen {
     reach: Reach,
     /// Those that come first for this node are all passed over.
     spilled: bool,
+    /// What is to be said to it before the bytes of a TCP connection, if anything.
+    announcement: Option<Vec<u8>>,
 }
 
 /// Chooses and connects.
@@ -193,6 +195,7 @@ pub(super) struct Dialer {
     health: Arc<Health>,
     metrics: ProxiedMetrics,
     affinity: Affinity,
+    choices: Choices,
 }
 
 impl Dialer {
@@ -204,7 +207,16 @@ impl Dialer {
         health: Arc<Health>,
         metrics: ProxiedMetrics,
     ) -> Self {
-        Self { standpoint, node_local, catalog, tunnel, health, metrics, affinity: Affinity::default() }
+        Self {
+            standpoint,
+            node_local,
+            catalog,
+            tunnel,
+            health,
+            metrics,
+            affinity: Affinity::default(),
+            choices: Choices::default(),
+        }
     }
 
     /// A TCP connection to an endpoint of the Service port, or to the pod.
@@ -214,11 +226,7 @@ impl Dialer {
         client: SocketAddr,
     ) -> Result<(Upstream<TcpStream>, Route), UpstreamError> {
         match called {
-            Called::Service(port, family) => {
-                let announcement = self.announcement(port, client);
-                let dial = |address| -> BoxFuture<'static, _> { Box::pin(dial(address, announcement.clone())) };
-                self.first_that_answers(port, *family, client, dial).await
-            }
+            Called::Service(port, family) => self.first_that_answers(port, *family, client, dial).await,
             Called::Pod(address, _) => {
                 let (stream, route) = self.pod(*address, Carried::Tcp, client).await?;
                 Ok((Upstream::Tunnel(stream), route))
@@ -260,14 +268,6 @@ impl Dialer {
         Ok((stream, Route { endpoint: address, node: Some(node), path }))
     }
 
-    /// What is to be said to an endpoint of the Service port before the bytes of the connection, if anything.
-    fn announcement(&self, name: &ServicePortName, client: SocketAddr) -> Option<Vec<u8>> {
-        let catalog = self.catalog.peek();
-        let service = catalog.service_named(&name.service).filter(|service| service.proxy_protocol)?;
-        let port = service.port_named(&name.port, name.protocol)?;
-        Some(announcement(service, port, Some(client)))
-    }
-
     /// The remote end of a UDP flow.
     pub(super) async fn udp(&self, called: &Called, client: SocketAddr) -> Result<(FlowEnd, Route), UpstreamError> {
         let (port, family) = match called {
@@ -277,8 +277,8 @@ impl Dialer {
                 return Ok((tunnel_end(*stream), route));
             }
         };
-        let dial = |address| -> BoxFuture<'static, _> { Box::pin(connected_socket(address)) };
-        let (upstream, route) = self.first_that_answers(port, family, client, dial).await?;
+        let (upstream, route) =
+            self.first_that_answers(port, family, client, |address, _| connected_socket(address)).await?;
         Ok(match upstream {
             Upstream::Direct(socket) => (socket::flow_end(socket), route),
             Upstream::Tunnel(stream) => (tunnel_end(*stream), route),
@@ -301,12 +301,12 @@ impl Dialer {
         }
     }
 
-    async fn first_that_answers<Direct>(
+    async fn first_that_answers<Direct, Dialling: Future<Output = io::Result<Direct>>>(
         &self,
         port: &ServicePortName,
         family: IpFamily,
         client: SocketAddr,
-        dial: impl Fn(SocketAddr) -> BoxFuture<'static, io::Result<Direct>>,
+        dial: impl Fn(SocketAddr, Option<Vec<u8>>) -> Dialling,
     ) -> Result<(Upstream<Direct>, Route), UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
         let mut failures = Vec::new();
@@ -315,19 +315,17 @@ impl Dialer {
         let mut avoided = PassedOver::new();
         while failures.len() < MAX_ATTEMPTS {
             let choose = |passed_over| self.choose(port, family, client, passed_over);
-            let Chosen { endpoint, reach, spilled } = match choose(&avoided).or_else(|_| choose(&tried)) {
+            let Chosen { endpoint, reach, spilled, announcement } = match choose(&avoided).or_else(|_| choose(&tried)) {
                 Ok(chosen) => chosen,
                 Err(error) if failures.is_empty() => return Err(error),
                 Err(_) => break,
             };
             let key = EndpointKey::of(&endpoint, port.protocol);
-            tried.insert(key.address);
-            avoided.insert(key.address);
             let began = Moment::now();
             self.health.trying(key, began);
             let attempt = async {
                 match &reach {
-                    Reach::Local | Reach::Direct => Ok(dial(key.address).await.map(Upstream::Direct)?),
+                    Reach::Local | Reach::Direct => Ok(dial(key.address, announcement).await.map(Upstream::Direct)?),
                     Reach::Tunnel { node } => {
                         let stream = self.tunnel.open(node, &header(port, key.address, client)).await?;
                         Ok(Upstream::Tunnel(Box::new(stream)))
@@ -358,6 +356,8 @@ impl Dialer {
                     break;
                 }
             };
+            tried.insert(key.address);
+            avoided.insert(key.address);
             if failure.blame != Blame::Nothing {
                 self.eject(port, key, began, &failure.cause);
             }
@@ -423,7 +423,11 @@ impl Dialer {
         // address stands for Service addresses of its family.
         let call = Call { family: Some(family), external: true, ..Call::default() };
         let now = Moment::now();
-        let candidates = self.health.candidates(&viewpoint, &catalog, port, call, passed_over, now);
+        let candidates = if passed_over.is_empty() && self.health.is_clear() {
+            self.choices.of(&catalog, name, family, || viewpoint.candidates_for(&catalog, port, call))
+        } else {
+            Arc::new(self.health.candidates(&viewpoint, &catalog, port, call, passed_over, now))
+        };
         let chosen = match service.client_ip_affinity {
             Some(timeout) => {
                 let round = self.affinity.round(client.ip(), name, timeout, now);
@@ -433,7 +437,8 @@ impl Dialer {
         };
         let endpoint = chosen.ok_or(UpstreamError::NoEndpoint)?;
         let reach = viewpoint.reach(&catalog, endpoint);
-        Ok(Chosen { endpoint: endpoint.clone(), reach, spilled: candidates.spilled })
+        let announcement = service.proxy_protocol.then(|| announcement(service, port, Some(client)));
+        Ok(Chosen { endpoint: endpoint.clone(), reach, spilled: candidates.spilled, announcement })
     }
 
     /// The endpoints of a Service port on the node that is reached in this way.
