@@ -73,16 +73,13 @@ pub(crate) fn measure(
     if kind != Kind::Throughput {
         stay_on_first_cpu()?;
     }
-    let gbits = |bytes_per_second: f64| bytes_per_second * 8.0 / 1e9;
     let one = |side: &str, address: SocketAddr| -> Result<f64> {
-        match kind {
-            Kind::Throughput => throughput(address, DISCARD, each).map(gbits),
-            Kind::ThroughputOnOneCpu => throughput(address, DISCARD_ON_FIRST_CPU, each).map(gbits),
-            Kind::RoundTrips => round_trips(address, each),
-            Kind::Connect => connections(address, each).map(|per_second| 1e6 / per_second),
-            Kind::Datagrams => datagrams(address, each),
-        }
-        .with_context(|| format!("{side} at {address}"))
+        let per_second = per_second(kind, address, each).with_context(|| format!("{side} at {address}"))?;
+        Ok(match kind {
+            Kind::Throughput | Kind::ThroughputOnOneCpu => per_second * 8.0 / 1e9,
+            Kind::Connect => 1e6 / per_second,
+            Kind::RoundTrips | Kind::Datagrams => per_second,
+        })
     };
     // The first connection may have to build the path.
     for (side, address) in [("subject", subject), ("baseline", baseline)] {
@@ -108,14 +105,19 @@ pub(crate) fn measure(
 /// When a connection fails.
 pub(crate) fn apply(kind: Kind, address: SocketAddr, time: Duration) -> Result<f64> {
     let begin = Instant::now();
-    let per_second = match kind {
+    let per_second = per_second(kind, address, time)?;
+    Ok(per_second * begin.elapsed().as_secs_f64())
+}
+
+/// Bytes, connections or messages a second.
+fn per_second(kind: Kind, address: SocketAddr, time: Duration) -> Result<f64> {
+    match kind {
         Kind::Throughput => throughput(address, DISCARD, time),
         Kind::ThroughputOnOneCpu => throughput(address, DISCARD_ON_FIRST_CPU, time),
         Kind::RoundTrips => round_trips(address, time),
         Kind::Connect => connections(address, time),
         Kind::Datagrams => datagrams(address, time),
-    }?;
-    Ok(per_second * begin.elapsed().as_secs_f64())
+    }
 }
 
 fn open(address: SocketAddr) -> Result<TcpStream> {
