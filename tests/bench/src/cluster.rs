@@ -12,10 +12,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
-use crate::{
-    load::{Kind, Pair},
-    process::Background,
-};
+use crate::{load::Kind, pairs::Pair, process::Background};
 
 /// Longest that one command of the lab may take.
 const COMMAND_SECONDS: &str = "120";
@@ -143,14 +140,15 @@ impl Cluster {
         self.run(&[&["node", node, "--"], program].concat())
     }
 
-    /// Starts a program on a node that runs until the handle is dropped; `name` is its name as the kernel knows it.
+    /// Starts a program on a node that runs until the handle is dropped; `name` is its name as the kernel knows it. What it
+    /// logs goes to a file, as with the lab's daemons: it costs a proxy as much as it costs them.
     ///
     /// # Errors
     /// When it doesn't start.
     pub(crate) fn start(&self, node: &str, name: &str, program: &[&str]) -> Result<Background> {
         let group = self.host(node)?["cgroup"].as_str().context("a host has a control group")?.to_owned();
         let command = self.command(&[&["node", node, "--"], program].concat());
-        Background::start(command, name, &group)
+        Background::start(command, name, &group, &self.folder()?.join(format!("bench-{name}.log")))
     }
 
     /// Measures a subject and its baseline by turns.

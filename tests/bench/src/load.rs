@@ -9,10 +9,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use crate::{
+    pairs::{Pair, by_turns},
     process::stay_on_first_cpu,
     serve::{BUFFER, DISCARD, DISCARD_ON_FIRST_CPU, ECHO, MESSAGE},
 };
@@ -50,16 +50,7 @@ impl Kind {
     }
 }
 
-/// A measurement of the subject and one of the baseline, taken one after the other.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Pair {
-    /// Through the mesh.
-    pub(crate) value: f64,
-    /// Without it.
-    pub(crate) baseline: f64,
-}
-
-/// Measures `rounds` pairs, for `each` per side. Every second pair begins with the baseline, so that drift of the machine cancels out.
+/// Measures `rounds` pairs, for `each` per side.
 ///
 /// # Errors
 /// When a connection fails.
@@ -81,22 +72,7 @@ pub(crate) fn measure(
             Kind::RoundTrips | Kind::Datagrams => per_second,
         })
     };
-    // The first connection may have to build the path.
-    for (side, address) in [("subject", subject), ("baseline", baseline)] {
-        one(side, address)?;
-    }
-    let mut pairs = Vec::new();
-    for round in 0..rounds {
-        let pair = if round % 2 == 0 {
-            let value = one("subject", subject)?;
-            Pair { value, baseline: one("baseline", baseline)? }
-        } else {
-            let baseline = one("baseline", baseline)?;
-            Pair { value: one("subject", subject)?, baseline }
-        };
-        pairs.push(pair);
-    }
-    Ok(pairs)
+    by_turns(rounds, || one("subject", subject), || one("baseline", baseline))
 }
 
 /// Loads one address for a time and gives the bytes (throughput) or connections and messages that went there.

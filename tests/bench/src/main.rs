@@ -9,6 +9,7 @@ mod functions;
 mod latency;
 mod load;
 mod nftables;
+mod pairs;
 mod process;
 mod row;
 mod rows;

@@ -2,8 +2,9 @@
 //! the CPU on which a thread stays.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::Read,
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -13,11 +14,14 @@ use anyhow::{Context, Result, bail};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill},
+    time::clock_getcpuclockid,
     unistd::Pid,
 };
 
 /// Unit of the times in /proc/PID/stat: `USER_HZ`, which Linux keeps at 100 for programs.
 const TICKS_PER_SECOND: f64 = 100.0;
+/// Number of the start time in /proc/PID/stat, counted from behind the name.
+const STARTED: usize = 19;
 const START_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Keeps the calling thread on the first CPU that is allowed. A client and a server that take turns do it both: left to the
@@ -34,13 +38,14 @@ pub(crate) fn stay_on_first_cpu() -> Result<()> {
     Ok(sched_setaffinity(this, &one)?)
 }
 
-/// CPU seconds (user and system) that a process has used.
+/// CPU seconds (user and system) that a process has used, from the clock that the kernel keeps for it (clock_getcpuclockid(3)): in
+/// nanoseconds, where /proc/PID/stat counts hundredths of a second.
 ///
 /// # Errors
 /// When it is gone.
 pub(crate) fn cpu_seconds(pid: i32) -> Result<f64> {
-    let [user, system] = stat_seconds(pid, [11, 12])?;
-    Ok(user + system)
+    let clock = clock_getcpuclockid(Pid::from_raw(pid)).with_context(|| format!("process {pid}"))?;
+    Ok(Duration::from(clock.now()?).as_secs_f64())
 }
 
 /// For how many seconds a process has run.
@@ -48,24 +53,14 @@ pub(crate) fn cpu_seconds(pid: i32) -> Result<f64> {
 /// # Errors
 /// When it is gone.
 pub(crate) fn age_seconds(pid: i32) -> Result<f64> {
-    let [started] = stat_seconds(pid, [19])?;
-    let uptime = fs::read_to_string("/proc/uptime")?;
-    let now: f64 = uptime.split(' ').next().context("/proc/uptime is empty")?.parse()?;
-    Ok(now - started)
-}
-
-/// Times in /proc/PID/stat, by the number of their field behind the name, in seconds.
-fn stat_seconds<const N: usize>(pid: i32, numbers: [usize; N]) -> Result<[f64; N]> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid}"))?;
     // The name, in parentheses, may hold spaces.
     let (_, rest) = stat.rsplit_once(')').context("/proc/PID/stat has a name")?;
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    let mut seconds = [0.0; N];
-    for (second, number) in seconds.iter_mut().zip(numbers) {
-        let ticks: f64 = fields.get(number).context("/proc/PID/stat has times")?.parse()?;
-        *second = ticks / TICKS_PER_SECOND;
-    }
-    Ok(seconds)
+    let started = rest.split_whitespace().nth(STARTED).context("/proc/PID/stat has times")?;
+    let started = started.parse::<f64>()? / TICKS_PER_SECOND;
+    let uptime = fs::read_to_string("/proc/uptime")?;
+    let now: f64 = uptime.split(' ').next().context("/proc/uptime is empty")?.parse()?;
+    Ok(now - started)
 }
 
 /// Resident memory of a process in MB (10^6 bytes).
@@ -99,15 +94,15 @@ pub(crate) struct Background {
 }
 
 impl Background {
-    /// Starts `command`, which becomes a process called `name` in the control group `group`.
+    /// Starts `command`, which becomes a process called `name` in the control group `group` and writes its standard output to the file `log`.
     ///
     /// # Errors
     /// When it ends at once; the message is what it said.
-    pub(crate) fn start(mut command: Command, name: &str, group: &str) -> Result<Self> {
+    pub(crate) fn start(mut command: Command, name: &str, group: &str, log: &Path) -> Result<Self> {
         if let Some(pid) = find_process(name, group) {
             bail!("a process {name} ({pid}) runs there already");
         }
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let mut child = command.stdout(File::create(log)?).stderr(Stdio::piped()).spawn()?;
         let deadline = Instant::now() + START_DEADLINE;
         loop {
             if let Some(pid) = find_process(name, group) {
@@ -155,7 +150,9 @@ mod tests {
 
     #[test]
     fn a_process_that_is_gone_is_an_error() {
-        assert!(cpu_seconds(i32::MAX).is_err());
-        assert!(resident_megabytes(i32::MAX).is_err());
+        // Linux gives no number above 4 Mi.
+        let gone = 5 << 20;
+        assert!(cpu_seconds(gone).is_err());
+        assert!(resident_megabytes(gone).is_err());
     }
 }

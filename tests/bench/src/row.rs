@@ -5,7 +5,7 @@ use std::{fs, io::ErrorKind, path::Path};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::load::Pair;
+use crate::pairs::{Pair, Ratio};
 
 /// What a row should reach.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,19 +27,28 @@ pub(crate) struct Row {
     pub(crate) unit: String,
     /// Median of the samples.
     pub(crate) value: f64,
-    /// Name and median of what it is compared with.
-    pub(crate) baseline: Option<(String, f64)>,
+    /// What it is compared with.
+    pub(crate) baseline: Option<Baseline>,
     /// What it should reach.
     pub(crate) budget: Option<Budget>,
     /// Every sample as measured.
     pub(crate) samples: Value,
 }
 
+/// What a row is compared with.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Baseline {
+    name: String,
+    /// Median of its samples.
+    value: f64,
+    ratio: Ratio,
+}
+
 impl Row {
     /// A row of a subject and its baseline.
     ///
     /// # Errors
-    /// When there are no samples.
+    /// When there are no samples, or one is not above zero.
     pub(crate) fn compared(
         name: &str,
         unit: &str,
@@ -53,7 +62,7 @@ impl Row {
             name: name.to_owned(),
             unit: unit.to_owned(),
             value,
-            baseline: Some((baseline.to_owned(), base)),
+            baseline: Some(Baseline { name: baseline.to_owned(), value: base, ratio: Ratio::of(pairs)? }),
             budget,
             samples: pairs
                 .iter()
@@ -77,16 +86,16 @@ impl Row {
         })
     }
 
-    /// Value to baseline.
-    pub(crate) fn ratio(&self) -> Option<f64> {
-        self.baseline.as_ref().map(|(_, base)| self.value / base)
+    /// Subject to baseline.
+    fn ratio(&self) -> Option<Ratio> {
+        self.baseline.as_ref().map(|baseline| baseline.ratio)
     }
 
     /// Whether the budget is met; none without a budget.
     pub(crate) fn met(&self) -> Option<bool> {
         match (self.budget?, self.ratio()) {
-            (Budget::RatioAtLeast(least), Some(ratio)) => Some(ratio >= least),
-            (Budget::RatioAtMost(most), Some(ratio)) => Some(ratio <= most),
+            (Budget::RatioAtLeast(least), Some(ratio)) => Some(ratio.estimate >= least),
+            (Budget::RatioAtMost(most), Some(ratio)) => Some(ratio.estimate <= most),
             (Budget::ValueAtMost(most), _) => Some(self.value <= most),
             (_, None) => None,
         }
@@ -101,10 +110,13 @@ impl Row {
     }
 
     fn json(&self) -> Value {
-        let baseline = self.baseline.as_ref().map(|(name, value)| json!({"name": name, "value": rounded(*value)}));
+        let baseline =
+            self.baseline.as_ref().map(|baseline| json!({"name": baseline.name, "value": rounded(baseline.value)}));
         json!({
             "name": self.name, "unit": self.unit, "value": rounded(self.value), "baseline": baseline,
-            "ratio": self.ratio().map(rounded), "budget": self.budget_text(), "met": self.met(), "samples": self.samples,
+            "ratio": self.ratio().map(|ratio| rounded(ratio.estimate)),
+            "ratio_range": self.ratio().map(|ratio| [rounded(ratio.range.0), rounded(ratio.range.1)]),
+            "budget": self.budget_text(), "met": self.met(), "samples": self.samples,
         })
     }
 
@@ -132,24 +144,26 @@ pub(crate) fn forget(folder: &Path, name: &str) -> Result<()> {
 
 /// The table of the measured rows.
 pub(crate) fn table(rows: &[Row]) -> String {
-    let mut lines = vec![["row", "value", "unit", "baseline", "of", "ratio", "budget", "met"].map(str::to_owned)];
+    let mut lines =
+        vec![["row", "value", "unit", "baseline", "of", "ratio", "range", "budget", "met"].map(str::to_owned)];
     for row in rows {
-        let (of, base) = row.baseline.clone().map_or_else(Default::default, |(of, base)| (of, shown(base)));
+        let compared = row.baseline.as_ref();
         let met = row.met().map_or("", |met| if met { "yes" } else { "no" });
         lines.push([
             row.name.clone(),
             shown(row.value),
             row.unit.clone(),
-            base,
-            of,
-            row.ratio().map(|ratio| format!("{ratio:.3}")).unwrap_or_default(),
+            compared.map(|baseline| shown(baseline.value)).unwrap_or_default(),
+            compared.map(|baseline| baseline.name.clone()).unwrap_or_default(),
+            row.ratio().map(|ratio| format!("{:.3}", ratio.estimate)).unwrap_or_default(),
+            row.ratio().map(|Ratio { range, .. }| format!("{:.3}-{:.3}", range.0, range.1)).unwrap_or_default(),
             row.budget_text().unwrap_or_default(),
             met.to_owned(),
         ]);
     }
     let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<_> = (0..8).map(width).collect();
-    let pad = |line: &[String; 8]| {
+    let widths: Vec<_> = (0..9).map(width).collect();
+    let pad = |line: &[String; 9]| {
         let cells = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
@@ -184,24 +198,25 @@ mod tests {
     }
 
     #[test]
-    fn a_compared_row_has_medians_their_ratio_and_says_whether_the_budget_is_met() {
-        let pairs = [pair(9.0, 10.0), pair(1.0, 20.0), pair(9.9, 10.0)];
+    fn a_compared_row_has_medians_a_ratio_and_says_whether_the_budget_is_met() {
+        let pairs = [pair(9.0, 10.0), pair(1.8, 2.0), pair(27.0, 30.0), pair(40.0, 20.0)];
         let row = Row::compared("x", "Gbit/s", "direct", &pairs, Some(Budget::RatioAtLeast(0.98))).unwrap();
         let json = row.json();
-        assert_eq!(json["value"], 9.0);
-        assert_eq!(json["baseline"], json!({"name": "direct", "value": 10.0}));
-        assert_eq!(json["ratio"], 0.9);
+        assert_eq!(json["value"], 18.0);
+        assert_eq!(json["baseline"], json!({"name": "direct", "value": 15.0}));
+        assert_eq!(json["ratio"], 0.9, "that of the pairs, not of the medians");
+        assert_eq!(json["ratio_range"], json!([0.9, 2.0]));
         assert_eq!(json["met"], false);
-        assert_eq!(json["samples"].as_array().unwrap().len(), 3);
+        assert_eq!(json["samples"].as_array().unwrap().len(), 4);
     }
 
     #[test]
     fn a_row_without_baseline_and_budget_says_so_with_nulls() {
         let json = Row::alone("x", "s", &[1.0, 2.0], None).unwrap().json();
         assert_eq!(json["value"], 1.5);
-        assert!(["baseline", "ratio", "budget", "met"].iter().all(|key| json[key].is_null()), "{json}");
+        assert!(["baseline", "ratio", "ratio_range", "budget", "met"].iter().all(|key| json[key].is_null()), "{json}");
         let keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
-        assert_eq!(keys, ["name", "unit", "value", "baseline", "ratio", "budget", "met", "samples"]);
+        assert_eq!(keys, ["name", "unit", "value", "baseline", "ratio", "ratio_range", "budget", "met", "samples"]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::Bench;
 use crate::{
     cluster::{Client, Cluster, until},
-    load::Pair,
+    pairs::by_turns,
     process::{Background, cpu_seconds},
     row::{Budget, Row},
     workloads,
@@ -43,7 +43,7 @@ pub(super) fn p99(bench: &Bench) -> Result<Row> {
         let words = ["latency", &server, "--names", &questions.file, "--per-second", "1000", "--milliseconds", "2000"];
         Ok(cluster.bench_at(Client::Node(NODE), &words)?.trim().parse()?)
     };
-    let pairs = by_turns(bench, || one(AGENT), || one(UNBOUND))?;
+    let pairs = by_turns(bench.rounds(ROUNDS), || one(AGENT), || one(UNBOUND))?;
     Row::compared("dns_p99_us", "us", "unbound", &pairs, Some(Budget::ValueAtMost(1000.0)))
 }
 
@@ -60,21 +60,8 @@ fn answers_against(
         let answers = ask(cluster, server, &questions.file, &["-l", "2"])?;
         Ok(answers / (cpu_seconds(pid)? - before))
     };
-    let pairs = by_turns(bench, || one(AGENT, agent), || one(server, peer.pid))?;
+    let pairs = by_turns(bench.rounds(ROUNDS), || one(AGENT, agent), || one(server, peer.pid))?;
     Row::compared(row, "answers/CPU s", name, &pairs, Some(Budget::RatioAtLeast(1.0)))
-}
-
-fn by_turns(bench: &Bench, subject: impl Fn() -> Result<f64>, baseline: impl Fn() -> Result<f64>) -> Result<Vec<Pair>> {
-    let one = |round| {
-        if round % 2 == 0 {
-            let value = subject()?;
-            Ok(Pair { value, baseline: baseline()? })
-        } else {
-            let baseline = baseline()?;
-            Ok(Pair { value: subject()?, baseline })
-        }
-    };
-    (0..bench.rounds(ROUNDS)).map(one).collect()
 }
 
 /// The names of [`NAMES`] Services with their addresses.

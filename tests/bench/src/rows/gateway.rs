@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Bench;
 use crate::{
     cluster::{Cluster, until},
-    load::Pair,
+    pairs::by_turns,
     process::cpu_seconds,
     row::{Budget, Row},
     workloads::{self, GATEWAY_PORT, HTTP_PORT},
@@ -53,20 +53,7 @@ pub(super) fn requests_per_cpu_second(bench: &Bench) -> Result<Row> {
         let answers = load(cluster, &url(port))?;
         Ok(answers / (cpu_seconds(pid)? - before))
     };
-    let mut pairs = Vec::new();
-    // The first round warms both up: connections to the backend, code, memory.
-    for round in 0..=bench.rounds(ROUNDS) {
-        let pair = if round % 2 == 0 {
-            let value = one(GATEWAY_PORT, gateway)?;
-            Pair { value, baseline: one(ENVOY_PORT, envoy.pid)? }
-        } else {
-            let baseline = one(ENVOY_PORT, envoy.pid)?;
-            Pair { value: one(GATEWAY_PORT, gateway)?, baseline }
-        };
-        if round > 0 {
-            pairs.push(pair);
-        }
-    }
+    let pairs = by_turns(bench.rounds(ROUNDS), || one(GATEWAY_PORT, gateway), || one(ENVOY_PORT, envoy.pid))?;
     Row::compared("gateway_requests_per_cpu_second", "requests/CPU s", "Envoy", &pairs, Some(Budget::RatioAtLeast(1.0)))
 }
 

@@ -4,7 +4,10 @@ use std::{fs, net::SocketAddr, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Bench;
+use super::{
+    Bench,
+    l4::{EACH, ROUNDS},
+};
 use crate::{
     cluster::{Client, Cluster, until},
     load::Kind,
@@ -20,8 +23,6 @@ const ENDPOINTS: u32 = 10;
 /// number makes no difference to a packet.
 const RULES_ENDPOINTS: u32 = 1;
 const MOST: u32 = 10_000;
-const EACH: Duration = Duration::from_millis(200);
-const ROUNDS: u32 = 45;
 const FILL_DEADLINE: Duration = Duration::from_secs(120);
 const IDLE: Duration = Duration::from_secs(20);
 

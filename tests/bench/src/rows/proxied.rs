@@ -8,7 +8,8 @@ use serde_json::json;
 use super::Bench;
 use crate::{
     cluster::{Client, Cluster},
-    load::{Kind, Pair},
+    load::Kind,
+    pairs::{Pair, by_turns},
     process::{Background, cpu_seconds},
     row::{Budget, Row},
     workloads::{CONNECT_PORT, STREAM_PORT},
@@ -20,10 +21,10 @@ const HAPROXY: &str = "haproxy";
 const HAPROXY_PORTS: u16 = 2000;
 const CONNECTIONS: &str = "edgemesh_agent_service_connections_total";
 const EJECTIONS: &str = "edgemesh_agent_proxied_ejections_total";
-const TIME: Duration = Duration::from_secs(2);
-const ROUNDS: u32 = 7;
-/// CPU time for a connection differs by several percent from sample to sample, whoever's it is.
-const CONNECTION_ROUNDS: u32 = 15;
+const TIME: Duration = Duration::from_millis(300);
+const ROUNDS: u32 = 20;
+/// CPU time for a connection differs by a tenth from sample to sample, whoever's it is.
+const CONNECTION_ROUNDS: u32 = 80;
 /// Services that are tried: with each there is an even chance that the client's endpoint is the near one.
 const TRIED: u16 = 16;
 
@@ -53,21 +54,7 @@ fn measure(bench: &Bench, kind: Kind, unit: f64, rounds: u32) -> Result<Vec<Pair
         let done = cluster.load(probe, kind, address, TIME)?;
         Ok((cpu_seconds(pid)? - before) / done * unit)
     };
-    let mut pairs = Vec::new();
-    // The first round warms both up.
-    for round in 0..=bench.rounds(rounds) {
-        let pair = if round % 2 == 0 {
-            let value = one(service, agent)?;
-            Pair { value, baseline: one(peer, haproxy.pid)? }
-        } else {
-            let baseline = one(peer, haproxy.pid)?;
-            Pair { value: one(service, agent)?, baseline }
-        };
-        if round > 0 {
-            pairs.push(pair);
-        }
-    }
-    Ok(pairs)
+    by_turns(bench.rounds(rounds), || one(service, agent), || one(peer, haproxy.pid))
 }
 
 fn start_haproxy(cluster: &Cluster, kind: Kind, server: SocketAddr) -> Result<Background> {

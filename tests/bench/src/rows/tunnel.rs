@@ -12,6 +12,7 @@ use super::Bench;
 use crate::{
     cluster::{Client, Cluster, until},
     load::Kind,
+    pairs::Pair,
     row::Row,
     workloads::FORWARDED_PORT,
 };
@@ -35,7 +36,7 @@ pub(super) fn direct_rtt64(bench: &Bench) -> Result<Row> {
     Row::compared("tunnel_direct_rtt64", "round trips/s", "TCP through a forwarded port", &pairs, None)
 }
 
-fn direct(bench: &Bench, kind: Kind) -> Result<Vec<crate::load::Pair>> {
+fn direct(bench: &Bench, kind: Kind) -> Result<Vec<Pair>> {
     let cluster = &bench.cluster;
     let ends = (service(cluster)?, forwarded(cluster)?);
     measure(bench, kind, ends, DIRECT, RELAY)
@@ -71,7 +72,7 @@ fn measure(
     ends: (SocketAddr, SocketAddr),
     wanted: &[&str],
     other: &[&str],
-) -> Result<Vec<crate::load::Pair>> {
+) -> Result<Vec<Pair>> {
     let cluster = &bench.cluster;
     let client = Client::Node("edge-a1");
     let streams = |paths: &[&str]| cluster.agent_counter("edge-a1", STREAMS, paths);
