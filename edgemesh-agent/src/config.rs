@@ -144,6 +144,8 @@ pub struct TunnelConfig {
 pub struct ProxiedConfig {
     /// A UDP flow without datagrams ends after this time, in seconds.
     pub udp_idle_seconds: u64,
+    /// A TCP connection on which nothing is said is probed after this time, in seconds. 0 probes none.
+    pub keepalive_seconds: u64,
     /// Longest time for which an endpoint that could not be reached is passed over, in seconds. 0 passes none over.
     pub max_ejection_seconds: u64,
 }
@@ -213,7 +215,7 @@ impl Default for TunnelConfig {
 
 impl Default for ProxiedConfig {
     fn default() -> Self {
-        Self { udp_idle_seconds: 60, max_ejection_seconds: 60 }
+        Self { udp_idle_seconds: 60, keepalive_seconds: 60, max_ejection_seconds: 60 }
     }
 }
 
@@ -282,6 +284,9 @@ impl Validate for Config {
         }
         if !(1..=80).contains(&self.proxied.udp_idle_seconds) {
             problems.add("proxied.udpIdleSeconds", "must be between 1 and 80: the other side ends a flow after 90");
+        }
+        if self.proxied.keepalive_seconds > 7200 {
+            problems.add("proxied.keepaliveSeconds", "must be at most 7200");
         }
         if self.proxied.max_ejection_seconds > 3600 {
             problems.add("proxied.maxEjectionSeconds", "must be at most 3600");
@@ -396,6 +401,7 @@ mod tests {
             ("dns.zones={a..example: ['10.0.0.53']}", "dns.zones.a..example"),
             ("dns.zones={Sub.Cluster.local.: ['10.0.0.53']}", "dns.zones.Sub.Cluster.local."),
             ("dns.tlsCa=ca.crt", "dns.tlsCa"),
+            ("proxied.keepaliveSeconds=7201", "proxied.keepaliveSeconds"),
             ("dns.ttl=3601", "dns.ttl"),
             ("dns.maxQueriesPerClient=1000000", "dns.maxQueriesPerClient"),
         ] {

@@ -6,6 +6,7 @@ mod access;
 mod affinity;
 mod called;
 mod choices;
+mod keepalive;
 mod leads;
 mod metrics;
 mod open_connections;
@@ -37,6 +38,7 @@ use edgemesh_tunnel::{Multiaddr, Tunnel, TunnelConfig};
 use parking_lot::{Mutex, RwLock};
 use prometheus_client::registry::Registry;
 
+use self::keepalive::Keepalive;
 use crate::{
     config::Config,
     datapath::frontend_counts::CountsFrontends,
@@ -129,6 +131,7 @@ impl Overlay {
         let metrics = metrics::ProxiedMetrics::register(&mut registry.write());
         let max = Duration::from_secs(config.proxied.max_ejection_seconds);
         let health = Arc::new(Health::new(HealthSettings { max, ..HealthSettings::default() }, rand::random()));
+        let keepalive = Keepalive::after(Duration::from_secs(config.proxied.keepalive_seconds));
         let node_local = allocator.range_of(Ipv4Addr::UNSPECIFIED.into());
         let dialer = upstream::Dialer::new(
             standpoint.clone(),
@@ -137,6 +140,7 @@ impl Overlay {
             tunnel.clone(),
             health.clone(),
             metrics.clone(),
+            keepalive,
         );
         let dialer = Arc::new(dialer);
         let services = service_metrics::ServiceMetrics::register(&mut registry.write(), catalog.clone());
@@ -148,6 +152,7 @@ impl Overlay {
                 listening,
                 metrics,
                 accounts: accounts.clone(),
+                keepalive,
                 udp_idle: Duration::from_secs(config.proxied.udp_idle_seconds),
                 shutdown: shutdown.clone(),
             })

@@ -27,6 +27,7 @@ use super::{
     accept::reset,
     access::Accounts,
     called::Listening,
+    keepalive::Keepalive,
     metrics::ProxiedMetrics,
     open_connections::OpenConnections,
     proxied_udp::ProxiedUdp,
@@ -44,6 +45,8 @@ pub(super) struct Parts {
     pub(super) listening: Listening,
     pub(super) metrics: ProxiedMetrics,
     pub(super) accounts: Accounts,
+    /// When connections on which nothing is said are probed.
+    pub(super) keepalive: Option<Keepalive>,
     /// A UDP flow without datagrams ends after this time.
     pub(super) udp_idle: Duration,
     pub(super) shutdown: Shutdown,
@@ -73,7 +76,7 @@ impl Proxied {
     }
 
     fn bind_once(address: SocketAddr, parts: Arc<Parts>) -> io::Result<Self> {
-        let tcp = listener(address, |socket| prepare(socket, address, &parts.listening))?;
+        let tcp = listener(address, parts.keepalive, |socket| prepare(socket, address, &parts.listening))?;
         let address = tcp.local_addr()?;
         let udp = ProxiedUdp::bind(address, parts.clone())?;
         Ok(Self { tcp, udp, address, parts })
@@ -102,12 +105,19 @@ impl Proxied {
     }
 }
 
-fn listener(address: SocketAddr, prepare: impl FnOnce(&Socket) -> io::Result<()>) -> io::Result<TcpListener> {
+fn listener(
+    address: SocketAddr,
+    keepalive: Option<Keepalive>,
+    prepare: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    // Connections have it from their listener: one call less for each.
+    // Connections have both from their listener: some calls less for each.
     socket.set_tcp_nodelay(true)?;
+    if let Some(keepalive) = keepalive {
+        socket.set_tcp_keepalive(&keepalive.settings())?;
+    }
     prepare(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
@@ -257,11 +267,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn small_segments_of_accepted_connections_go_at_once() {
-        let listener = listener("127.0.0.1:0".parse().unwrap(), |_| Ok(())).unwrap();
+    async fn accepted_connections_send_small_segments_at_once_and_are_probed() {
+        let keepalive = Keepalive::after(Duration::from_secs(60));
+        let listener = listener("127.0.0.1:0".parse().unwrap(), keepalive, |_| Ok(())).unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap());
         let (client, accepted) = tokio::join!(client, listener.accept());
-        assert!(accepted.unwrap().0.nodelay().unwrap());
+        let accepted = accepted.unwrap().0;
+        assert!(accepted.nodelay().unwrap());
+        let socket = socket2::SockRef::from(&accepted);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
         drop(client);
     }
 }

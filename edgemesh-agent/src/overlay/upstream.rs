@@ -30,7 +30,9 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Standpoint, affinity::Affinity, called::Called, choices::Choices, metrics::ProxiedMetrics};
+use super::{
+    Standpoint, affinity::Affinity, called::Called, choices::Choices, keepalive::Keepalive, metrics::ProxiedMetrics,
+};
 use crate::{datapath::host, node_local::ServicePortName};
 
 /// Time for one endpoint that is dialled directly; the tunnel has its own deadline.
@@ -194,6 +196,7 @@ pub(super) struct Dialer {
     tunnel: Tunnel,
     health: Arc<Health>,
     metrics: ProxiedMetrics,
+    keepalive: Option<Keepalive>,
     affinity: Affinity,
     choices: Choices,
 }
@@ -206,6 +209,7 @@ impl Dialer {
         tunnel: Tunnel,
         health: Arc<Health>,
         metrics: ProxiedMetrics,
+        keepalive: Option<Keepalive>,
     ) -> Self {
         Self {
             standpoint,
@@ -214,6 +218,7 @@ impl Dialer {
             tunnel,
             health,
             metrics,
+            keepalive,
             affinity: Affinity::default(),
             choices: Choices::default(),
         }
@@ -226,7 +231,15 @@ impl Dialer {
         client: SocketAddr,
     ) -> Result<(Upstream<TcpStream>, Route), UpstreamError> {
         match called {
-            Called::Service(port, family) => self.first_that_answers(port, *family, client, dial).await,
+            Called::Service(port, family) => {
+                let (upstream, route) = self.first_that_answers(port, *family, client, dial).await?;
+                // Of its own pods' ends this host's kernel tells.
+                let elsewhere = route.node.as_ref() != Some(&self.standpoint.node);
+                if let (Upstream::Direct(connection), Some(keepalive), true) = (&upstream, self.keepalive, elsewhere) {
+                    keepalive.probe(connection);
+                }
+                Ok((upstream, route))
+            }
             Called::Pod(address, _) => {
                 let (stream, route) = self.pod(*address, Carried::Tcp, client).await?;
                 Ok((Upstream::Tunnel(stream), route))

@@ -1,7 +1,7 @@
 //! What breaks other proxies: endpoints that swallow connections, half-closed connections, relayed paths, Services that
 //! change and go while they are in use.
 
-use std::time::Duration;
+use std::{io::ErrorKind, time::Duration};
 
 use edgemesh_mesh::model::Protocol;
 use tokio::{
@@ -10,8 +10,8 @@ use tokio::{
 };
 
 use crate::{
-    rig::{Node, service, two_sites, two_sites_behind_a_relay, within},
-    servers::{black_hole, call, greeting_server, nobody, server, server_at},
+    rig::{Node, service, two_sites, two_sites_behind_a_relay, two_sites_with, until, within},
+    servers::{black_hole, call, greeting_server, nobody, server, server_at, vanish},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -170,6 +170,36 @@ async fn what_the_end_of_an_agent_cuts_off_is_reset_at_both_sides() {
         let ended = within("the end", end.read(&mut [0; 1])).await.map_err(|error| error.kind());
         assert_eq!(ended, Err(std::io::ErrorKind::ConnectionReset), "{name}, {side}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_ends_when_one_of_its_sides_has_vanished_without_a_word() {
+    let (a, b) = two_sites_with(|config| config.proxied.keepalive_seconds = 1).await;
+    let in_its_network = serde_json::json!({"metadata": {"name": "c", "labels": {"edgemesh.dev/network": "site-a"}}});
+    a.catalog.apply_node(&serde_json::from_value(in_its_network).unwrap());
+    for (name, on) in [("near", "a"), ("lan", "c"), ("far", "b")] {
+        let endpoint = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        service(&[&a, &b], name, "TCP", &[(endpoint.local_addr().unwrap(), on)]);
+        let connect = async || {
+            let mut client = TcpStream::connect(a.listener(name, Protocol::Tcp)).await.unwrap();
+            client.write_all(b"?").await.unwrap();
+            let (mut accepted, _) = endpoint.accept().await.unwrap();
+            assert_eq!(accepted.read_u8().await.unwrap(), b'?');
+            (client, accepted)
+        };
+        let (client, mut accepted) = connect().await;
+        vanish(client);
+        let end = within("the endpoint to be told", accepted.read_u8()).await.unwrap_err();
+        assert_eq!(end.kind(), ErrorKind::ConnectionReset, "{name}");
+        // Of pods of the endpoint's own node its kernel tells.
+        if on == "c" {
+            let (mut client, accepted) = connect().await;
+            vanish(accepted);
+            let end = within("the client to be told", client.read_u8()).await.unwrap_err();
+            assert_eq!(end.kind(), ErrorKind::ConnectionReset, "{name}");
+        }
+    }
+    until("nothing to be left", || a.metric("edgemesh_agent_proxied_active{protocol=\"tcp\"}") == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -106,3 +106,9 @@ pub(crate) async fn greeting_server(greeting: &'static str) -> (SocketAddr, toki
     });
     (address, told)
 }
+
+/// Closes a connection without a word to the other side, as a host does that loses its power.
+pub(crate) fn vanish(connection: TcpStream) {
+    nix::sys::socket::setsockopt(&connection, nix::sys::socket::sockopt::TcpRepair, &1).unwrap();
+    drop(connection);
+}
