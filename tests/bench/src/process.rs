@@ -3,18 +3,17 @@
 
 use std::{
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill},
-    time::clock_getcpuclockid,
     unistd::Pid,
 };
 
@@ -44,8 +43,15 @@ pub(crate) fn stay_on_first_cpu() -> Result<()> {
 /// # Errors
 /// When it is gone.
 pub(crate) fn cpu_seconds(pid: i32) -> Result<f64> {
-    let clock = clock_getcpuclockid(Pid::from_raw(pid)).with_context(|| format!("process {pid}"))?;
-    Ok(Duration::from(clock.now()?).as_secs_f64())
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the call writes one number, to where there is one.
+    let error = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+    ensure!(error == 0, "process {pid}: {}", io::Error::from_raw_os_error(error));
+    // SAFETY: the call writes one time, to where there is one.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("process {pid}"));
+    }
+    Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
 }
 
 /// For how many seconds a process has run.
