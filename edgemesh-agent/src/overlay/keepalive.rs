@@ -6,7 +6,7 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 
-/// Shortest time that the kernel takes, in seconds.
+/// Shortest time that the kernel takes.
 const SECOND: Duration = Duration::from_secs(1);
 
 /// When a connection is probed.
