@@ -3,7 +3,6 @@
 
 pub mod catalog;
 pub mod choice;
-pub mod cidr;
 pub mod debug;
 pub mod from_kubernetes;
 pub mod health;
@@ -14,4 +13,5 @@ pub mod store;
 
 pub use catalog::Catalog;
 pub use choice::{Call, Candidates, IpFamily, Reach, Tier, Viewpoint};
+pub use edgemesh_api::cidr;
 pub use store::{CatalogStore, Observed};

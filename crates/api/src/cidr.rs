@@ -16,6 +16,12 @@ impl Cidr {
         Self::new(address.parse().ok()?, prefix.parse().ok()?)
     }
 
+    /// Reads a range and refuses one whose host bits aren't clear, which is likely to be a mistake in a setting.
+    pub fn parse_network(text: &str) -> Option<Self> {
+        let (address, _) = text.split_once('/')?;
+        Self::parse(text).filter(|range| address.parse() == Ok(range.network))
+    }
+
     /// The range of a length in which an address is; nothing if addresses are shorter than that.
     pub fn new(address: IpAddr, prefix: u8) -> Option<Self> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
@@ -42,6 +48,21 @@ impl Cidr {
                 IpAddr::V6((u128::from(v6) | u128::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0)).into())
             }
         }
+    }
+
+    /// How many bits of an address the range leaves open.
+    pub fn host_bits(&self) -> u8 {
+        let bits = if self.network.is_ipv4() { 32 } else { 128 };
+        bits - self.prefix
+    }
+
+    /// The address so far behind the first one, which has the number 0; none beyond the range.
+    pub fn nth(&self, offset: u128) -> Option<IpAddr> {
+        let address = match self.network {
+            IpAddr::V4(v4) => IpAddr::V4(u32::from(v4).checked_add(u32::try_from(offset).ok()?)?.into()),
+            IpAddr::V6(v6) => IpAddr::V6(u128::from(v6).checked_add(offset)?.into()),
+        };
+        Some(address).filter(|address| self.contains(*address))
     }
 
     /// First address of the range.
@@ -106,6 +127,9 @@ mod tests {
             assert_eq!(range(text).last(), last.parse::<IpAddr>().unwrap());
         }
         assert_eq!(range("10.244.7.9/24").to_string(), "10.244.7.0/24");
+        assert_eq!(range("10.244.7.0/24").nth(255), "10.244.7.255".parse().ok());
+        assert_eq!((range("10.244.7.0/24").nth(256), range("10.244.7.0/24").nth(1 << 40)), (None, None));
+        assert_eq!(range("fd00:0:0:1::/64").nth(1 << 63), "fd00:0:0:1:8000::".parse().ok());
     }
 
     #[test]
@@ -122,6 +146,8 @@ mod tests {
         for (range, address, inside) in table {
             assert_eq!(Cidr::parse(range).unwrap().contains(address.parse().unwrap()), inside, "{range} {address}");
         }
+        assert_eq!(Cidr::parse_network("fd00:0::/64"), Cidr::parse("fd00::/64"));
+        assert_eq!((Cidr::parse_network("10.0.0.1/24"), Cidr::parse_network(" 10.0.0.0/24")), (None, None));
         for bad in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/-1", "x/8", "fd00::/129"] {
             assert_eq!(Cidr::parse(bad), None, "{bad}");
         }
