@@ -96,7 +96,7 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
     let complete = watch::start(&client, &nodes, readiness.task("watches"), &shutdown);
     if config.standalone {
         let settings = ControllerConfig {
-            pod_range: config.pod_cidr.parse().map_err(|error| anyhow::anyhow!("podCidr: {error}"))?,
+            pod_ranges: config.pod_ranges()?,
             registry: Arc::clone(&registry),
             ..ControllerConfig::default()
         };

@@ -5,11 +5,12 @@ use std::{
     path::PathBuf,
 };
 
-use edgemesh_api::names;
+use edgemesh_api::{cidr::Cidr, names};
+use edgemesh_apiserver::{BadServiceRange, ServiceRange};
 use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
 
-use crate::controllers::PodRange;
+use crate::controllers::{BadPodRange, PodRange};
 
 /// All settings. Where a setting is left out, its default holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,8 +28,12 @@ pub struct Config {
     pub link: EndpointConfig,
     /// Range of Service addresses of `standalone`.
     pub service_cidr: String,
+    /// Its range of IPv6 Service addresses; with it Services can be dual-stack.
+    pub service_cidr6: Option<String>,
     /// Range from which `standalone` gives nodes their pod ranges.
     pub pod_cidr: String,
+    /// Range from which it gives them those of IPv6.
+    pub pod_cidr6: Option<String>,
     /// Cluster DNS address of `standalone`; must be in `serviceCidr`.
     pub cluster_dns: Ipv4Addr,
     /// `/metrics`, `/readyz`, `/livez` and debug pages.
@@ -59,7 +64,9 @@ impl Default for Config {
             api: EndpointConfig::on(names::API_PORT),
             link: EndpointConfig::on(names::LINK_PORT),
             service_cidr: names::DEFAULT_SERVICE_CIDR.to_owned(),
+            service_cidr6: None,
             pod_cidr: names::DEFAULT_POD_CIDR.to_owned(),
+            pod_cidr6: None,
             cluster_dns: Ipv4Addr::new(10, 96, 0, 10),
             admin: AdminConfig::on(names::HUB_ADMIN_PORT),
             log: LogConfig::default(),
@@ -125,37 +132,63 @@ impl Validate for Config {
                 }
             }
         }
-        if let Err(error) = self.pod_cidr.parse::<PodRange>() {
-            problems.add("podCidr", error);
+        for (setting, text, is_ipv6) in
+            [("serviceCidr", Some(&self.service_cidr), false), ("serviceCidr6", self.service_cidr6.as_ref(), true)]
+        {
+            check_range(setting, text, is_ipv6, problems, |text| text.parse::<ServiceRange>().map(drop));
         }
-        match parse_range(&self.service_cidr) {
-            Err(problem) => problems.add("serviceCidr", problem),
-            Ok((network, bits)) => {
-                let shift = 32 - u32::from(bits);
-                if u32::from(self.cluster_dns) >> shift != u32::from(network) >> shift {
-                    problems
-                        .add("clusterDns", format!("{} is not in serviceCidr {}", self.cluster_dns, self.service_cidr));
-                }
-            }
+        for (setting, text, is_ipv6) in
+            [("podCidr", Some(&self.pod_cidr), false), ("podCidr6", self.pod_cidr6.as_ref(), true)]
+        {
+            check_range(setting, text, is_ipv6, problems, |text| text.parse::<PodRange>().map(drop));
+        }
+        if self.service_ranges().is_ok_and(|ranges| !ranges.iter().any(|range| range.contains(self.cluster_dns.into())))
+        {
+            problems.add("clusterDns", format!("{} is not in serviceCidr {}", self.cluster_dns, self.service_cidr));
         }
     }
 }
 
-/// An IPv4 range such as `10.96.0.0/16`, of a size that Service ranges have.
-fn parse_range(text: &str) -> Result<(Ipv4Addr, u8), String> {
-    let (address, bits) = text.split_once('/').ok_or_else(|| format!("{text:?} is no range such as 10.96.0.0/16"))?;
-    let address: Ipv4Addr = address.parse().map_err(|_| format!("{address:?} is no IPv4 address"))?;
-    match bits.parse::<u8>() {
-        Ok(bits @ 8..=28) => Ok((address, bits)),
-        _ => Err(format!("the prefix of {text:?} must be from 8 to 28")),
+/// Checks a range by its kind and its family.
+fn check_range<E: std::fmt::Display>(
+    setting: &str,
+    text: Option<&String>,
+    is_ipv6: bool,
+    problems: &mut Problems,
+    check: impl Fn(&str) -> Result<(), E>,
+) {
+    let Some(text) = text else { return };
+    if let Err(error) = check(text) {
+        problems.add(setting, error);
+    } else if Cidr::parse(text).is_some_and(|range| range.network().is_ipv6() != is_ipv6) {
+        problems.add(setting, format!("{text} is no range of {}", if is_ipv6 { "IPv6" } else { "IPv4" }));
     }
 }
 
 impl Config {
+    /// The ranges of Service addresses, that of IPv4 first.
+    ///
+    /// # Errors
+    /// When one can't be used.
+    pub fn service_ranges(&self) -> Result<Vec<ServiceRange>, BadServiceRange> {
+        [Some(&self.service_cidr), self.service_cidr6.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|range| range.parse())
+            .collect()
+    }
+
+    /// The ranges of pod addresses, that of IPv4 first.
+    ///
+    /// # Errors
+    /// When one can't be used.
+    pub fn pod_ranges(&self) -> Result<Vec<PodRange>, BadPodRange> {
+        [Some(&self.pod_cidr), self.pod_cidr6.as_ref()].into_iter().flatten().map(|range| range.parse()).collect()
+    }
+
     /// The address of the API for the hub's own use: the first of `serviceCidr`, as Kubernetes gives it to the Service `kubernetes`.
-    pub fn kubernetes_address(&self) -> Option<Ipv4Addr> {
-        let (network, _) = parse_range(&self.service_cidr).ok()?;
-        Some(Ipv4Addr::from(u32::from(network) + 1))
+    pub fn kubernetes_address(&self) -> Option<IpAddr> {
+        self.service_ranges().ok()?.first()?.nth(1)
     }
 }
 
@@ -168,13 +201,14 @@ mod tests {
         let config = Config {
             data_dir: "relative".into(),
             service_cidr: "10.96.0.0".into(),
+            pod_cidr6: Some("10.245.0.0/16".into()),
             link: EndpointConfig { advertise: vec!["host:10443".into()], ..EndpointConfig::on(1) },
             ..Config::default()
         };
         let mut problems = Problems::default();
         config.validate(&mut problems);
         let all = problems.list().join("\n");
-        for setting in ["dataDir", "serviceCidr", "link.advertise"] {
+        for setting in ["dataDir", "serviceCidr", "podCidr6", "link.advertise"] {
             assert!(all.contains(setting), "{all}");
         }
     }

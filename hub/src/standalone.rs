@@ -1,10 +1,10 @@
 //! `hub --standalone`: the Kubernetes API in this process, and what every cluster has from its first moment.
 
-use std::{net::IpAddr, path::Path, time::Duration};
+use std::{net::IpAddr, ops::RangeInclusive, path::Path, time::Duration};
 
 use anyhow::Context;
 use edgemesh_apiserver::{
-    ClusterRanges, Mode, StoreOptions,
+    Mode, ServiceRanges, StoreOptions,
     auth::{Authenticator, Authorizer},
     kubeconfig::{Credentials, Kubeconfig},
     pki::CertificateAuthority,
@@ -26,7 +26,7 @@ use serde_json::json;
 use crate::{config::Config, custom_resources};
 
 /// Node ports, as in Kubernetes.
-const NODE_PORTS: (u16, u16) = (30_000, 32_767);
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 /// How long the administrator's certificate is valid; each start writes a new one.
 const ADMIN_TTL: Duration = Duration::from_secs(365 * 86_400);
 /// The identity of the hub's own requests, and of the administrator's.
@@ -46,7 +46,7 @@ pub(crate) struct Standalone {
 /// When the folder, the store or the port can't be used.
 pub(crate) async fn bind(config: &Config, authority: &CertificateAuthority) -> anyhow::Result<Standalone> {
     let options = StoreOptions {
-        cluster: Some(ClusterRanges { service_cidr: config.service_cidr.clone(), node_port_range: NODE_PORTS }),
+        services: Some(ServiceRanges { addresses: config.service_ranges()?, node_ports: NODE_PORTS }),
         ..StoreOptions::default()
     };
     let database = config.data_dir.join("state.db");
@@ -57,7 +57,7 @@ pub(crate) async fn bind(config: &Config, authority: &CertificateAuthority) -> a
     for name in ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"] {
         names.push(name.to_owned());
     }
-    addresses.extend(config.kubernetes_address().map(IpAddr::from));
+    addresses.extend(config.kubernetes_address());
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let tls = TlsOptions {
         server: authority.issue_server(&names, &addresses)?,

@@ -30,6 +30,8 @@ pub const DEFAULT_CLUSTER_DOMAIN: &str = "cluster.local";
 pub const DEFAULT_SERVICE_CIDR: &str = "10.96.0.0/16";
 /// Default range from which nodes get their pod ranges.
 pub const DEFAULT_POD_CIDR: &str = "10.244.0.0/16";
+/// Range from which the nodes of a dual-stack cluster get those of IPv6, unless its settings say otherwise.
+pub const DEFAULT_POD_CIDR6: &str = "fd00:10:244::/48";
 /// Default cluster DNS address, the tenth of [`DEFAULT_SERVICE_CIDR`].
 pub const DEFAULT_CLUSTER_DNS: &str = "10.96.0.10";
 

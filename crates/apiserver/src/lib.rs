@@ -17,8 +17,8 @@ pub mod store;
 
 pub use context::{FieldValidation, Identity, RequestContext};
 pub use error::{ApiError, Reason};
+pub use kinds::allocation::{BadServiceRange, ServiceRange, ServiceRanges};
 pub use store::{
-    ClusterRanges, DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Part,
-    Propagation, ReplicaChange, ReplicaVersion, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp,
-    Written,
+    DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Part, Propagation,
+    ReplicaChange, ReplicaVersion, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp, Written,
 };

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 
 use edgemesh_api::{ObjectKey, ResourceName};
 use edgemesh_apiserver::{
-    ApiError, ClusterRanges, DeleteOptions, EventKind, ListOptions, Mode, OutboxEntry, Part, Propagation, Reason,
-    ReplicaChange, RequestContext, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp,
+    ApiError, DeleteOptions, EventKind, ListOptions, Mode, OutboxEntry, Part, Propagation, Reason, ReplicaChange,
+    RequestContext, ServiceRanges, Store, StoreOptions, WatchEvent, WatchOptions, WatchStream, WriteOp,
 };
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -37,8 +37,13 @@ fn key(plural: &str, name: &str) -> ObjectKey {
 }
 
 async fn open(folder: &tempfile::TempDir) -> Store {
-    let cluster = Some(ClusterRanges { service_cidr: "10.96.0.0/16".to_owned(), node_port_range: (30000, 32767) });
-    let options = StoreOptions { cluster, ..StoreOptions::default() };
+    open_with(folder, &["10.96.0.0/16"]).await
+}
+
+async fn open_with(folder: &tempfile::TempDir, ranges: &[&str]) -> Store {
+    let addresses = ranges.iter().map(|range| range.parse().unwrap()).collect();
+    let services = Some(ServiceRanges { addresses, node_ports: 30000..=32767 });
+    let options = StoreOptions { services, ..StoreOptions::default() };
     Store::open(&folder.path().join("state.db"), Mode::Authoritative, options).await.unwrap()
 }
 
@@ -124,6 +129,35 @@ async fn services_get_addresses_that_are_not_given_twice() {
         "spec": {"clusterIP": wanted, "ports": [{"port": 80}]}});
     let error = store.create(&core("services"), "default", service, &system()).await.unwrap_err();
     assert!(error.message.contains("provided IP is already allocated"), "{error}");
+}
+
+#[tokio::test]
+async fn a_service_that_is_dual_stack_no_more_gives_its_second_address_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open_with(&folder, &["10.96.0.0/16", "fd00:10:96::/126"]).await;
+    let dual = |name: &str| {
+        let spec = json!({"ipFamilyPolicy": "RequireDualStack", "ports": [{"port": 80}]});
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec})
+    };
+    // The range has two addresses.
+    for name in ["a", "b"] {
+        let made = store.create(&core("services"), "default", dual(name), &system()).await.unwrap();
+        assert_eq!(made["spec"]["clusterIPs"].as_array().unwrap().len(), 2, "{made}");
+    }
+    let error = store.create(&core("services"), "default", dual("c"), &system()).await.unwrap_err();
+    assert!(error.message.contains("spec.clusterIPs[1]") && error.message.contains("range is full"), "{error}");
+    let key = key("services", "a");
+    let before = store.get(&key).await.unwrap();
+    let to_single = |_: &_, now: &std::sync::Arc<Value>| {
+        let mut service = (**now).clone();
+        service["spec"]["ipFamilyPolicy"] = json!("SingleStack");
+        Ok(service)
+    };
+    let single = store.modify(&key, Part::Main, &system(), to_single).await.unwrap().object;
+    assert_eq!(single["spec"]["clusterIPs"], json!([before["spec"]["clusterIP"]]));
+    assert_eq!(single["spec"]["ipFamilies"], json!(["IPv4"]));
+    let third = store.create(&core("services"), "default", dual("c"), &system()).await.unwrap();
+    assert_eq!(third["spec"]["clusterIPs"][1], before["spec"]["clusterIPs"][1]);
 }
 
 #[tokio::test]

@@ -51,8 +51,8 @@ pub use node_ipam::{BadPodRange, PodRange};
 /// What the controllers need to know beyond the API.
 #[derive(Debug, Clone)]
 pub struct ControllerConfig {
-    /// The range of which each Node gets a /24 for its pods.
-    pub pod_range: PodRange,
+    /// The ranges of which each Node gets a block for its pods: a /24, of IPv6 a /64.
+    pub pod_ranges: Vec<PodRange>,
     /// How long a Node's Lease may go without renewal before its conditions become Unknown. Kubernetes' default is 40 s.
     pub node_grace: Duration,
     /// How long a pod of a Node that doesn't exist is kept before it is removed.
@@ -64,7 +64,7 @@ pub struct ControllerConfig {
 impl Default for ControllerConfig {
     fn default() -> Self {
         Self {
-            pod_range: DEFAULT_POD_CIDR.parse().unwrap_or(PodRange::FALLBACK),
+            pod_ranges: DEFAULT_POD_CIDR.parse().into_iter().collect(),
             node_grace: Duration::from_secs(40),
             orphan_grace: Duration::from_secs(20),
             registry: Arc::default(),

@@ -1,14 +1,14 @@
-//! Pod ranges for Nodes: each new Node gets a /24 of the cluster's pod range, for as long as it exists.
+//! Pod ranges for Nodes: each new Node gets a block of each of the cluster's pod ranges, for as long as it exists.
 
 use std::{
     collections::{BTreeSet, HashMap},
     fmt,
-    net::Ipv4Addr,
     str::FromStr,
     sync::Arc,
     time::Duration,
 };
 
+use edgemesh_api::cidr::Cidr;
 use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, ResourceExt,
@@ -26,72 +26,56 @@ use super::{
 };
 
 const CONTROLLER: &str = "node-ipam";
-/// Prefix length of a node's range (Kubernetes' default for IPv4).
+/// Prefix length of a node's range of IPv4 (Kubernetes' default, as the other).
 const NODE_PREFIX: u8 = 24;
+/// The same for IPv6.
+const NODE_PREFIX6: u8 = 64;
 /// How often a Node is tried again when the range is exhausted.
 const EXHAUSTED_RETRY: Duration = Duration::from_secs(30);
 
-/// An IPv4 range of which nodes get /24 blocks.
+/// A range of which nodes get blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PodRange {
-    base: u32,
-    prefix: u8,
-}
+pub struct PodRange(Cidr);
 
 /// A pod range that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no IPv4 range for pods: write an address and a prefix from /8 to /24, for example 10.244.0.0/16")]
+#[error(
+    "{0:?} is no range for pods: write an address and a prefix, for example 10.244.0.0/16 (IPv4: /8 to /24) or fd00:10:244::/48 (IPv6: /40 to /64)"
+)]
 pub struct BadPodRange(String);
 
 impl PodRange {
-    /// 10.244.0.0/16, as most clusters have it.
-    pub const FALLBACK: Self = Self { base: 0x0af4_0000, prefix: 16 };
+    /// Prefix length of a node's block.
+    fn node_prefix(self) -> u8 {
+        if self.0.network().is_ipv4() { NODE_PREFIX } else { NODE_PREFIX6 }
+    }
 
-    fn blocks(self) -> impl Iterator<Item = String> {
-        let count = 1_u32 << (NODE_PREFIX - self.prefix);
-        (0..count).map(move |number| {
-            let base = self.base + (number << (32 - NODE_PREFIX));
-            format!("{}/{NODE_PREFIX}", Ipv4Addr::from(base))
-        })
+    fn blocks(self) -> impl Iterator<Item = Cidr> {
+        let prefix = self.node_prefix();
+        let size = if self.0.network().is_ipv4() { 32 - prefix } else { 128 - prefix };
+        let count = 1_u128 << (prefix - self.0.prefix());
+        (0..count).filter_map(move |number| Cidr::new(self.0.nth(number << size)?, prefix))
     }
 
     /// The first free block; `taken` may contain ranges of any size.
-    fn first_free(self, taken: &BTreeSet<String>) -> Option<String> {
-        let spans: Vec<(u32, u32)> = taken.iter().filter_map(|range| span(range)).collect();
-        self.blocks().find(|block| {
-            let Some((first, last)) = span(block) else { return false };
-            spans.iter().all(|(low, high)| last < *low || first > *high)
-        })
+    fn first_free(self, taken: &BTreeSet<Cidr>) -> Option<Cidr> {
+        self.blocks().find(|block| taken.iter().all(|range| !range.overlaps(block)))
     }
-}
-
-/// First and last address of an IPv4 range.
-fn span(range: &str) -> Option<(u32, u32)> {
-    let (address, prefix) = range.split_once('/')?;
-    let address = u32::from(address.parse::<Ipv4Addr>().ok()?);
-    let prefix: u32 = prefix.parse().ok().filter(|prefix| *prefix <= 32)?;
-    let mask = u32::MAX.checked_shl(32 - prefix).unwrap_or(0);
-    Some((address & mask, address | !mask))
 }
 
 impl FromStr for PodRange {
     type Err = BadPodRange;
 
     fn from_str(text: &str) -> Result<Self, BadPodRange> {
-        let bad = || BadPodRange(text.to_owned());
-        let (address, prefix) = text.split_once('/').ok_or_else(bad)?;
-        let base = u32::from(address.parse::<Ipv4Addr>().map_err(|_| bad())?);
-        let prefix: u8 = prefix.parse().map_err(|_| bad())?;
-        if !(8..=NODE_PREFIX).contains(&prefix) || span(text).is_none_or(|(first, _)| first != base) {
-            return Err(bad());
-        }
-        Ok(Self { base, prefix })
+        let range = Cidr::parse_network(text).ok_or_else(|| BadPodRange(text.to_owned()))?;
+        let prefixes = if range.network().is_ipv4() { 8..=NODE_PREFIX } else { 40..=NODE_PREFIX6 };
+        if prefixes.contains(&range.prefix()) { Ok(Self(range)) } else { Err(BadPodRange(text.to_owned())) }
     }
 }
 
 impl fmt::Display for PodRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", Ipv4Addr::from(self.base), self.prefix)
+        self.0.fmt(f)
     }
 }
 
@@ -109,7 +93,7 @@ pub(crate) fn start(context: &Arc<Context>) -> Vec<JoinHandle<()>> {
     };
     let shared = Arc::clone(context);
     // What this process gave out, by node uid: the cache may not show it yet.
-    let given: Arc<Mutex<HashMap<String, String>>> = Arc::default();
+    let given: Arc<Mutex<HashMap<String, Vec<Cidr>>>> = Arc::default();
     let reconcile = move |name: Name| {
         let (context, given) = (Arc::clone(&shared), Arc::clone(&given));
         async move { reconcile(&context, &given, &name).await }
@@ -118,40 +102,45 @@ pub(crate) fn start(context: &Arc<Context>) -> Vec<JoinHandle<()>> {
     vec![worker::run(context, CONTROLLER, queue, 1, synced, reconcile)]
 }
 
-fn ranges(node: &Node) -> BTreeSet<String> {
+fn ranges(node: &Node) -> BTreeSet<Cidr> {
     let spec = node.spec.as_ref();
     let listed = spec.and_then(|spec| spec.pod_cidrs.clone()).unwrap_or_default();
-    listed.into_iter().chain(spec.and_then(|spec| spec.pod_cidr.clone())).filter(|range| !range.is_empty()).collect()
+    listed.iter().chain(spec.and_then(|spec| spec.pod_cidr.as_ref())).filter_map(|range| Cidr::parse(range)).collect()
 }
 
-async fn reconcile(context: &Context, given: &Mutex<HashMap<String, String>>, name: &Name) -> Result<Next, Failure> {
+async fn reconcile(context: &Context, given: &Mutex<HashMap<String, Vec<Cidr>>>, name: &Name) -> Result<Next, Failure> {
     let Some(node) = context.nodes.get(name).filter(|node| ranges(node).is_empty()) else {
         return Ok(Next::OnChange);
     };
     let nodes = context.nodes.all();
     let uid = node.uid().unwrap_or_default();
-    let block = {
+    let blocks = {
         let mut given = given.lock();
         given.retain(|uid, _| nodes.iter().any(|node| node.uid().as_ref() == Some(uid)));
-        let taken = nodes.iter().flat_map(|node| ranges(node)).chain(given.values().cloned()).collect();
-        given.get(&uid).cloned().or_else(|| context.config.pod_range.first_free(&taken))
+        let taken = nodes.iter().flat_map(|node| ranges(node)).chain(given.values().flatten().copied()).collect();
+        let free = |range: &PodRange| range.first_free(&taken).ok_or(*range);
+        given.get(&uid).cloned().map_or_else(|| context.config.pod_ranges.iter().map(free).collect(), Ok)
     };
-    let Some(block) = block else {
-        let message = format!("every /{NODE_PREFIX} of {} is in use", context.config.pod_range);
-        tracing::warn!(node = %name, "{message}");
-        context.recorder.warning(CONTROLLER, &*node, "CIDRNotAvailable", message);
-        return Ok(Next::After(EXHAUSTED_RETRY));
+    let blocks: Vec<Cidr> = match blocks {
+        Ok(blocks) => blocks,
+        Err(full) => {
+            let message = format!("every /{} of {full} is in use", full.node_prefix());
+            tracing::warn!(node = %name, "{message}");
+            context.recorder.warning(CONTROLLER, &*node, "CIDRNotAvailable", message);
+            return Ok(Next::After(EXHAUSTED_RETRY));
+        }
     };
-    given.lock().insert(uid.clone(), block.clone());
+    given.lock().insert(uid.clone(), blocks.clone());
     let patch = json!({
         "metadata": {"uid": uid, "resourceVersion": node.metadata.resource_version},
-        "spec": {"podCIDR": block, "podCIDRs": [block]},
+        "spec": {"podCIDR": blocks.first(), "podCIDRs": blocks},
     });
     let api: Api<Node> = Api::all(context.client.clone());
     let patched = ignore_not_found(api.patch(&name.name, &PatchParams::default(), &Patch::Merge(&patch)).await)
         .map_err(Failure::api("give a Node its pod range"))?;
     if let Some(patched) = patched {
-        tracing::info!(node = %name, range = block, "pod range given");
+        let ranges: Vec<_> = blocks.iter().map(ToString::to_string).collect();
+        tracing::info!(node = %name, ranges = ranges.join(", "), "pod ranges given");
         context.nodes.wrote(patched);
     }
     Ok(Next::OnChange)
@@ -161,31 +150,38 @@ async fn reconcile(context: &Context, given: &Mutex<HashMap<String, String>>, na
 mod tests {
     use super::*;
 
+    fn cidr(text: &str) -> Cidr {
+        Cidr::parse(text).unwrap()
+    }
+
     #[test]
     fn nodes_get_different_blocks_and_a_freed_one_is_used_again() {
-        let range: PodRange = "10.244.0.0/16".parse().unwrap();
-        let mut taken = BTreeSet::new();
-        for _ in 0..3 {
-            let block = range.first_free(&taken).unwrap();
-            assert!(taken.insert(block));
+        for (range, blocks) in [
+            ("10.244.0.0/16", ["10.244.0.0/24", "10.244.1.0/24", "10.244.2.0/24"]),
+            ("fd00:10:244::/48", ["fd00:10:244::/64", "fd00:10:244:1::/64", "fd00:10:244:2::/64"]),
+        ] {
+            let range: PodRange = range.parse().unwrap();
+            let mut taken = BTreeSet::new();
+            for block in blocks {
+                assert_eq!(range.first_free(&taken), Some(cidr(block)));
+                taken.insert(cidr(block));
+            }
+            taken.remove(&cidr(blocks[1]));
+            assert_eq!(range.first_free(&taken), Some(cidr(blocks[1])));
         }
-        assert_eq!(taken.iter().next_back().map(String::as_str), Some("10.244.2.0/24"));
-        taken.remove("10.244.1.0/24");
-        assert_eq!(range.first_free(&taken).as_deref(), Some("10.244.1.0/24"));
     }
 
     #[test]
     fn a_range_given_by_hand_is_stepped_over_whatever_its_size() {
         let range: PodRange = "10.0.0.0/22".parse().unwrap();
-        let taken = BTreeSet::from(["10.0.0.0/23".to_owned(), "10.0.2.128/25".to_owned()]);
-        assert_eq!(range.first_free(&taken).as_deref(), Some("10.0.3.0/24"));
-        let full = BTreeSet::from(["10.0.0.0/8".to_owned()]);
-        assert_eq!(range.first_free(&full), None);
+        let taken = BTreeSet::from(["10.0.0.0/23", "10.0.2.128/25", "fd00::/16"].map(cidr));
+        assert_eq!(range.first_free(&taken), Some(cidr("10.0.3.0/24")));
+        assert_eq!(range.first_free(&BTreeSet::from([cidr("10.0.0.0/8")])), None);
     }
 
     #[test]
     fn a_range_that_no_node_fits_in_is_refused() {
-        for bad in ["10.0.0.0", "10.0.0.0/25", "10.0.0.1/16", "fd00::/64", "x/16", "10.0.0.0/4"] {
+        for bad in ["10.0.0.0", "10.0.0.0/25", "10.0.0.1/16", "fd00::/65", "x/16", "10.0.0.0/4", "fd00::/16"] {
             assert!(bad.parse::<PodRange>().is_err(), "{bad}");
         }
     }

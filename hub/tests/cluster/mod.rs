@@ -10,7 +10,7 @@ use std::{
 };
 
 use edgemesh_apiserver::{
-    ClusterRanges, Identity, Mode, Store, StoreOptions,
+    Identity, Mode, ServiceRanges, Store, StoreOptions,
     auth::{Authenticator, Authorizer},
     server::{Server, ServerOptions},
 };
@@ -197,8 +197,8 @@ impl Cluster {
 
 /// Opens the store and serves the API; returns where.
 async fn serve(folder: &Path, address: SocketAddr, shutdown: &Shutdown) -> SocketAddr {
-    let ranges = ClusterRanges { service_cidr: "10.96.0.0/16".to_owned(), node_port_range: (30_000, 32_767) };
-    let options = StoreOptions { cluster: Some(ranges), ..StoreOptions::default() };
+    let ranges = ServiceRanges { addresses: vec!["10.96.0.0/16".parse().unwrap()], node_ports: 30_000..=32_767 };
+    let options = StoreOptions { services: Some(ranges), ..StoreOptions::default() };
     let store = Store::open(&folder.join("state.db"), Mode::Authoritative, options).await.unwrap();
     let admin = Identity { name: "admin".to_owned(), groups: vec!["system:masters".to_owned()] };
     let options = ServerOptions {

@@ -5,57 +5,89 @@
 //! ("Service ClusterIP allocation"): that leaves the API server's and the DNS server's addresses to those who name them.
 
 use std::collections::{HashMap, HashSet, hash_map::Entry};
+use std::fmt;
 use std::hash::Hash;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::str::FromStr;
 
+use edgemesh_api::cidr::Cidr;
 use serde_json::{Value, json};
 
 use super::field_error::{Errors, FieldError};
-use super::service::{has_cluster_ip, has_node_ports, is_headless, needs_health_check};
+use super::service::{families, has_cluster_ip, has_node_ports, is_headless, needs_health_check};
 use super::tables::text;
+
+/// A range of Service addresses, such as `10.96.0.0/16` or `fd00:10:96::/112`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServiceRange(Cidr);
+
+/// A range that Service addresses can't be taken from.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is no range for Services: write an address and a prefix, for example 10.96.0.0/16 (IPv4: /8 to /30) or fd00:10:96::/112 (IPv6: /96 to /126)"
+)]
+pub struct BadServiceRange(String);
+
+impl ServiceRange {
+    /// How many addresses can be given out: all but the network's own and the last one, IPv4's broadcast address.
+    fn size(self) -> u32 {
+        u32::MAX.checked_shr(32 - u32::from(self.0.host_bits())).unwrap_or(0) - 1
+    }
+
+    /// The address so far behind the network's own.
+    pub fn nth(self, offset: u32) -> Option<IpAddr> {
+        self.0.nth(offset.into())
+    }
+
+    /// Whether a Service can have the address.
+    pub fn contains(self, address: IpAddr) -> bool {
+        self.0.contains(address) && address != self.0.network() && address != self.0.last()
+    }
+
+    /// How many of the first addresses are kept for those who name them.
+    fn static_band(self) -> u32 {
+        if self.size() <= 16 { 0 } else { (self.size() / 16).clamp(16, 256) }
+    }
+
+    pub(super) fn family(self) -> &'static str {
+        families::of(self.0.network())
+    }
+}
+
+impl FromStr for ServiceRange {
+    type Err = BadServiceRange;
+
+    fn from_str(text: &str) -> Result<Self, BadServiceRange> {
+        let range = Cidr::parse_network(text).ok_or_else(|| BadServiceRange(text.to_owned()))?;
+        let prefixes = if range.network().is_ipv4() { 8..=30 } else { 96..=126 };
+        if prefixes.contains(&range.prefix()) { Ok(Self(range)) } else { Err(BadServiceRange(text.to_owned())) }
+    }
+}
+
+impl fmt::Display for ServiceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// From where Services get addresses and node ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceRanges {
-    network: u32,
-    prefix: u8,
-    node_ports: RangeInclusive<u16>,
+    /// Their addresses. The family of the first range is that of Services which don't name one; with a second range, of the
+    /// other family, Services can be dual-stack.
+    pub addresses: Vec<ServiceRange>,
+    /// Their node ports, usually 30000 to 32767 (`--service-node-port-range`).
+    pub node_ports: RangeInclusive<u16>,
 }
 
 impl ServiceRanges {
-    /// The usual node ports (`--service-node-port-range`).
-    pub const DEFAULT_NODE_PORTS: RangeInclusive<u16> = 30000..=32767;
-
-    /// Ranges from an IPv4 range such as `10.96.0.0/16` and node ports.
-    ///
-    /// # Errors
-    /// A sentence that says what is wrong with the address range.
-    pub fn new(service_cidr: &str, node_ports: RangeInclusive<u16>) -> Result<Self, String> {
-        let bad = || format!("{service_cidr:?} is not an IPv4 address range such as 10.96.0.0/16");
-        let (address, prefix) = service_cidr.split_once('/').ok_or_else(bad)?;
-        let address: Ipv4Addr = address.parse().map_err(|_| bad())?;
-        let prefix: u8 = prefix.parse().map_err(|_| bad())?;
-        if !(8..=30).contains(&prefix) {
-            return Err(format!("the service range {service_cidr} must have a prefix length from 8 to 30"));
-        }
-        let network = u32::from(address) & (u32::MAX << (32 - prefix));
-        Ok(Self { network, prefix, node_ports })
+    fn families(&self) -> Vec<&'static str> {
+        self.addresses.iter().map(|range| range.family()).collect()
     }
 
-    /// How many addresses can be given out: all but the network's own and the broadcast address.
-    fn size(&self) -> u32 {
-        (1_u32 << (32 - self.prefix)) - 2
-    }
-
-    fn contains(&self, address: Ipv4Addr) -> bool {
-        let offset = u32::from(address).wrapping_sub(self.network);
-        (1..=self.size()).contains(&offset)
-    }
-
-    /// How many of the first addresses are kept for those who name them.
-    fn static_band(&self) -> u32 {
-        if self.size() <= 16 { 0 } else { (self.size() / 16).clamp(16, 256) }
+    fn of(&self, family: &str) -> Option<ServiceRange> {
+        self.addresses.iter().copied().find(|range| range.family() == family)
     }
 }
 
@@ -63,7 +95,7 @@ impl ServiceRanges {
 /// every write would read all the others.
 #[derive(Debug, Clone, Default)]
 pub struct Allocations {
-    addresses: HashMap<Ipv4Addr, i64>,
+    addresses: HashMap<IpAddr, i64>,
     node_ports: HashMap<u16, i64>,
 }
 
@@ -81,7 +113,7 @@ impl Allocations {
     fn count(&mut self, service: &Value, by: i64) {
         let spec = &service["spec"];
         let addresses = spec["clusterIPs"].as_array().into_iter().flatten().chain([&spec["clusterIP"]]);
-        let addresses: HashSet<Ipv4Addr> = addresses.filter_map(|address| text(address).parse().ok()).collect();
+        let addresses: HashSet<IpAddr> = addresses.filter_map(|address| text(address).parse().ok()).collect();
         let ports = spec["ports"].as_array().into_iter().flatten().map(|port| &port["nodePort"]);
         let ports = ports.chain([&spec["healthCheckNodePort"]]).filter_map(|port| u16::try_from(port.as_i64()?).ok());
         let ports: HashSet<u16> = ports.filter(|port| *port != 0).collect();
@@ -122,7 +154,7 @@ impl<'a> Taken<'a> {
         self.changes.remove(service);
     }
 
-    fn has_address(&self, address: Ipv4Addr) -> bool {
+    fn has_address(&self, address: IpAddr) -> bool {
         let of = |allocations: &Allocations| allocations.addresses.get(&address).copied().unwrap_or_default();
         of(self.all) + of(&self.changes) > 0
     }
@@ -133,23 +165,25 @@ impl<'a> Taken<'a> {
     }
 }
 
-/// Gives a defaulted Service the address and the node ports that its type has and that it doesn't have yet. `seed` decides
-/// where the search for free ones starts: pass a random number, so that a deleted Service's address isn't reused at once.
+/// Gives a defaulted Service the address families, addresses and node ports that its type has and that it doesn't have yet.
+/// `old` is the Service before an update. `seed` decides where the search for free ones starts: pass a random number, so that a
+/// deleted Service's address isn't reused at once.
 ///
 /// # Errors
 /// The fields that can't be had: out of range, taken, or nothing is free.
 pub fn allocate(
     ranges: &ServiceRanges,
     taken: &Taken<'_>,
+    old: Option<&Value>,
     service: &mut Value,
     seed: u64,
 ) -> Result<(), Vec<FieldError>> {
     let mut errors = Errors::default();
     let spec = &mut service["spec"];
     if has_cluster_ip(spec) {
-        families(spec, &mut errors);
+        families::settle(&ranges.families(), old.map(|old| &old["spec"]), spec, &mut errors);
         if !is_headless(spec) && errors.0.is_empty() {
-            allocate_address(ranges, taken, spec, seed, &mut errors);
+            allocate_addresses(ranges, taken, spec, seed, &mut errors);
         }
     }
     if has_node_ports(spec) {
@@ -161,58 +195,49 @@ pub fn allocate(
     if errors.0.is_empty() { Ok(()) } else { Err(errors.0) }
 }
 
-/// Clusters here have IPv4 service addresses only.
-fn families(spec: &Value, errors: &mut Errors) {
-    if spec["ipFamilyPolicy"] == json!("RequireDualStack") {
-        errors.invalid(
-            "spec.ipFamilyPolicy",
-            "RequireDualStack",
-            "this cluster is not configured for dual-stack services",
-        );
-    }
-    for (i, family) in spec["ipFamilies"].as_array().into_iter().flatten().enumerate() {
-        if family == &json!("IPv6") {
-            errors.invalid(format!("spec.ipFamilies[{i}]"), "IPv6", "not configured on this cluster");
+/// One address for each of the Service's families, in their order.
+fn allocate_addresses(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
+    let texts = |list: &Value| -> Vec<String> {
+        list.as_array().into_iter().flatten().map(|item| text(item).to_owned()).collect()
+    };
+    let mut addresses = texts(&spec["clusterIPs"]);
+    for (i, family) in texts(&spec["ipFamilies"]).iter().enumerate() {
+        // What isn't configured was refused before.
+        let Some(range) = ranges.of(family) else { continue };
+        let field = if i == 0 { "spec.clusterIP".to_owned() } else { format!("spec.clusterIPs[{i}]") };
+        let wanted = addresses.get(i).cloned().unwrap_or_default();
+        if wanted.is_empty() {
+            match free_address(range, taken, seed) {
+                Some(address) if i < addresses.len() => addresses[i] = address.to_string(),
+                Some(address) => addresses.push(address.to_string()),
+                None => errors.invalid(field, "", "failed to allocate an IP: range is full"),
+            }
+            continue;
         }
+        // Validation says what isn't an address.
+        let Ok(address) = wanted.parse::<IpAddr>() else { continue };
+        if !range.contains(address) {
+            let problem = format!("provided IP is not in the valid range. The range of valid IPs is {range}");
+            errors.invalid(field, wanted, problem);
+        } else if taken.has_address(address) {
+            errors.invalid(field, wanted, "provided IP is already allocated");
+        }
+    }
+    if let Some(first) = addresses.first() {
+        spec["clusterIP"] = json!(first);
+        spec["clusterIPs"] = json!(addresses);
     }
 }
 
-fn allocate_address(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
-    let wanted = text(&spec["clusterIP"]);
-    if !wanted.is_empty() {
-        match wanted.parse::<IpAddr>() {
-            Ok(IpAddr::V4(address)) if ranges.contains(address) => {
-                if taken.has_address(address) {
-                    errors.invalid("spec.clusterIP", wanted, "provided IP is already allocated");
-                }
-            }
-            Ok(_) => {
-                let range = format!("{}/{}", Ipv4Addr::from(ranges.network), ranges.prefix);
-                errors.invalid(
-                    "spec.clusterIP",
-                    wanted,
-                    format!("provided IP is not in the valid range. The range of valid IPs is {range}"),
-                );
-            }
-            // Validation says so already.
-            Err(_) => {}
-        }
-        return;
-    }
-    let (size, band) = (ranges.size(), ranges.static_band());
+fn free_address(range: ServiceRange, taken: &Taken<'_>, seed: u64) -> Option<IpAddr> {
+    let (size, band) = (range.size(), range.static_band());
     let free = |first: u32, count: u32| {
-        let start = u32::try_from(seed % u64::from(count.max(1))).unwrap_or(0);
+        let start = seed % u64::from(count.max(1));
         (0..count)
-            .map(|i| Ipv4Addr::from(ranges.network + first + (start + i) % count))
+            .filter_map(|i| range.nth(first + u32::try_from((start + u64::from(i)) % u64::from(count)).ok()?))
             .find(|address| !taken.has_address(*address))
     };
-    match free(1 + band, size - band).or_else(|| free(1, band)) {
-        Some(address) => {
-            spec["clusterIP"] = json!(address.to_string());
-            spec["clusterIPs"] = json!([address.to_string()]);
-        }
-        None => errors.invalid("spec.clusterIP", "", "failed to allocate an IP: range is full"),
-    }
+    free(1 + band, size - band).or_else(|| free(1, band))
 }
 
 fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
@@ -321,8 +346,9 @@ mod tests {
         }
     }
 
-    fn ranges(cidr: &str) -> ServiceRanges {
-        ServiceRanges::new(cidr, 30000..=30003).unwrap()
+    fn ranges(addresses: &[&str]) -> ServiceRanges {
+        let addresses = addresses.iter().map(|range| range.parse().unwrap()).collect();
+        ServiceRanges { addresses, node_ports: 30000..=30003 }
     }
 
     fn service(spec: Value) -> Value {
@@ -337,7 +363,7 @@ mod tests {
 
     fn allocated(taken: &Allocations, spec: Value, seed: u64) -> Result<Value, Vec<String>> {
         let mut object = service(spec);
-        allocate(&ranges("10.96.0.0/16"), &Taken::by(taken), &mut object, seed)
+        allocate(&ranges(&["10.96.0.0/16"]), &Taken::by(taken), None, &mut object, seed)
             .map(|()| object["spec"].take())
             .map_err(|e| e.iter().map(ToString::to_string).collect())
     }
@@ -356,18 +382,18 @@ mod tests {
 
     #[test]
     fn a_small_range_is_used_to_its_last_address() {
-        let ranges = ranges("10.0.0.0/29");
+        let ranges = ranges(&["10.0.0.0/29"]);
         let none = Allocations::default();
         let mut taken = Taken::by(&none);
         let mut got = HashSet::new();
         for _ in 0..6 {
             let mut object = service(json!({"type": "ClusterIP"}));
-            allocate(&ranges, &taken, &mut object, 5).unwrap();
+            allocate(&ranges, &taken, None, &mut object, 5).unwrap();
             taken.add(&object);
             got.insert(object["spec"]["clusterIP"].as_str().unwrap().to_owned());
         }
         assert_eq!(got.len(), 6);
-        let error = allocate(&ranges, &taken, &mut service(json!({"type": "ClusterIP"})), 5).unwrap_err();
+        let error = allocate(&ranges, &taken, None, &mut service(json!({"type": "ClusterIP"})), 5).unwrap_err();
         assert_eq!(
             error[0].to_string(),
             "spec.clusterIP: Invalid value: \"\": failed to allocate an IP: range is full"
@@ -381,7 +407,7 @@ mod tests {
             allocated(&taken, json!({"type": "ClusterIP", "clusterIP": "10.96.0.1"}), 0).unwrap_err(),
             ["spec.clusterIP: Invalid value: \"10.96.0.1\": provided IP is already allocated"]
         );
-        for outside in ["192.168.0.1", "10.96.0.0", "10.96.255.255", "fd00::1"] {
+        for outside in ["192.168.0.1", "10.96.0.0", "10.96.255.255"] {
             let error = allocated(&taken, json!({"type": "ClusterIP", "clusterIP": outside}), 0).unwrap_err();
             assert!(error[0].contains("not in the valid range. The range of valid IPs is 10.96.0.0/16"), "{error:?}");
         }
@@ -389,11 +415,57 @@ mod tests {
 
     #[test]
     fn headless_and_external_names_have_no_address() {
-        for spec in
-            [json!({"type": "ClusterIP", "clusterIP": "None"}), json!({"type": "ExternalName", "externalName": "a"})]
-        {
-            assert_eq!(allocated(&Allocations::default(), spec.clone(), 0), Ok(spec));
+        let headless = json!({"type": "ClusterIP", "clusterIP": "None", "clusterIPs": ["None"]});
+        let given = allocated(&Allocations::default(), headless, 0).unwrap();
+        assert_eq!((&given["clusterIP"], &given["clusterIPs"]), (&json!("None"), &json!(["None"])));
+        let external = json!({"type": "ExternalName", "externalName": "a"});
+        assert_eq!(allocated(&Allocations::default(), external.clone(), 0), Ok(external));
+    }
+
+    #[test]
+    fn a_dual_stack_service_gets_an_address_of_each_family_in_the_order_that_it_names() {
+        let ranges = ranges(&["10.96.0.0/16", "fd00:10:96::/112"]);
+        let mut all = Allocations::default();
+        let mut given = |families: &[&str]| {
+            let spec = json!({"type": "ClusterIP", "ipFamilyPolicy": "PreferDualStack", "ipFamilies": families});
+            let mut object = service(spec);
+            allocate(&ranges, &Taken::by(&all), None, &mut object, 0).unwrap();
+            all.add(&object);
+            object["spec"].take()
+        };
+        assert_eq!(given(&[])["clusterIPs"], json!(["10.96.1.1", "fd00:10:96::101"]));
+        let spec = given(&["IPv6", "IPv4"]);
+        assert_eq!(
+            (&spec["clusterIP"], &spec["clusterIPs"]),
+            (&json!("fd00:10:96::102"), &json!(["fd00:10:96::102", "10.96.1.2"]))
+        );
+        let taken = Taken::by(&all);
+        for (wanted, problem) in [
+            (
+                "fd00:10:96::101",
+                "spec.clusterIPs[1]: Invalid value: \"fd00:10:96::101\": provided IP is already allocated",
+            ),
+            (
+                "fd00::1",
+                "spec.clusterIPs[1]: Invalid value: \"fd00::1\": provided IP is not in the valid range. The range of valid IPs is fd00:10:96::/112",
+            ),
+        ] {
+            let spec = json!({"type": "ClusterIP", "ipFamilyPolicy": "RequireDualStack", "clusterIP": "10.96.0.9",
+                "clusterIPs": ["10.96.0.9", wanted]});
+            let errors = allocate(&ranges, &taken, None, &mut service(spec), 0).unwrap_err();
+            assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), [problem]);
         }
+    }
+
+    #[test]
+    fn a_range_that_no_service_fits_in_is_refused() {
+        for bad in ["10.96.0.0", "10.96.0.1/16", "10.0.0.0/31", "0.0.0.0/7", "fd00::/64", "fd00::/127", "x/16"] {
+            assert!(bad.parse::<ServiceRange>().is_err(), "{bad}");
+        }
+        let smallest: ServiceRange = "10.0.0.0/30".parse().unwrap();
+        assert_eq!((smallest.size(), smallest.static_band()), (2, 0));
+        let largest: ServiceRange = "fd00::/96".parse().unwrap();
+        assert_eq!(largest.nth(largest.size()), "fd00::ffff:fffe".parse().ok());
     }
 
     #[test]
@@ -424,9 +496,9 @@ mod tests {
         let mut all = Allocations::default();
         all.add(&one);
         let mut taken = Taken::by(&all);
-        assert!(taken.has_address(Ipv4Addr::new(10, 96, 0, 9)) && taken.has_port(30001));
+        assert!(taken.has_address([10, 96, 0, 9].into()) && taken.has_port(30001));
         taken.remove(&one);
-        assert!(!taken.has_address(Ipv4Addr::new(10, 96, 0, 9)) && !taken.has_port(30001));
+        assert!(!taken.has_address([10, 96, 0, 9].into()) && !taken.has_port(30001));
         all.add(&one);
         all.remove(&one);
         assert!(Taken::by(&all).has_port(30001));

@@ -1,5 +1,7 @@
 //! Services: defaults, what an update keeps, validation and the table row. Addresses and node ports: [`super::allocation`].
 
+pub(crate) mod families;
+
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
@@ -108,8 +110,6 @@ fn default(object: &mut Value) {
     }
     if has_cluster_ip(spec) {
         set(spec, "internalTrafficPolicy", json!("Cluster"));
-        set(spec, "ipFamilyPolicy", json!("SingleStack"));
-        set(spec, "ipFamilies", json!(["IPv4"]));
         match (text(&spec["clusterIP"]).to_owned(), text(&spec["clusterIPs"][0]).to_owned()) {
             (one, many) if !one.is_empty() && many.is_empty() => spec["clusterIPs"] = json!([one]),
             (one, many) if one.is_empty() && !many.is_empty() => spec["clusterIP"] = json!(many),
@@ -190,7 +190,8 @@ fn prepare_update(old: &Value, new: &mut Value) {
 
 /// Who writes one of the two forms of the address means both; who writes neither keeps the old one.
 fn keep_cluster_ips(before: &Value, after: &mut Value) {
-    if text(&after["clusterIP"]).is_empty() && text(&after["clusterIPs"][0]).is_empty() {
+    let known = !text(&after["clusterIP"]).is_empty() && after["clusterIP"] == before["clusterIP"];
+    if text(&after["clusterIPs"][0]).is_empty() && (known || text(&after["clusterIP"]).is_empty()) {
         for field in ["clusterIP", "clusterIPs"] {
             if !before[field].is_null() {
                 after[field] = before[field].clone();
@@ -302,11 +303,19 @@ fn cluster_ips(spec: &Value, errors: &mut Errors) {
     {
         errors.invalid("spec.clusterIPs", spec["clusterIPs"].clone(), "first value must match `clusterIP`");
     }
+    if is_headless(spec) && many.len() > 1 {
+        errors.invalid("spec.clusterIPs", spec["clusterIPs"].clone(), "'None' must be the first and only value");
+    }
     if many.len() > 2 {
         errors.invalid("spec.clusterIPs", spec["clusterIPs"].clone(), "may only hold up to 2 values");
     }
     if !matches!(one, "" | "None") && one.parse::<IpAddr>().is_err() {
         errors.invalid("spec.clusterIP", one, "must be empty, 'None', or a valid IP address");
+    }
+    if let Some(second) = many.get(1).filter(|_| !is_headless(spec))
+        && text(second).parse::<IpAddr>().is_err()
+    {
+        errors.invalid("spec.clusterIPs[1]", second.clone(), "must be a valid IP address");
     }
 }
 
@@ -364,6 +373,15 @@ fn validate_update(old: &Value, new: &Value, errors: &mut Errors) {
     }
     if !text(&old["clusterIP"]).is_empty() {
         errors.immutable("spec.clusterIP", &old["clusterIP"], &new["clusterIP"]);
+    }
+    // A second address comes and goes, but isn't exchanged for another in one step.
+    if let (Some(before), Some(after)) = (list(&old["clusterIPs"]).get(1), list(&new["clusterIPs"]).get(1)) {
+        errors.immutable("spec.clusterIPs[1]", before, after);
+    }
+    if let (Some(before), Some(after)) = (list(&old["ipFamilies"]).get(1), list(&new["ipFamilies"]).get(1))
+        && before != after
+    {
+        errors.invalid("spec.ipFamilies[1]", after.clone(), "may not change once set");
     }
     if !text(&old["ipFamilies"][0]).is_empty() && old["ipFamilies"][0] != new["ipFamilies"][0] {
         errors.invalid("spec.ipFamilies[0]", new["ipFamilies"][0].clone(), "may not change once set");

@@ -8,7 +8,7 @@ use crate::{
     fields,
     kinds::{
         KindInfo,
-        allocation::{ServiceRanges, Taken, allocate},
+        allocation::{Taken, allocate},
     },
 };
 
@@ -19,9 +19,7 @@ pub(crate) fn service(
     old: Option<&Value>,
     object: &mut Value,
 ) -> Result<(), ApiError> {
-    let Some(cluster) = &transaction.shared.options.cluster else { return Ok(()) };
-    let (first, last) = cluster.node_port_range;
-    let ranges = ServiceRanges::new(&cluster.service_cidr, first..=last).map_err(ApiError::internal)?;
+    let Some(ranges) = &transaction.shared.options.services else { return Ok(()) };
     let state = transaction.shared.state.read();
     let mut taken = Taken::by(state.allocations());
     for (committed, written) in transaction.written(&state, &info.storage) {
@@ -30,5 +28,5 @@ pub(crate) fn service(
     }
     old.into_iter().for_each(|service| taken.remove(service));
     let name = fields::meta(object, "name").to_owned();
-    allocate(&ranges, &taken, object, rand::random()).map_err(|errors| invalid(info, &name, &errors))
+    allocate(ranges, &taken, old, object, rand::random()).map_err(|errors| invalid(info, &name, &errors))
 }

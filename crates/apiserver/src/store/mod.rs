@@ -26,8 +26,8 @@ use serde_json::{Value, json};
 
 pub(crate) use definition::definitions;
 pub use options::{
-    ClusterRanges, DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Propagation,
-    ReplicaChange, ReplicaVersion, StoreOptions, WatchEvent, WatchOptions, WriteOp,
+    DeleteOptions, DeleteOutcome, EventKind, ListOptions, ListPage, Mode, OutboxEntry, Propagation, ReplicaChange,
+    ReplicaVersion, StoreOptions, WatchEvent, WatchOptions, WriteOp,
 };
 pub use watch::WatchStream;
 pub use write::{Part, Written};

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use edgemesh_api::ObjectKey;
 use serde_json::Value;
 
+use crate::kinds::allocation::ServiceRanges;
+
 /// Who decides about the objects in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mode {
@@ -17,36 +19,27 @@ pub enum Mode {
     },
 }
 
-/// The ranges that Services draw from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClusterRanges {
-    /// IPv4 range of Service addresses, for example `10.96.0.0/16`.
-    pub service_cidr: String,
-    /// First and last node port, usually 30000 and 32767.
-    pub node_port_range: (u16, u16),
-}
-
 /// How a store is opened.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
     /// How many changes per resource are remembered, so that watches can resume.
     pub history: usize,
     /// Enables Service address and node port allocation; authoritative stores only.
-    pub cluster: Option<ClusterRanges>,
+    pub services: Option<ServiceRanges>,
     /// Memory for SQLite's page cache, in KiB.
     pub page_cache_kib: u32,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { history: 1024, cluster: None, page_cache_kib: 2048 }
+        Self { history: 1024, services: None, page_cache_kib: 2048 }
     }
 }
 
 impl StoreOptions {
     /// Small buffers, for the replica on a node.
     pub fn small() -> Self {
-        Self { history: 64, cluster: None, page_cache_kib: 256 }
+        Self { history: 64, services: None, page_cache_kib: 256 }
     }
 }
 

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use edgemesh_apiserver::{
-    ClusterRanges, Identity, Mode, Store, StoreOptions,
+    Identity, Mode, ServiceRanges, Store, StoreOptions,
     auth::Authenticator,
     kubeconfig::{Credentials, Kubeconfig},
     pki::CertificateAuthority,
@@ -34,8 +34,9 @@ impl TestServer {
         // Clients in the tests ask for it; a second time it is there already.
         rustls::crypto::ring::default_provider().install_default().ok();
         let folder = tempfile::tempdir().unwrap();
-        let cluster = Some(ClusterRanges { service_cidr: "10.96.0.0/16".to_owned(), node_port_range: (30000, 32767) });
-        let store_options = StoreOptions { cluster, ..StoreOptions::default() };
+        let services =
+            Some(ServiceRanges { addresses: vec!["10.96.0.0/16".parse().unwrap()], node_ports: 30000..=32767 });
+        let store_options = StoreOptions { services, ..StoreOptions::default() };
         let store = Store::open(&folder.path().join("state.db"), Mode::Authoritative, store_options).await.unwrap();
         let authority = CertificateAuthority::load_or_create(&folder.path().join("pki")).unwrap();
         let tls = TlsOptions {

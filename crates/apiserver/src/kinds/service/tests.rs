@@ -21,7 +21,7 @@ fn services_get_the_defaults_of_kubernetes() {
     assert_eq!(
         object["spec"],
         json!({"ports": [{"port": 80, "protocol": "TCP", "targetPort": 80}], "selector": {"a": "b"}, "type": "ClusterIP",
-            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster", "ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4"]})
+            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster"})
     );
     assert_eq!(object["status"], json!({"loadBalancer": {}}));
     let mut external = service(json!({"type": "ExternalName", "externalName": "a.example"}));
