@@ -110,6 +110,7 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
     let node_config = NodeConfig {
         name: name.clone(),
         address: config.node_ip,
+        address6: config.node_ip6,
         hub,
         network: config.network.clone(),
         role: config.role,
@@ -140,7 +141,7 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
 fn pods(config: &Config, node: &str) -> PodRunnerConfig {
     PodRunnerConfig {
         node_name: node.to_owned(),
-        node_ip: config.node_ip,
+        node_ips: config.node_ips(),
         cri_socket: config.cri_socket.clone(),
         cgroup_root: config.cgroup_root.clone(),
         pods_dir: config.pods_dir(),

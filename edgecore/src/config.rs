@@ -2,13 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
 };
 
 use edgemesh_api::names;
 use edgemesh_telemetry::{AdminConfig, LogConfig, Problems, Validate};
 use serde::{Deserialize, Serialize};
+
+use crate::network::cni::parse_range;
 
 /// Where distributions put the CNI plugins.
 const CNI_BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
@@ -23,6 +25,8 @@ pub struct Config {
     pub node_name: Option<String>,
     /// Address of the node in its network; the one that leads to the hub if left out.
     pub node_ip: Option<IpAddr>,
+    /// Its IPv6 address there, in a dual-stack cluster.
+    pub node_ip6: Option<Ipv6Addr>,
     /// Name of the node's network: nodes of one network reach each other's pods directly.
     pub network: Option<String>,
     /// Whether the node is at the edge or beside the hub.
@@ -83,6 +87,7 @@ impl Default for Config {
             data_dir: PathBuf::from("/var/lib/edgemesh/edgecore"),
             node_name: None,
             node_ip: None,
+            node_ip6: None,
             network: None,
             role: Role::Edge,
             labels: BTreeMap::new(),
@@ -93,7 +98,7 @@ impl Default for Config {
             pods_dir: None,
             cluster_dns: vec![IpAddr::from(Ipv4Addr::new(10, 96, 0, 10))],
             cluster_domain: names::DEFAULT_CLUSTER_DOMAIN.to_owned(),
-            cluster_ranges: vec![names::DEFAULT_POD_CIDR.to_owned()],
+            cluster_ranges: [names::DEFAULT_POD_CIDR, names::DEFAULT_POD_CIDR6].map(str::to_owned).into(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             metaserver: ListenConfig::default(),
             admin: AdminConfig::on(names::EDGECORE_ADMIN_PORT),
@@ -114,6 +119,11 @@ impl Config {
     pub fn pods_dir(&self) -> PathBuf {
         self.pods_dir.clone().unwrap_or_else(|| self.data_dir.join("pods"))
     }
+
+    /// The node's addresses that are set.
+    pub fn node_ips(&self) -> Vec<IpAddr> {
+        self.node_ip.into_iter().chain(self.node_ip6.map(IpAddr::from)).collect()
+    }
 }
 
 impl Validate for Config {
@@ -123,6 +133,14 @@ impl Validate for Config {
         }
         if !self.metaserver.listen.ip().is_loopback() {
             problems.add("metaserver.listen", "must be a loopback address: it asks for no credentials");
+        }
+        if self.node_ip6.is_some() && self.node_ip.is_some_and(|address| address.is_ipv6()) {
+            problems.add("nodeIp6", "can't be set together with a nodeIp that is an IPv6 address");
+        }
+        for range in &self.cluster_ranges {
+            if let Err(error) = parse_range(range) {
+                problems.add("clusterRanges", error);
+            }
         }
         if !self.cgroup_root.starts_with('/') {
             problems.add("cgroupRoot", "must begin with /");

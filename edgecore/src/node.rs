@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -37,6 +37,8 @@ pub struct NodeConfig {
     pub name: String,
     /// Its address; found by asking the kernel for the way to the hub where it is not set.
     pub address: Option<IpAddr>,
+    /// Its IPv6 address, in a dual-stack cluster.
+    pub address6: Option<Ipv6Addr>,
     /// The hub's host and port.
     pub hub: (String, u16),
     /// Its network.
@@ -155,7 +157,9 @@ impl Node {
         };
         let machine = Machine::read(&self.config.data_dir);
         let conditions = self.conditions.as_ref().map(|conditions| conditions.borrow().clone());
-        let status = status(&self.config.name, address, &machine, conditions.as_ref(), &present["status"]);
+        let further = self.config.address6.map(IpAddr::from).filter(|further| address != Some(*further));
+        let addresses: Vec<IpAddr> = address.into_iter().chain(address.and(further)).collect();
+        let status = status(&self.config.name, &addresses, &machine, conditions.as_ref(), &present["status"]);
         let old = self.written.is_none_or(|at| at.elapsed() >= STATUS_AT_LEAST);
         if !force && !old && without_heartbeats(&status) == without_heartbeats(&present["status"]) {
             return Ok(());
@@ -198,18 +202,18 @@ async fn address_towards((host, port): &(String, u16)) -> Option<IpAddr> {
 /// The status as it is now (Kubernetes, "Node Status"). `before` gives the times of conditions that did not change.
 fn status(
     name: &str,
-    address: Option<IpAddr>,
+    internal: &[IpAddr],
     machine: &Machine,
     conditions: Option<&NodeConditions>,
     before: &Value,
 ) -> Value {
     let mut addresses = Vec::new();
     // With no way to the hub, the node keeps the address that it had.
-    match address {
-        Some(address) => addresses.push(json!({"type": "InternalIP", "address": address})),
-        None => addresses.extend(
+    match internal {
+        [] => addresses.extend(
             before["addresses"].as_array().into_iter().flatten().filter(|a| a["type"] == "InternalIP").cloned(),
         ),
+        known => addresses.extend(known.iter().map(|ip| json!({"type": "InternalIP", "address": ip}))),
     }
     addresses.push(json!({"type": "Hostname", "address": name}));
     let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
@@ -321,14 +325,14 @@ mod tests {
     #[test]
     fn a_condition_keeps_its_time_until_it_changes() {
         let machine = Machine::read(std::path::Path::new("/"));
-        let mut before = status("n", None, &machine, Some(&ready()), &Value::Null);
+        let mut before = status("n", &[], &machine, Some(&ready()), &Value::Null);
         for condition in before["conditions"].as_array_mut().unwrap() {
             condition["lastTransitionTime"] = json!("2020-01-01T00:00:00Z");
         }
-        let same = status("n", None, &machine, Some(&ready()), &before);
+        let same = status("n", &[], &machine, Some(&ready()), &before);
         assert_eq!(same["conditions"][3]["lastTransitionTime"], "2020-01-01T00:00:00Z");
         assert_eq!(without_heartbeats(&same), without_heartbeats(&before));
-        let broken = status("n", None, &machine, Some(&NodeConditions::default()), &before);
+        let broken = status("n", &[], &machine, Some(&NodeConditions::default()), &before);
         assert_eq!(broken["conditions"][3]["status"], "False");
         assert_ne!(broken["conditions"][3]["lastTransitionTime"], "2020-01-01T00:00:00Z");
         assert_eq!(broken["conditions"][0]["lastTransitionTime"], "2020-01-01T00:00:00Z");
@@ -338,7 +342,7 @@ mod tests {
     fn a_node_that_lost_its_way_to_the_hub_keeps_its_address() {
         let machine = Machine::read(std::path::Path::new("/"));
         let before = json!({"addresses": [{"type": "InternalIP", "address": "192.168.1.5"}]});
-        let after = status("n", None, &machine, None, &before);
+        let after = status("n", &[], &machine, None, &before);
         assert_eq!(after["addresses"][0]["address"], "192.168.1.5");
     }
 

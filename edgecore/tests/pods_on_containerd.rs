@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use node::{POD_RANGE, on_node, shell};
+use node::{POD_RANGE, POD_RANGE6, on_node, shell};
 use serde_json::{Value, json};
 
 fn restarts(pod: &Value) -> i64 {
@@ -86,6 +86,8 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         println!("apply to ready, with an init container: {:?}", begun.elapsed());
         let ip = pod["status"]["podIP"].as_str().unwrap().to_owned();
         assert!(ip.starts_with("10.88.7."), "{ip} is not in {POD_RANGE}");
+        let second = pod["status"]["podIPs"][1]["ip"].as_str().unwrap().to_owned();
+        assert!(second.starts_with("fd00:88:0:7::"), "{second} is not in {POD_RANGE6}");
         assert_eq!(pod["status"]["hostIP"], "192.168.88.7");
         assert_eq!(pod["status"]["qosClass"], "Burstable");
         let statuses = pod["status"]["containerStatuses"].as_array().unwrap();
@@ -104,7 +106,7 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         );
         assert!(log.contains("nameserver 10.96.0.10\n") && log.contains("options ndots:5\n"), "{log}");
         assert!(log.contains("search shop.svc.cluster.local svc.cluster.local cluster.local lan.example\n"), "{log}");
-        assert!(log.contains(&format!("{ip}\tweb\n")), "{log}");
+        assert!(log.contains(&format!("{ip}\tweb\n")) && log.contains(&format!("{second}\tweb\n")), "{log}");
         // What goes to standard error comes in between somewhere.
         assert!(log.contains("file=blue secret=hunter2 init=done\n") && log.contains("\nweb\n"), "{log}");
         assert!(log.contains("read-only\n"), "{log}");
@@ -120,6 +122,7 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
             String::from_utf8(std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap().stdout)
                 .unwrap();
         assert!(rules.contains("ip saddr 10.88.7.0/24 ip daddr != @inside masquerade"), "{rules}");
+        assert!(rules.contains("ip6 saddr fd00:88:0:7::/64 ip6 daddr != @inside6 masquerade"), "{rules}");
         assert!(rules.contains("18080"), "the host port is not mapped: {rules}");
 
         // The running container sees the new ConfigMap.
@@ -274,7 +277,8 @@ fn a_pod_in_a_new_sandbox_keeps_its_addresses() {
         let link: Vec<_> = edgecore::network::link_address::of(address).iter().map(|b| format!("{b:02x}")).collect();
         node.kill_sandbox("u-moved").await;
         let after = node.wait("moved", "in a new sandbox", |pod| restarts(pod) == 1 && node::is_ready(pod)).await;
-        assert_eq!(after["status"]["podIP"], before["status"]["podIP"]);
+        assert_eq!(after["status"]["podIPs"], before["status"]["podIPs"]);
+        assert_eq!(after["status"]["podIPs"].as_array().map(Vec::len), Some(2), "{}", after["status"]);
         for attempt in [0, 1] {
             let log = || node.log("u-moved", "c", attempt);
             node.until("the container says its link address", || !log().is_empty()).await;
@@ -293,11 +297,10 @@ fn all_pods_return_after_a_reboot_from_the_store_alone() {
             node.apply_pod(&format!("p{number}"), &format!("u-{number}"), json!({"containers": [server]})).await;
         }
         node.apply_pod("done", "u-done", json!({"restartPolicy": "Never", "containers": [shell("c", "exit 0")]})).await;
-        let mut ids = Vec::new();
+        let mut before = Vec::new();
         for number in 0..PODS {
-            ids.push(
-                node.wait_ready(&format!("p{number}")).await["status"]["containerStatuses"][0]["containerID"].clone(),
-            );
+            let status = node.wait_ready(&format!("p{number}")).await["status"].clone();
+            before.push((status["containerStatuses"][0]["containerID"].clone(), status["podIPs"].clone()));
         }
         node.wait("done", "done", |pod| pod["status"]["phase"] == "Succeeded").await;
         // No registry has this image: the container ran here before, so the copy on the node will do.
@@ -306,13 +309,14 @@ fn all_pods_return_after_a_reboot_from_the_store_alone() {
         node.reboot().await;
         let begun = Instant::now();
         node.start();
-        for (number, id) in ids.iter().enumerate() {
+        for (number, (id, addresses)) in before.iter().enumerate() {
             let pod = node
                 .wait(&format!("p{number}"), "back", |pod| {
                     node::is_ready(pod) && pod["status"]["containerStatuses"][0]["containerID"] != *id
                 })
                 .await;
             assert_eq!(restarts(&pod), 1);
+            assert_eq!(pod["status"]["podIPs"], *addresses);
             assert!(pod["status"]["containerStatuses"][0]["lastState"]["terminated"]["exitCode"].is_i64());
             let ip = pod["status"]["podIP"].as_str().unwrap().to_owned();
             let mut stream = connect(&ip).await;

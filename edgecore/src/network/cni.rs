@@ -2,10 +2,10 @@
 
 use std::{
     fs,
-    net::Ipv4Addr,
     path::{Path, PathBuf},
 };
 
+use edgemesh_api::cidr::Cidr;
 use serde_json::{Value, json};
 
 use super::NetworkError;
@@ -19,42 +19,22 @@ pub const FILE_NAME: &str = "10-edgemesh.conflist";
 /// The version that every plugin and runtime since 2020 speaks.
 const CNI_VERSION: &str = "0.4.0";
 
-/// An IPv4 range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Range {
-    /// The first address.
-    pub network: Ipv4Addr,
-    /// The length of the prefix.
-    pub prefix: u8,
-}
-
-impl std::fmt::Display for Range {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.network, self.prefix)
-    }
-}
-
 /// Parses a pod range; it must have room for a gateway and a pod.
 ///
 /// # Errors
-/// When it is no IPv4 range.
-pub fn parse_range(text: &str) -> Result<Range, NetworkError> {
+/// When it is no range, or of a size that can't be meant.
+pub fn parse_range(text: &str) -> Result<Cidr, NetworkError> {
     let invalid = || NetworkError::Range(text.to_owned());
-    let (network, prefix) = text.split_once('/').ok_or_else(invalid)?;
-    let network: Ipv4Addr = network.parse().map_err(|_| invalid())?;
-    let prefix: u8 = prefix.parse().map_err(|_| invalid())?;
-    let mask = u32::MAX.checked_shl(32u32.saturating_sub(u32::from(prefix))).unwrap_or(0);
-    if !(8..=30).contains(&prefix) || network.to_bits() & !mask != 0 {
-        return Err(invalid());
-    }
-    Ok(Range { network, prefix })
+    let range = Cidr::parse_network(text).ok_or_else(invalid)?;
+    let prefixes = if range.network().is_ipv4() { 8..=30 } else { 16..=126 };
+    if prefixes.contains(&range.prefix()) { Ok(range) } else { Err(invalid()) }
 }
 
 /// What the configuration depends on.
 #[derive(Debug, Clone)]
 pub struct CniConfig {
-    /// The pods' range.
-    pub range: Range,
+    /// The pods' ranges: one, or one of each family with IPv4 first.
+    pub ranges: Vec<Cidr>,
     /// Where addresses in use are kept.
     pub ipam_dir: PathBuf,
     /// Whether host ports are mapped.
@@ -65,6 +45,10 @@ pub struct CniConfig {
 
 /// The network configuration list.
 pub fn conflist(config: &CniConfig) -> Value {
+    // Each range in a list of its own: a pod gets an address of every one.
+    let subnets: Vec<_> = config.ranges.iter().map(|range| json!([{"subnet": range}])).collect();
+    let everywhere = |range: &Cidr| json!({"dst": if range.network().is_ipv4() { "0.0.0.0/0" } else { "::/0" }});
+    let routes: Vec<_> = config.ranges.iter().map(everywhere).collect();
     let mut bridge = json!({
         "type": "bridge",
         "bridge": BRIDGE,
@@ -75,8 +59,8 @@ pub fn conflist(config: &CniConfig) -> Value {
         "hairpinMode": true,
         "ipam": {
             "type": "host-local",
-            "ranges": [[{"subnet": config.range.to_string()}]],
-            "routes": [{"dst": "0.0.0.0/0"}],
+            "ranges": subnets,
+            "routes": routes,
             "dataDir": config.ipam_dir,
         },
     });
@@ -126,7 +110,7 @@ mod tests {
 
     fn config(range: &str) -> CniConfig {
         CniConfig {
-            range: parse_range(range).unwrap(),
+            ranges: vec![parse_range(range).unwrap()],
             ipam_dir: "/var/lib/x/ipam".into(),
             with_portmap: true,
             mtu: Some(1400),
@@ -147,6 +131,15 @@ mod tests {
     }
 
     #[test]
+    fn pods_of_a_dual_stack_node_get_an_address_and_a_way_out_of_each_family() {
+        let mut config = config("10.244.3.0/24");
+        config.ranges.push(parse_range("fd00:10:244:3::/64").unwrap());
+        let ipam = &conflist(&config)["plugins"][0]["ipam"];
+        assert_eq!(ipam["ranges"], json!([[{"subnet": "10.244.3.0/24"}], [{"subnet": "fd00:10:244:3::/64"}]]));
+        assert_eq!(ipam["routes"], json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]));
+    }
+
+    #[test]
     fn a_foreign_configuration_is_respected_and_an_own_one_is_renewed() {
         let folder = tempfile::tempdir().unwrap();
         assert!(write_if_none(folder.path(), &config("10.244.3.0/24")).unwrap());
@@ -159,7 +152,7 @@ mod tests {
 
     #[test]
     fn what_is_no_pod_range_is_refused() {
-        for bad in ["10.244.0.0", "10.244.0.1/24", "fd00::/64", "10.0.0.0/31", "x/24", "10.0.0.0/99"] {
+        for bad in ["10.244.0.0", "10.244.0.1/24", "fd00::/127", "fd00::1/64", "10.0.0.0/31", "x/24", "10.0.0.0/99"] {
             assert!(parse_range(bad).is_err(), "{bad}");
         }
     }

@@ -2,6 +2,7 @@
 
 use std::process::Stdio;
 
+use edgemesh_api::cidr::Cidr;
 use tokio::{io::AsyncWriteExt, process::Command, time::Duration};
 
 use super::{NetworkError, cni::parse_range};
@@ -10,34 +11,53 @@ use super::{NetworkError, cni::parse_range};
 pub const TABLE: &str = "edgemesh_pods";
 /// Never masqueraded: link-local, with the node-local addresses of the mesh, and multicast.
 const ALWAYS_INSIDE: [&str; 2] = ["169.254.0.0/16", "224.0.0.0/4"];
+/// The same of IPv6.
+const ALWAYS_INSIDE6: [&str; 3] = ["fe80::/10", "fd65:6467:656d:6573:6800::/112", "ff00::/8"];
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// The rules for a pod range. Applied as a whole, so running it twice changes nothing.
+/// What differs between the families: the set, the type of its elements and the word for the header.
+fn words(range: Cidr) -> (&'static str, &'static str, &'static str) {
+    if range.network().is_ipv4() { ("inside", "ipv4_addr", "ip") } else { ("inside6", "ipv6_addr", "ip6") }
+}
+
+fn rule(pods: Cidr) -> String {
+    let (set, _, header) = words(pods);
+    format!("{header} saddr {pods} {header} daddr != @{set} masquerade")
+}
+
+/// The rules for the pod ranges, at most one of each family. Applied as a whole, so running it twice changes nothing.
 ///
 /// # Errors
-/// When a range is malformed.
-pub fn script(pod_range: &str, cluster_ranges: &[String]) -> Result<String, NetworkError> {
+/// When a range of the cluster is malformed.
+pub fn script(pod_ranges: &[Cidr], cluster_ranges: &[String]) -> Result<String, NetworkError> {
     // Ranges come from outside and land in a script: only parsed ones do.
-    let pods = parse_range(pod_range)?;
-    let mut inside = vec![pods.to_string()];
-    for range in cluster_ranges {
-        inside.push(parse_range(range)?.to_string());
+    let cluster: Vec<Cidr> = cluster_ranges.iter().map(|range| parse_range(range)).collect::<Result<_, _>>()?;
+    let (mut sets, mut rules) = (String::new(), String::new());
+    for pods in pod_ranges {
+        let (set, kind, _) = words(*pods);
+        let always: &[&str] = if pods.network().is_ipv4() { &ALWAYS_INSIDE } else { &ALWAYS_INSIDE6 };
+        let same_family = cluster.iter().filter(|range| range.network().is_ipv4() == pods.network().is_ipv4());
+        let inside = [pods].into_iter().chain(same_family).map(ToString::to_string);
+        let inside: Vec<_> = inside.chain(always.iter().map(|range| (*range).to_owned())).collect();
+        sets.push_str(&format!(
+            "\tset {set} {{\n\
+             \t\ttype {kind}\n\
+             \t\tflags interval\n\
+             \t\tauto-merge\n\
+             \t\telements = {{ {} }}\n\
+             \t}}\n",
+            inside.join(", ")
+        ));
+        rules.push_str(&format!("\t\t{}\n", rule(*pods)));
     }
-    inside.extend(ALWAYS_INSIDE.map(str::to_owned));
-    let inside = inside.join(", ");
     Ok(format!(
         "table inet {TABLE}\n\
          delete table inet {TABLE}\n\
          table inet {TABLE} {{\n\
-         \tset inside {{\n\
-         \t\ttype ipv4_addr\n\
-         \t\tflags interval\n\
-         \t\tauto-merge\n\
-         \t\telements = {{ {inside} }}\n\
-         \t}}\n\
+         {sets}\
          \tchain postrouting {{\n\
          \t\ttype nat hook postrouting priority srcnat; policy accept;\n\
-         \t\tip saddr {pods} ip daddr != @inside masquerade\n\
+         {rules}\
          \t}}\n\
          }}\n"
     ))
@@ -47,11 +67,12 @@ pub fn script(pod_range: &str, cluster_ranges: &[String]) -> Result<String, Netw
 ///
 /// # Errors
 /// When a range is malformed or `nft` fails.
-pub async fn apply(pod_range: &str, cluster_ranges: &[String]) -> Result<(), NetworkError> {
-    let script = script(pod_range, cluster_ranges)?;
-    let wanted = format!("ip saddr {} ip daddr != @inside masquerade", parse_range(pod_range)?);
+pub async fn apply(pod_ranges: &[Cidr], cluster_ranges: &[String]) -> Result<(), NetworkError> {
+    let script = script(pod_ranges, cluster_ranges)?;
+    let has_family = |range: &&String| pod_ranges.iter().any(|pods| pods.network().is_ipv6() == range.contains(':'));
     if nft(&["list", "table", "inet", TABLE], "").await.is_ok_and(|present| {
-        present.contains(&wanted) && cluster_ranges.iter().all(|range| present.contains(range.as_str()))
+        pod_ranges.iter().all(|pods| present.contains(&rule(*pods)))
+            && cluster_ranges.iter().filter(has_family).all(|range| present.contains(range.as_str()))
     }) {
         return Ok(());
     }
@@ -87,14 +108,22 @@ mod tests {
 
     #[test]
     fn traffic_inside_of_the_cluster_keeps_its_address() {
-        let script = script("10.244.3.0/24", &["10.244.0.0/16".to_owned()]).unwrap();
+        let both = ["10.244.3.0/24", "fd00:10:244:3::/64"].map(|range| Cidr::parse(range).unwrap());
+        let cluster = ["10.244.0.0/16", "fd00:10:244::/48"].map(str::to_owned);
+        let script = script(&both, &cluster).unwrap();
         assert!(script.contains("ip saddr 10.244.3.0/24 ip daddr != @inside masquerade"), "{script}");
         assert!(script.contains("{ 10.244.3.0/24, 10.244.0.0/16, 169.254.0.0/16, 224.0.0.0/4 }"), "{script}");
+        assert!(script.contains("ip6 saddr fd00:10:244:3::/64 ip6 daddr != @inside6 masquerade"), "{script}");
+        assert!(script.contains("{ fd00:10:244:3::/64, fd00:10:244::/48, fe80::/10, "), "{script}");
+        let one = super::script(&both[..1], &cluster).unwrap();
+        assert!(!one.contains("ip6"), "{one}");
     }
 
     #[test]
     fn nothing_but_ranges_gets_into_the_script() {
-        assert!(script("10.244.3.0/24; flush ruleset", &[]).is_err());
-        assert!(script("10.244.3.0/24", &["0.0.0.0/0 } }".to_owned()]).is_err());
+        let pods = [Cidr::parse("10.244.3.0/24").unwrap()];
+        for bad in ["10.244.3.0/24; flush ruleset", "0.0.0.0/0 } }"] {
+            assert!(script(&pods, &[bad.to_owned()]).is_err(), "{bad}");
+        }
     }
 }

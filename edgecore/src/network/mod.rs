@@ -7,7 +7,7 @@ pub mod masquerade;
 
 use std::{path::PathBuf, time::Duration};
 
-use edgemesh_api::ResourceName;
+use edgemesh_api::{ResourceName, cidr::Cidr};
 use edgemesh_apiserver::{ApiError, EventKind, WatchOptions, store::Store};
 use edgemesh_telemetry::drain::Shutdown;
 use futures::StreamExt;
@@ -23,8 +23,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Why the node's pod network can't be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    /// A pod range is no IPv4 range.
-    #[error("the pod range {0:?} is not an IPv4 range like 10.244.1.0/24")]
+    /// A pod range is none.
+    #[error("the pod range {0:?} is not a range like 10.244.1.0/24 or fd00:10:244:1::/64")]
     Range(String),
     /// A file could not be read or written.
     #[error("{path}: {source}")]
@@ -42,7 +42,7 @@ pub enum NetworkError {
 /// Where the pod network is set up, and how.
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
-    /// This node; its `spec.podCIDR` is the range of its pods.
+    /// This node; its `spec.podCIDRs` are the ranges of its pods.
     pub node_name: String,
     /// Where the runtime looks for CNI configuration.
     pub cni_conf_dir: PathBuf,
@@ -56,7 +56,7 @@ pub struct NetworkConfig {
     pub mtu: Option<u32>,
 }
 
-/// Starts the task that follows this node's `spec.podCIDR` and keeps its network set up.
+/// Starts the task that follows this node's `spec.podCIDRs` and keeps its network set up.
 pub fn start(config: NetworkConfig, store: Store, shutdown: &Shutdown) {
     let stopping = shutdown.stopping().clone();
     shutdown.spawn(async move {
@@ -83,60 +83,136 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
     let options =
         WatchOptions { field_selector: Some(format!("metadata.name={}", config.node_name)), ..WatchOptions::default() };
     let mut events = store.watch(&ResourceName::new("", "v1", "nodes"), &options)?;
-    let mut range: Option<String> = None;
+    let mut ranges: Vec<Cidr> = Vec::new();
     let mut wait = CHECK_INTERVAL;
     loop {
         tokio::select! {
             event = events.next() => match event {
                 Some(event) => {
                     let event = event?;
-                    let found = event.object.pointer("/spec/podCIDR").and_then(Value::as_str).filter(|r| !r.is_empty());
+                    let found = usable_ranges(&event.object);
                     // A Node that is deleted for a moment doesn't take the network from its running pods.
-                    if event.kind == EventKind::Deleted || found.is_none() || found == range.as_deref() {
+                    if event.kind == EventKind::Deleted || found.is_empty() || found == ranges {
                         continue;
                     }
-                    range = found.map(str::to_owned);
+                    ranges = found;
                 }
                 None => return Ok(()),
             },
             () = tokio::time::sleep(wait) => {}
         }
-        let Some(range) = &range else { continue };
-        wait = match apply(config, range).await {
+        if ranges.is_empty() {
+            continue;
+        }
+        wait = match apply(config, &ranges).await {
             Ok(()) => CHECK_INTERVAL,
             Err(error) => {
-                tracing::warn!(%error, range, "the pod network could not be set up");
+                tracing::warn!(%error, ranges = listed(&ranges), "the pod network could not be set up");
                 RETRY
             }
         };
     }
 }
 
-/// Sets everything up for a pod range; what is right already stays.
+/// The pod ranges of a Node that pods can be given here, IPv4 first: at most one of each family.
+fn usable_ranges(node: &Value) -> Vec<Cidr> {
+    let several = node.pointer("/spec/podCIDRs").and_then(Value::as_array).into_iter().flatten();
+    let texts = several.chain(node.pointer("/spec/podCIDR")).filter_map(Value::as_str).filter(|text| !text.is_empty());
+    let mut ranges: Vec<Cidr> = Vec::new();
+    for text in texts {
+        match cni::parse_range(text) {
+            Ok(range) if ranges.iter().any(|known| known.network().is_ipv4() == range.network().is_ipv4()) => {}
+            Ok(range) if range.network().is_ipv6() && !has_ipv6() => {
+                tracing::warn!(%range, "IPv6 is off on this node: its pods get IPv4 addresses only");
+            }
+            Ok(range) => ranges.push(range),
+            Err(error) => tracing::warn!(%error, "a pod range of this Node is passed over"),
+        }
+    }
+    ranges.sort_by_key(|range| range.network().is_ipv6());
+    ranges
+}
+
+fn listed(ranges: &[Cidr]) -> String {
+    ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn has_ipv6() -> bool {
+    std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|value| value.trim() == "0")
+}
+
+/// Sets everything up for pod ranges; what is right already stays.
 ///
 /// # Errors
 /// When a file can't be written or `nft` fails.
-pub async fn apply(config: &NetworkConfig, pod_range: &str) -> Result<(), NetworkError> {
-    let range = cni::parse_range(pod_range)?;
+pub async fn apply(config: &NetworkConfig, pod_ranges: &[Cidr]) -> Result<(), NetworkError> {
     let cni = CniConfig {
-        range,
+        ranges: pod_ranges.to_vec(),
         ipam_dir: config.ipam_dir.clone(),
         with_portmap: config.cni_bin_dir.join("portmap").exists(),
         mtu: config.mtu,
     };
-    if cni::write_if_none(&config.cni_conf_dir, &cni)? {
-        tracing::info!(range = pod_range, folder = %config.cni_conf_dir.display(), "wrote the CNI configuration");
+    // Before the network plugin does it, which knows nothing of router advertisements.
+    for range in pod_ranges {
+        if range.network().is_ipv4() { forward("/proc/sys/net/ipv4/ip_forward")? } else { forward6()? }
     }
-    enable_forwarding()?;
-    masquerade::apply(pod_range, &config.cluster_ranges).await
+    if cni::write_if_none(&config.cni_conf_dir, &cni)? {
+        let folder = config.cni_conf_dir.display();
+        tracing::info!(ranges = listed(pod_ranges), %folder, "wrote the CNI configuration");
+    }
+    masquerade::apply(pod_ranges, &config.cluster_ranges).await
 }
 
 /// Pods' packets are forwarded by the node. The setting belongs to this network namespace.
-fn enable_forwarding() -> Result<(), NetworkError> {
-    let path = PathBuf::from("/proc/sys/net/ipv4/ip_forward");
-    let file = |source| NetworkError::File { path: path.clone(), source };
-    if std::fs::read_to_string(&path).map_err(file)?.trim() != "1" {
-        std::fs::write(&path, "1\n").map_err(file)?;
+fn forward(path: &str) -> Result<(), NetworkError> {
+    if read_setting(path)? != "1" {
+        write_setting(path, "1")?;
     }
     Ok(())
+}
+
+/// The same for IPv6. A host that forwards takes no more router advertisements, from which it may have its own address: where it
+/// takes them now, it is told to go on (`accept_ra` 2, the kernel's ip-sysctl.rst).
+fn forward6() -> Result<(), NetworkError> {
+    const SETTINGS: &str = "/proc/sys/net/ipv6/conf";
+    let all = format!("{SETTINGS}/all/forwarding");
+    if read_setting(&all)? == "1" {
+        return Ok(());
+    }
+    let error = |source| NetworkError::File { path: SETTINGS.into(), source };
+    for interface in std::fs::read_dir(SETTINGS).map_err(error)? {
+        let accepts = interface.map_err(error)?.path().join("accept_ra").display().to_string();
+        // An interface may have gone meanwhile.
+        if read_setting(&accepts).is_ok_and(|value| value == "1") {
+            write_setting(&accepts, "2")?;
+        }
+    }
+    forward(&all)
+}
+
+fn read_setting(path: &str) -> Result<String, NetworkError> {
+    let text = std::fs::read_to_string(path).map_err(|source| NetworkError::File { path: path.into(), source })?;
+    Ok(text.trim().to_owned())
+}
+
+fn write_setting(path: &str, value: &str) -> Result<(), NetworkError> {
+    std::fs::write(path, format!("{value}\n")).map_err(|source| NetworkError::File { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_node_has_one_range_of_each_family_and_ipv4_comes_first() {
+        let ranges = |spec: Value| listed(&usable_ranges(&json!({"spec": spec})));
+        assert_eq!(ranges(json!({"podCIDR": "10.244.1.0/24"})), "10.244.1.0/24");
+        let both =
+            json!({"podCIDR": "fd00:1::/64", "podCIDRs": ["fd00:1::/64", "10.244.1.0/24", "10.244.2.0/24", "x"]});
+        let expected = if has_ipv6() { "10.244.1.0/24, fd00:1::/64" } else { "10.244.1.0/24" };
+        assert_eq!(ranges(both), expected);
+        assert_eq!(ranges(json!({"podCIDR": ""})), "");
+    }
 }

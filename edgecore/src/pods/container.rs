@@ -184,7 +184,7 @@ mod tests {
         let pod: Pod =
             serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "ns"}, "spec": spec})).unwrap();
         let container = &pod.spec.as_ref().unwrap().containers[0];
-        let own = OwnFields { pod: &pod, pod_ips: &[], host_ip: None, machine: MACHINE };
+        let own = OwnFields { pod: &pod, pod_ips: &[], host_ips: &[], machine: MACHINE };
         let environment = Environment::build(container, &Inputs::default(), &own).unwrap();
         let identity = PodIdentity { namespace: "ns".to_owned(), name: "p".to_owned(), uid: "u".to_owned() };
         container_config(Prepared {

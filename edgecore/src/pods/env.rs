@@ -175,7 +175,7 @@ mod tests {
         }))
         .unwrap();
         let machine = Machine { memory_bytes: 1, cpus: 1, lowest_oom_score_adj: 0 };
-        let own = OwnFields { pod: &pod, pod_ips: &[], host_ip: None, machine };
+        let own = OwnFields { pod: &pod, pod_ips: &[], host_ips: &[], machine };
         let container = &pod.spec.as_ref().unwrap().containers[0];
         let environment = Environment::build(container, &inputs(), &own).map_err(|e| e.to_string())?;
         Ok(environment.iter().map(|(name, value)| format!("{name}={value}")).collect())

@@ -74,7 +74,7 @@ pub(crate) fn references(pod: &Pod) -> BTreeSet<InputName> {
 pub(crate) struct OwnFields<'a> {
     pub(crate) pod: &'a Pod,
     pub(crate) pod_ips: &'a [IpAddr],
-    pub(crate) host_ip: Option<IpAddr>,
+    pub(crate) host_ips: &'a [IpAddr],
     pub(crate) machine: Machine,
 }
 
@@ -101,7 +101,8 @@ impl OwnFields<'_> {
             "metadata.annotations" => Some(map_lines(meta.annotations.as_ref())),
             "spec.nodeName" => spec.and_then(|s| s.node_name.clone()),
             "spec.serviceAccountName" => spec.and_then(|s| s.service_account_name.clone()),
-            "status.hostIP" | "status.hostIPs" => self.host_ip.map(|ip| ip.to_string()),
+            "status.hostIP" => self.host_ips.first().map(ToString::to_string),
+            "status.hostIPs" => Some(joined(self.host_ips)),
             "status.podIP" => self.pod_ips.first().map(ToString::to_string),
             "status.podIPs" => Some(joined(self.pod_ips)),
             _ => return Err(InputError::Field(path.to_owned())),
@@ -190,7 +191,7 @@ mod tests {
         let pod = pod();
         let ips = ["10.1.2.3".parse().unwrap()];
         let machine = Machine { memory_bytes: 2000, cpus: 3, lowest_oom_score_adj: 0 };
-        let fields = OwnFields { pod: &pod, pod_ips: &ips, host_ip: Some("192.168.1.5".parse().unwrap()), machine };
+        let fields = OwnFields { pod: &pod, pod_ips: &ips, host_ips: &["192.168.1.5".parse().unwrap()], machine };
         for (path, expected) in [
             ("metadata.name", "web"),
             ("metadata.namespace", "shop"),

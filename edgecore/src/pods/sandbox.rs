@@ -4,7 +4,8 @@ use std::{collections::HashMap, net::IpAddr};
 
 use k8s_cri::v1::{
     self, DnsConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxMetadata, PortMapping, SecurityProfile, security_profile::ProfileType,
+    PodSandboxConfig, PodSandboxMetadata, PodSandboxStatus, PortMapping, SecurityProfile,
+    security_profile::ProfileType,
 };
 use k8s_openapi::api::core::v1::{Pod, PodSpec, SeccompProfile};
 
@@ -177,6 +178,14 @@ fn port_mappings(spec: &PodSpec) -> Vec<PortMapping> {
             Some(PortMapping { protocol: protocol.into(), container_port: port.container_port, host_port, host_ip })
         })
         .collect()
+}
+
+/// The addresses of a sandbox, the pod's first one first.
+pub(crate) fn addresses(status: &PodSandboxStatus) -> Vec<IpAddr> {
+    let network = status.network.iter();
+    let texts =
+        network.flat_map(|network| [&network.ip].into_iter().chain(network.additional_ips.iter().map(|ip| &ip.ip)));
+    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 /// The content of a pod's /etc/hosts.

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::IpAddr,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -18,7 +19,7 @@ use super::{
     images::{PullPolicy, credentials},
     inputs::Inputs,
     logs,
-    sandbox::{hosts_file, sandbox_config, spec_grace_seconds},
+    sandbox::{addresses, hosts_file, sandbox_config, spec_grace_seconds},
     status::Waiting,
     volumes::{self, VolumeError, VolumePaths},
     worker::{Step, Worker},
@@ -114,13 +115,13 @@ impl Worker {
 
     async fn remember_address(&self, sandbox: &str) -> Result<(), RuntimeError> {
         let (status, namespace) = self.shared.runtime.sandbox_with_namespace(sandbox).await?;
-        let address = status.network.map(|network| network.ip).unwrap_or_default();
-        if let Err(error) = self.shared.addresses.remember(self.folder.path(), &address) {
-            tracing::warn!(pod = %self.name(), %error, "the pod's address can't be kept for its next sandbox");
+        let addresses = addresses(&status);
+        if let Err(error) = self.shared.addresses.remember(self.folder.path(), &addresses) {
+            tracing::warn!(pod = %self.name(), %error, "the pod's addresses can't be kept for its next sandbox");
         }
-        if let Ok(address) = address.parse()
+        if let Some(IpAddr::V4(address)) = addresses.iter().find(|address| address.is_ipv4())
             && let Some(namespace) = namespace
-            && let Err(error) = link_address::set(&namespace, address).await
+            && let Err(error) = link_address::set(&namespace, *address).await
         {
             tracing::warn!(pod = %self.name(), %error, "the pod keeps a random link address: if it gets a new sandbox, it may be out of reach for a minute");
         }

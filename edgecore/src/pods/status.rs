@@ -33,7 +33,7 @@ pub(crate) struct Observed<'a> {
     /// The last words of ended runs, by the run's id.
     pub(crate) messages: &'a BTreeMap<String, String>,
     pub(crate) pod_ips: &'a [IpAddr],
-    pub(crate) host_ip: Option<IpAddr>,
+    pub(crate) host_ips: &'a [IpAddr],
     pub(crate) start_time: Timestamp,
     /// For example `containerd`.
     pub(crate) runtime_name: &'a str,
@@ -80,7 +80,10 @@ pub(crate) fn compute(pod: &Pod, observed: &Observed<'_>) -> PodStatus {
     } else {
         before.pod_ips.unwrap_or_default()
     };
-    let host_ip = observed.host_ip.map(|ip| ip.to_string()).or(before.host_ip);
+    let host_ips: Vec<HostIP> = match observed.host_ips {
+        [] => before.host_ips.unwrap_or_default(),
+        known => known.iter().map(|ip| HostIP { ip: ip.to_string() }).collect(),
+    };
     PodStatus {
         phase: Some(phase.to_owned()),
         reason,
@@ -88,8 +91,8 @@ pub(crate) fn compute(pod: &Pod, observed: &Observed<'_>) -> PodStatus {
         conditions: Some(conditions),
         pod_ip: pod_ips.first().map(|ip| ip.ip.clone()),
         pod_ips: (!pod_ips.is_empty()).then_some(pod_ips),
-        host_ips: host_ip.clone().map(|ip| vec![HostIP { ip }]),
-        host_ip,
+        host_ip: host_ips.first().map(|ip| ip.ip.clone()),
+        host_ips: (!host_ips.is_empty()).then_some(host_ips),
         start_time: before.start_time.or(Some(Time(observed.start_time))),
         qos_class: Some(Qos::of(pod).name().to_owned()),
         init_container_statuses: has_init.then_some(init_statuses),

@@ -30,7 +30,7 @@ use super::{
     metrics::{PhaseGuard, PodMetrics},
     plan::plan,
     resources::Machine,
-    sandbox::PodIdentity,
+    sandbox::{self, PodIdentity},
     status::{self, Observed, Waiting},
     volumes,
 };
@@ -325,11 +325,9 @@ impl Worker {
             return Ok(());
         }
         let ips = if pod.spec.as_ref().is_some_and(is_host_network) {
-            self.shared.config.node_ip.into_iter().collect()
+            self.shared.config.node_ips.clone()
         } else {
-            let network = self.shared.runtime.sandbox_status(&live.id).await?.network.unwrap_or_default();
-            let all = std::iter::once(network.ip).chain(network.additional_ips.into_iter().map(|ip| ip.ip));
-            all.filter_map(|ip| ip.parse().ok()).collect()
+            sandbox::addresses(&self.shared.runtime.sandbox_status(&live.id).await?)
         };
         self.addresses = Some((live.id.clone(), ips));
         Ok(())
@@ -342,7 +340,8 @@ impl Worker {
 
     /// What the pod knows about itself.
     pub(crate) fn own_fields<'a>(&'a self, pod: &'a Pod) -> OwnFields<'a> {
-        OwnFields { pod, pod_ips: self.pod_ips(), host_ip: self.shared.config.node_ip, machine: self.shared.machine }
+        let host_ips = &self.shared.config.node_ips;
+        OwnFields { pod, pod_ips: self.pod_ips(), host_ips, machine: self.shared.machine }
     }
 
     /// Writes the status if it changed. Returns false if it could not be written.
@@ -359,7 +358,7 @@ impl Worker {
             waiting: &self.waiting,
             messages: &self.messages,
             pod_ips: self.pod_ips(),
-            host_ip: self.shared.config.node_ip,
+            host_ips: &self.shared.config.node_ips,
             start_time: self.start_time,
             runtime_name: version.as_ref().map_or("containerd", |v| v.name.as_str()),
             now: timestamp_now(),
@@ -408,9 +407,10 @@ impl Worker {
         work: impl FnOnce(&Pod, &PodFolder, &Inputs, &OwnFields<'_>) -> T + Send + 'static,
     ) -> T {
         let (pod, folder) = (Arc::clone(pod), self.folder.clone());
-        let (ips, host_ip, machine) = (self.pod_ips().to_vec(), self.shared.config.node_ip, self.shared.machine);
+        let (ips, host_ips) = (self.pod_ips().to_vec(), self.shared.config.node_ips.clone());
+        let machine = self.shared.machine;
         let done = tokio::task::spawn_blocking(move || {
-            let own = OwnFields { pod: &pod, pod_ips: &ips, host_ip, machine };
+            let own = OwnFields { pod: &pod, pod_ips: &ips, host_ips: &host_ips, machine };
             work(&pod, &folder, &inputs, &own)
         });
         done.await.unwrap_or_default()

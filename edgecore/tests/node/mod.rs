@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 
 pub const NODE: &str = "edge-t";
 pub const POD_RANGE: &str = "10.88.7.0/24";
+pub const POD_RANGE6: &str = "fd00:88:0:7::/64";
 /// Long enough for two slow cores that others use, too.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -229,7 +230,7 @@ impl Node {
             run(&[&["ctr"], words.as_slice()].concat());
         }
         let mut node = Self { files, store, containerd, shutdown: Shutdown::default(), runner: None, version: 0 };
-        let spec = json!({"podCIDR": POD_RANGE, "podCIDRs": [POD_RANGE]});
+        let spec = json!({"podCIDR": POD_RANGE, "podCIDRs": [POD_RANGE, POD_RANGE6]});
         node.apply(
             "nodes",
             json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE, "uid": "n-1"}, "spec": spec}),
@@ -242,7 +243,7 @@ impl Node {
     fn start_runner(&mut self) {
         let config = PodRunnerConfig {
             node_name: NODE.to_owned(),
-            node_ip: Some(IpAddr::from([192, 168, 88, 7])),
+            node_ips: vec![IpAddr::from([192, 168, 88, 7])],
             cri_socket: self.files.path("containerd.sock"),
             cgroup_root: self.files.cgroup_root(),
             pods_dir: self.files.path("pods"),
@@ -251,7 +252,7 @@ impl Node {
             resolv_conf: self.files.path("resolv.conf"),
             cni_conf_dir: self.files.path("cni"),
             cni_bin_dir: PathBuf::from("/usr/lib/cni"),
-            cluster_ranges: vec!["10.88.0.0/16".to_owned()],
+            cluster_ranges: ["10.88.0.0/16", "fd00:88::/48"].map(str::to_owned).into(),
         };
         self.shutdown = Shutdown::default();
         let registry = Arc::new(RwLock::new(Registry::default()));

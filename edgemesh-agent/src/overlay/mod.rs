@@ -264,8 +264,8 @@ fn tunnel_config(config: &Config) -> anyhow::Result<TunnelConfig> {
         .collect::<anyhow::Result<_>>()?;
     tunnel.relay_server = settings.relay;
     // Addresses of bridges to this node's pods lead nowhere elsewhere.
-    tunnel.exclude =
-        Cidr::parse(names::DEFAULT_POD_CIDR).map(|cidr| (cidr.network(), cidr.prefix())).into_iter().collect();
+    let pods = [names::DEFAULT_POD_CIDR, names::DEFAULT_POD_CIDR6].into_iter().filter_map(Cidr::parse);
+    tunnel.exclude = pods.map(|cidr| (cidr.network(), cidr.prefix())).collect();
     Ok(tunnel)
 }
 

@@ -250,7 +250,7 @@ mod tests {
             serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": {"containers": [], "volumes": volumes}}))
                 .unwrap();
         let machine = Machine { memory_bytes: 1, cpus: 1, lowest_oom_score_adj: 0 };
-        let own = OwnFields { pod: &pod, pod_ips: &[], host_ip: None, machine };
+        let own = OwnFields { pod: &pod, pod_ips: &[], host_ips: &[], machine };
         prepare(&pod, &PodFolder::new(folder, "u"), &Inputs::default(), &own).map_err(|e| e.to_string())
     }
 

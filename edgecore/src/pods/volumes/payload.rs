@@ -190,7 +190,7 @@ mod tests {
             )]),
         };
         let machine = Machine { memory_bytes: 1, cpus: 1, lowest_oom_score_adj: 0 };
-        let own = OwnFields { pod: &pod, pod_ips: &[], host_ip: None, machine };
+        let own = OwnFields { pod: &pod, pod_ips: &[], host_ips: &[], machine };
         let files = payload(&volume, &inputs, &own).map_err(|e| e.to_string())?.expect("no such volume");
         Ok(files
             .iter()
