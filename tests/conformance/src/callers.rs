@@ -39,7 +39,7 @@ pub struct Answer {
 impl Answer {
     /// The client's address.
     pub fn client_ip(&self) -> &str {
-        self.client.rsplit_once(':').map_or(&self.client, |(ip, _)| ip)
+        self.client.rsplit_once(':').map_or(&*self.client, |(ip, _)| ip.trim_matches(['[', ']']))
     }
 
     fn read(line: &str) -> Result<Self, String> {

@@ -64,6 +64,25 @@ impl Row {
     }
 }
 
+/// Which of a Service's addresses is called, and which of a node's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// The cluster's own: IPv4.
+    Primary,
+    /// The other one, which only dual-stack Services have.
+    Secondary,
+}
+
+impl Family {
+    /// The fields of a Service that has addresses of this family.
+    pub fn spec(self) -> Value {
+        match self {
+            Self::Primary => json!({}),
+            Self::Secondary => json!({"ipFamilyPolicy": "RequireDualStack"}),
+        }
+    }
+}
+
 /// A row that is being played.
 #[derive(Debug)]
 pub struct Case<'a> {
@@ -86,6 +105,11 @@ impl Service {
     /// Its cluster address.
     pub fn ip(&self) -> &str {
         self.object["spec"]["clusterIP"].as_str().unwrap_or_default()
+    }
+
+    /// Its cluster address of a family; empty if it has none.
+    pub fn ip_of(&self, family: Family) -> &str {
+        self.object["spec"]["clusterIPs"][family as usize].as_str().unwrap_or_default()
     }
 
     /// `SCHEME://CLUSTER-ADDRESS:PORT` of a port by its name (`http`, `tcp` or `udp`).
@@ -111,6 +135,7 @@ impl Service {
 
 fn url(address: &str, scheme: &str, port: &Value) -> String {
     let end = if scheme == "http" { "/" } else { "" };
+    let address = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
     format!("{scheme}://{address}:{port}{end}")
 }
 

@@ -17,7 +17,7 @@ use edgemesh_lab::{
 use parking_lot::{Mutex, RwLock};
 use serde_json::{Value, json};
 
-use crate::manifests;
+use crate::{case::Family, manifests};
 
 /// The nodes. The two in the cloud share a network and a zone, and the outside client reaches their addresses; the others are
 /// behind NAT, each in a network and a zone of its own.
@@ -50,8 +50,9 @@ pub struct Field {
     pub mode: Mode,
     program: PathBuf,
     doors: Mutex<HashMap<String, PodDoor>>,
-    nodes: BTreeMap<String, String>,
-    pods: BTreeMap<String, String>,
+    /// Addresses by name, of IPv4 and of IPv6.
+    nodes: BTreeMap<String, [String; 2]>,
+    pods: BTreeMap<String, [String; 2]>,
     /// Rows that disturb others hold it for writing.
     pub(crate) undisturbed: RwLock<()>,
 }
@@ -68,6 +69,7 @@ fn topology(mode: Mode) -> Topology {
         cloud: vec![node("cloud-1", "zone-c"), node("cloud-2", "zone-c")],
         sites: vec![site("site-a", node("edge-a1", "zone-a")), site("site-b", node("edge-b1", "zone-b"))],
         datapath: Some(mode.datapath),
+        dual_stack: true,
     }
 }
 
@@ -129,14 +131,16 @@ impl Field {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
         self.kubectl("apply -f -", &namespace.to_string())?;
         for host in self.lab.topology()?.hosts() {
-            self.nodes.insert(host.name, host.address.to_string());
+            let second = host.address6.context("the lab is dual-stack")?;
+            self.nodes.insert(host.name, [host.address.to_string(), second.to_string()]);
         }
         let mut pods = Vec::new();
         for node in NODES {
             pods.push(manifests::pod(&format!("server-{node}"), node, &[("app", "server"), ("node", node)], &[]));
             pods.push(manifests::pod(&format!("client-{node}"), node, &[("app", "client")], &[]));
-            let address = self.address(node)?;
-            let ports = ["--http", "18080", "--tcp", "17000", "--udp", "17000", "--address", address];
+            let [address, second] = [Family::Primary, Family::Secondary].map(|family| self.address_of(node, family));
+            let ports = ["--http", "18080", "--tcp", "17000", "--udp", "17000"];
+            let ports = [&ports[..], &["--address", address?, "--address", second?]].concat();
             let mut host = manifests::pod(&format!("host-{node}"), node, &[("app", "host"), ("node", node)], &ports);
             host["spec"]["hostNetwork"] = json!(true);
             host["spec"]["dnsPolicy"] = json!("ClusterFirstWithHostNet");
@@ -201,7 +205,16 @@ impl Field {
     /// # Errors
     /// When there is no such host.
     pub fn address(&self, host: &str) -> Result<&str> {
-        self.nodes.get(host).map(String::as_str).with_context(|| format!("no host {host}"))
+        self.address_of(host, Family::Primary)
+    }
+
+    /// A host's address of a family.
+    ///
+    /// # Errors
+    /// When there is no such host.
+    pub fn address_of(&self, host: &str, family: Family) -> Result<&str> {
+        let addresses = self.nodes.get(host).with_context(|| format!("no host {host}"))?;
+        Ok(&addresses[family as usize])
     }
 
     /// Address of a shared pod.
@@ -209,7 +222,16 @@ impl Field {
     /// # Errors
     /// When there is none of that name.
     pub fn pod_ip(&self, pod: &str) -> Result<&str> {
-        self.pods.get(pod).map(String::as_str).with_context(|| format!("no shared pod {pod}"))
+        self.pod_ip_of(pod, Family::Primary)
+    }
+
+    /// Address of a shared pod, of a family.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn pod_ip_of(&self, pod: &str, family: Family) -> Result<&str> {
+        let addresses = self.pods.get(pod).with_context(|| format!("no shared pod {pod}"))?;
+        Ok(&addresses[family as usize])
     }
 
     /// A command in a pod of the rows' namespace.
@@ -237,10 +259,11 @@ impl Field {
     }
 }
 
-/// Name and address, if the pod is Ready.
-fn ready_pod(pod: &Value) -> Option<(String, String)> {
+/// Name and addresses, if the pod is Ready.
+fn ready_pod(pod: &Value) -> Option<(String, [String; 2])> {
     let conditions = pod["status"]["conditions"].as_array()?;
     let ready = conditions.iter().any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
     let text = |value: &Value| value.as_str().map(str::to_owned);
-    if ready { Some((text(&pod["metadata"]["name"])?, text(&pod["status"]["podIP"])?)) } else { None }
+    let ip = |number: usize| text(&pod["status"]["podIPs"][number]["ip"]);
+    if ready { Some((text(&pod["metadata"]["name"])?, [ip(0)?, ip(1)?])) } else { None }
 }

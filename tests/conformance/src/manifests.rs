@@ -10,7 +10,9 @@ pub const ECHO: u16 = 7000;
 /// A pod of the demo server on a node, with further arguments for the server.
 pub fn pod(name: &str, node: &str, labels: &[(&str, &str)], arguments: &[&str]) -> Value {
     let labels: Map<_, _> = labels.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
-    let command: Vec<_> = ["/bin/demo-server"].iter().chain(arguments).collect();
+    // As most servers do: one socket for both families.
+    let everywhere: &[_] = if arguments.contains(&"--address") { &[] } else { &["--address", "::"] };
+    let command: Vec<_> = ["/bin/demo-server"].iter().chain(arguments).chain(everywhere).collect();
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels},
         "spec": {

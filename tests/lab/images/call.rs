@@ -2,6 +2,7 @@
 //! asks the static C library for service names, which ends it, and its nc knows no UDP.
 //!
 //! usage: call [OPTIONS] URL...
+//!        HOST is a name, of which IPv4 addresses come first, an address, or an IPv6 address in brackets
 //!        http://HOST[:PORT]/PATH     prints the body; succeeds with status 200
 //!        tcp://HOST:PORT             says hello and prints the first line of the answer
 //!        udp://HOST:PORT             says hello and prints the answer
@@ -109,8 +110,12 @@ struct Kept {
 fn call(url: &str, options: &Options, kept: &mut Kept) -> Answer {
     let (scheme, rest) = url.split_once("://").ok_or("a URL begins with http://, tcp:// or udp://")?;
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let (host, port) = authority.rsplit_once(':').unwrap_or((authority, "80"));
-    let address = (host, port.parse::<u16>()?).to_socket_addrs()?.find(SocketAddr::is_ipv4).ok_or("no address")?;
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, port),
+        _ => (authority, "80"),
+    };
+    let found: Vec<_> = (host.trim_matches(['[', ']']), port.parse::<u16>()?).to_socket_addrs()?.collect();
+    let address = *found.iter().find(|address| address.is_ipv4()).or(found.first()).ok_or("no address")?;
     match scheme {
         "http" => http(address, authority, path, options),
         "tcp" => tcp(address, options, &mut kept.tcp),
@@ -166,7 +171,8 @@ fn udp(address: SocketAddr, options: &Options, kept: &mut Option<UdpSocket>) -> 
     let socket = match kept.take() {
         Some(socket) => socket,
         None => {
-            let socket = UdpSocket::bind(("0.0.0.0", options.from))?;
+            let any = if address.is_ipv4() { "0.0.0.0" } else { "::" };
+            let socket = UdpSocket::bind((any, options.from))?;
             socket.set_read_timeout(Some(options.deadline / 4))?;
             socket.connect(address)?;
             socket

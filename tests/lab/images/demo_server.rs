@@ -1,7 +1,7 @@
 //! The lab's application: answers HTTP, plain TCP and UDP with the name of the pod and node that answered.
 //!
-//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]
-//!        (8080, 7000, 7000, 0 and all addresses by default)
+//! usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]...
+//!        (8080, 7000, 7000, 0 and all IPv4 addresses by default; `--address ::` is all addresses of both families)
 //!
 //! A UDP server at all addresses of a host answers from the one that is nearest to the client, which need not be the one that was
 //! called: give it one there. With `--linger` it serves on after SIGTERM for that long, as servers do that shut down slowly.
@@ -53,27 +53,38 @@ fn main() -> std::io::Result<()> {
     signal(SIGALRM, end);
     let mut ports = [("--http", 8080_u16), ("--tcp", 7000), ("--udp", 7000), ("--linger", 0)];
     let mut arguments = std::env::args().skip(1);
-    let mut address = "0.0.0.0".to_owned();
+    let mut addresses = Vec::new();
     while let Some(flag) = arguments.next() {
         if flag == "--address" {
-            address = arguments.next().unwrap_or_default();
+            addresses.extend(arguments.next());
             continue;
         }
         let port = arguments.next().and_then(|value| value.parse().ok());
         match (ports.iter_mut().find(|(name, _)| *name == flag), port) {
             (Some(entry), Some(port)) => entry.1 = port,
             _ => {
-                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]");
+                eprintln!("usage: demo-server [--http PORT] [--tcp PORT] [--udp PORT] [--linger SECONDS] [--address IP]...");
                 std::process::exit(64);
             }
         }
     }
     LINGER.store(ports[3].1.into(), Ordering::Relaxed);
-    let http = TcpListener::bind((address.as_str(), ports[0].1))?;
-    let tcp = TcpListener::bind((address.as_str(), ports[1].1))?;
-    let udp = UdpSocket::bind((address.as_str(), ports[2].1))?;
-    thread::spawn(move || serve(http, answer_http));
-    thread::spawn(move || serve(tcp, answer_tcp));
+    if addresses.is_empty() {
+        addresses.push("0.0.0.0".to_owned());
+    }
+    let mut last = None;
+    for address in &addresses {
+        let http = TcpListener::bind((address.as_str(), ports[0].1))?;
+        let tcp = TcpListener::bind((address.as_str(), ports[1].1))?;
+        let udp = UdpSocket::bind((address.as_str(), ports[2].1))?;
+        thread::spawn(move || serve(http, answer_http));
+        thread::spawn(move || serve(tcp, answer_tcp));
+        last = Some(thread::spawn(move || answer_udp(&udp)));
+    }
+    last.map_or(Ok(()), |thread| thread.join().unwrap_or(Ok(())))
+}
+
+fn answer_udp(udp: &UdpSocket) -> std::io::Result<()> {
     let mut buffer = vec![0; 65536];
     loop {
         let (length, from) = udp.recv_from(&mut buffer)?;
@@ -108,7 +119,12 @@ fn pod() -> String {
 
 /// `POD NODE CLIENT` and a line end.
 fn greeting(client: SocketAddr) -> String {
-    format!("{} {} {client}\n", pod(), variable("NODE_NAME"))
+    format!("{} {} {}\n", pod(), variable("NODE_NAME"), plain(client))
+}
+
+/// An IPv4 address that came in mapped form is written as one.
+fn plain(client: SocketAddr) -> SocketAddr {
+    SocketAddr::new(client.ip().to_canonical(), client.port())
 }
 
 fn answer_tcp(mut stream: TcpStream) -> std::io::Result<()> {
@@ -121,7 +137,7 @@ fn answer_tcp(mut stream: TcpStream) -> std::io::Result<()> {
 
 fn answer_http(stream: TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    let peer = stream.peer_addr()?;
+    let peer = plain(stream.peer_addr()?);
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = String::new();

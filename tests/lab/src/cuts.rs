@@ -127,6 +127,10 @@ pub fn rules(topology: &Topology, cuts: &BTreeSet<Cut>) -> Result<BTreeMap<Strin
                         (None, Some(far)) => {
                             let rules = own.entry(here.name.clone()).or_default();
                             rules.insert((format!("ip saddr {far} drop"), format!("ip daddr {far} drop")));
+                            // What is at a site is reached by IPv4 only.
+                            if let Place::Host(Host { address6: Some(far), site: None, .. }) = there {
+                                rules.insert((format!("ip6 saddr {far} drop"), format!("ip6 daddr {far} drop")));
+                            }
                         }
                         (None, None) => {
                             let rules = own.entry(here.name.clone()).or_default();
@@ -197,6 +201,17 @@ mod tests {
         let scripts = scripts(&[("edge-a1", "edge-b1")]);
         assert!(scripts["nat1"].contains("ip saddr 192.168.1.11 ip daddr 203.0.113.42 drop"));
         assert!(scripts["nat2"].contains("ip saddr 192.168.2.11 ip daddr 203.0.113.41 drop"));
+    }
+
+    #[test]
+    fn public_hosts_of_a_dual_stack_lab_are_cut_in_both_families() {
+        let topology = Topology { dual_stack: true, ..Topology::default() };
+        let cuts = BTreeSet::from([Cut::new(&topology, "cloud-1", "hub").unwrap()]);
+        let script = &rules(&topology, &cuts).unwrap()["cloud-1"];
+        assert!(
+            script.contains("ip saddr 203.0.113.10 drop") && script.contains("ip6 saddr 2001:db8::a drop"),
+            "{script}"
+        );
     }
 
     #[test]

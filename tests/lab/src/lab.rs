@@ -243,7 +243,7 @@ impl Lab {
                 daemons.insert(daemon.name(), json!({"pid": process, "ready": ready, "log": daemon.log(&namespace)}));
             }
             hosts.push(json!({
-                "name": host.name, "role": host.role, "address": host.address, "site": host.site, "gateway": host.gateway,
+                "name": host.name, "role": host.role, "address": host.address, "address6": host.address6, "site": host.site, "gateway": host.gateway,
                 "up": namespace.holder().is_some(), "netns": namespace.netns, "cgroup": namespace.cgroup, "daemons": daemons,
             }));
         }

@@ -113,6 +113,10 @@ fn attach(host: &Host, netns: &str, interface: &str, switch: &str, bridge: &str,
     ))?;
     ip(&format!("-n {switch} link set {port} master {bridge} up"))?;
     ip(&format!("-n {netns} addr add {}/24 dev {interface}", host.address))?;
+    if let Some(address) = host.address6 {
+        // The lab's addresses are unique: nobody need wait for a second until the kernel knows.
+        ip(&format!("-n {netns} addr add {address}/64 dev {interface} nodad"))?;
+    }
     ip(&format!("-n {netns} link set {interface} up"))?;
     ip(&format!("-n {netns} route add default via {gateway}"))
 }

@@ -14,6 +14,11 @@ use crate::{
 /// The public port of the hub's link.
 pub const LINK_PORT: u16 = 10443;
 
+/// Range of IPv6 Service addresses of a dual-stack lab.
+const SERVICE_CIDR6: &str = "fd00:10:96::/112";
+/// Range of its pods' IPv6 addresses; edgecore's setting `clusterRanges` has it by default.
+const POD_CIDR6: &str = "fd00:10:244::/48";
+
 /// A domain whose names the agents ask at a server of its own: the internet's gateway, at [`STUB_DOMAIN_PORT`].
 pub const STUB_DOMAIN: &str = "stub.example";
 /// The port of that server.
@@ -24,14 +29,16 @@ pub const STUB_DOMAIN_PORT: u16 = 5353;
 /// # Errors
 /// When the file can't be written.
 pub fn write_hub(host: &Host, namespace: &HostNamespace) -> Result<()> {
-    write(
-        &namespace.folder.join("hub.yaml"),
-        &json!({
-            "dataDir": namespace.folder.join("hub"),
-            "api": {"listen": "0.0.0.0:6443", "advertise": [host.address.to_string()]},
-            "link": {"listen": format!("0.0.0.0:{LINK_PORT}"), "advertise": [host.address.to_string()]},
-        }),
-    )
+    let mut hub = json!({
+        "dataDir": namespace.folder.join("hub"),
+        "api": {"listen": "0.0.0.0:6443", "advertise": [host.address.to_string()]},
+        "link": {"listen": format!("0.0.0.0:{LINK_PORT}"), "advertise": [host.address.to_string()]},
+    });
+    if host.address6.is_some() {
+        hub["serviceCidr6"] = json!(SERVICE_CIDR6);
+        hub["podCidr6"] = json!(POD_CIDR6);
+    }
+    write(&namespace.folder.join("hub.yaml"), &hub)
 }
 
 /// Writes the configuration of every daemon of a node.
@@ -51,6 +58,7 @@ pub fn write_node(host: &Host, namespace: &HostNamespace, datapath: Option<Datap
             "dataDir": folder.join("edgecore"),
             "nodeName": host.name,
             "nodeIp": host.address.to_string(),
+            "nodeIp6": host.address6,
             "network": network,
             "labels": host.zone.as_ref().map_or_else(|| json!({}), |zone| json!({"topology.kubernetes.io/zone": zone})),
             "role": if in_cloud { "cloud" } else { "edge" },

@@ -1,7 +1,7 @@
 //! What a lab consists of: the internet, a cloud, and sites behind NAT, each with its nodes; and every host's addresses.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
@@ -32,6 +32,9 @@ pub struct Topology {
     /// How the agents translate Service addresses; their own default if left out.
     #[serde(default)]
     pub datapath: Option<Datapath>,
+    /// Hosts, pods and Services have IPv6 addresses, too. Those of a site reach no farther than its LAN, as at many of them.
+    #[serde(default)]
+    pub dual_stack: bool,
 }
 
 /// The agents' setting `datapath`.
@@ -98,6 +101,8 @@ pub struct Host {
     pub role: Role,
     /// Its address: public, or of its site's LAN.
     pub address: Ipv4Addr,
+    /// Its IPv6 address there (/64), in a dual-stack lab.
+    pub address6: Option<Ipv6Addr>,
     /// The site it belongs to; none for public hosts.
     pub site: Option<String>,
     /// Runs edgemesh-gateway.
@@ -139,6 +144,7 @@ impl Default for Topology {
                 SiteSpec { name: "site-b".to_owned(), nodes: vec![NodeSpec { gateway: true, ..node("edge-b1") }] },
             ],
             datapath: None,
+            dual_stack: false,
         }
     }
 }
@@ -213,6 +219,7 @@ impl Topology {
             name: name.to_owned(),
             role,
             address,
+            address6: self.dual_stack.then(|| ipv6_of(address)),
             site: None,
             gateway: false,
             relay: false,
@@ -245,6 +252,15 @@ impl Topology {
     }
 }
 
+/// The IPv6 address of a host: of the range for documentation in the internet, of a local one in a site's LAN.
+fn ipv6_of(address: Ipv4Addr) -> Ipv6Addr {
+    let [a, b, site, host] = address.octets();
+    match a {
+        192 => Ipv6Addr::new(0xfd00, u16::from_be_bytes([a, b]), site.into(), 0, 0, 0, 0, host.into()),
+        _ => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host.into()),
+    }
+}
+
 fn with_last_octet(address: Ipv4Addr, last: u8) -> Ipv4Addr {
     let [a, b, c, _] = address.octets();
     Ipv4Addr::new(a, b, c, last)
@@ -263,6 +279,10 @@ mod tests {
         assert_eq!(address("cloud-1"), "203.0.113.11");
         assert_eq!(address("edge-a2"), "192.168.1.12");
         assert_eq!(address("edge-b1"), "192.168.2.11");
+        let topology = Topology { dual_stack: true, ..topology };
+        let address6 = |name: &str| topology.hosts().into_iter().find(|h| h.name == name).unwrap().address6;
+        assert_eq!(address6("cloud-1"), "2001:db8::b".parse().ok());
+        assert_eq!(address6("edge-b1"), "fd00:c0a8:2::b".parse().ok());
     }
 
     #[test]

@@ -47,7 +47,7 @@ fn url(case: &Case<'_>, service: &Service, client: &str, port: &str) -> Result<S
 }
 
 /// Waits until a client's calls all have the same answer; gives it.
-fn sticks(case: &Case<'_>, from: From<'_>, url: &str) -> Result<String> {
+pub(super) fn sticks(case: &Case<'_>, from: From<'_>, url: &str) -> Result<String> {
     case.until(&format!("{from:?} keeps its endpoint of {url}"), Duration::from_secs(15), || {
         let answers = case.calls(from, url, CALLS)?.into_iter().collect::<Result<Vec<_>, _>>();
         let answers = answers.map_err(|reason| anyhow!("{reason}"))?;

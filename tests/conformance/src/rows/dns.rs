@@ -1,6 +1,6 @@
 //! DNS as pods see it.
 
-use std::time::Duration;
+use std::{net::Ipv6Addr, time::Duration};
 
 use anyhow::{Result, ensure};
 use edgemesh_lab::{
@@ -17,7 +17,7 @@ use crate::{
 };
 
 const CLIENTS: [&str; 2] = ["client-cloud-2", "client-edge-a1"];
-const ZONE: &str = "conformance.svc.cluster.local";
+pub(super) const ZONE: &str = "conformance.svc.cluster.local";
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("DNS should provide DNS for the cluster [Conformance]", cluster),
@@ -53,7 +53,7 @@ pub(super) const ROWS: &[Row] = &[
 ];
 
 /// Asks in pods, until the answer has all of the given words.
-fn answers(case: &Case<'_>, pods: &[&str], kind: &str, name: &str, words: &[&str]) -> Result<()> {
+pub(super) fn answers(case: &Case<'_>, pods: &[&str], kind: &str, name: &str, words: &[&str]) -> Result<()> {
     for pod in pods {
         case.until(&format!("{pod} asks for {name} ({kind})"), Duration::from_secs(15), || {
             // It also fails where one step of a search does.
@@ -81,7 +81,11 @@ fn finds(case: &Case<'_>, pods: &[&str], name: &str, ip: &str) -> Result<()> {
 }
 
 /// The name under which an address is asked for.
-fn arpa(ip: &str) -> String {
+pub(super) fn arpa(ip: &str) -> String {
+    if let Ok(ip) = ip.parse::<Ipv6Addr>() {
+        let digits = ip.octets().into_iter().rev().flat_map(|octet| [octet & 15, octet >> 4]);
+        return digits.map(|digit| format!("{digit:x}.")).collect::<String>() + "ip6.arpa";
+    }
     let octets: Vec<_> = ip.split('.').rev().collect();
     format!("{}.in-addr.arpa", octets.join("."))
 }

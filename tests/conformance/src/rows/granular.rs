@@ -1,14 +1,14 @@
 //! Granular checks: who reaches whom over HTTP and UDP, pod by pod and address by address.
 
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     callers::{
         self,
         From::{self, Node, Pod},
     },
-    case::{Case, Row},
+    case::{Case, Family, Row, Service},
     field::NODES,
     manifests,
 };
@@ -49,35 +49,36 @@ pub(super) const ROWS: &[Row] = &[
         |case| from_nodes_of(case, &["edge-a1"], &["cloud-1", "edge-b1"], "udp"),
     ),
     Row::new("Networking Granular Checks: Services should function for pod-Service: http", |case| {
-        from_pods(case, "http")
+        from_pods(case, Family::Primary, "http")
     }),
     Row::new("Networking Granular Checks: Services should function for pod-Service: udp", |case| {
-        from_pods(case, "udp")
+        from_pods(case, Family::Primary, "udp")
     }),
     Row::new("Networking Granular Checks: Services should function for node-Service: http", |case| {
-        from_nodes(case, "http")
+        from_nodes(case, Family::Primary, "http")
     }),
     Row::new("Networking Granular Checks: Services should function for node-Service: udp", |case| {
-        from_nodes(case, "udp")
+        from_nodes(case, Family::Primary, "udp")
     }),
     Row::new("Networking Granular Checks: Services should function for endpoint-Service: http", |case| {
-        from_endpoints(case, "http")
+        from_endpoints(case, Family::Primary, "http")
     }),
     Row::new("Networking Granular Checks: Services should function for endpoint-Service: udp", |case| {
-        from_endpoints(case, "udp")
+        from_endpoints(case, Family::Primary, "udp")
     }),
     Row::new(
         "Networking Granular Checks: Services should function for multiple endpoint-Services with same selector",
         same_selector,
     ),
-    Row::new(
-        "Networking Granular Checks: Services should function for service endpoints using hostNetwork",
-        host_network,
-    ),
-    Row::new("Networking Granular Checks: Services should update endpoints: http", |case| {
-        endpoints_change(case, "http")
+    Row::new("Networking Granular Checks: Services should function for service endpoints using hostNetwork", |case| {
+        host_network(case, Family::Primary)
     }),
-    Row::new("Networking Granular Checks: Services should update endpoints: udp", |case| endpoints_change(case, "udp")),
+    Row::new("Networking Granular Checks: Services should update endpoints: http", |case| {
+        endpoints_change(case, Family::Primary, "http")
+    }),
+    Row::new("Networking Granular Checks: Services should update endpoints: udp", |case| {
+        endpoints_change(case, Family::Primary, "udp")
+    }),
     Row::new("Networking Granular Checks: Services should update nodePort: http [Slow]", |case| {
         node_port_goes(case, "http")
     }),
@@ -87,8 +88,12 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("Networking Granular Checks: Services should support basic nodePort: udp functionality", |case| {
         node_ports(case, "udp")
     }),
-    Row::new("Networking Granular Checks: Services should be able to handle large requests: http", large_http),
-    Row::new("Networking Granular Checks: Services should be able to handle large requests: udp", large_udp),
+    Row::new("Networking Granular Checks: Services should be able to handle large requests: http", |case| {
+        large_http(case, Family::Primary)
+    }),
+    Row::new("Networking Granular Checks: Services should be able to handle large requests: udp", |case| {
+        large_udp(case, Family::Primary)
+    }),
 ];
 
 /// Every shared server of some nodes at its own address, from every caller of some nodes.
@@ -127,28 +132,40 @@ fn node_pod(case: &Case<'_>, scheme: &str) -> Result<()> {
     NETWORKS.iter().try_for_each(|network| from_nodes_of(case, network, network, scheme))
 }
 
+/// A Service that has addresses of a family.
+fn service(case: &Case<'_>, family: Family, mut spec: Value) -> Result<Service> {
+    if let (Some(fields), Some(further)) = (spec.as_object_mut(), family.spec().as_object()) {
+        fields.extend(further.clone());
+    }
+    case.service("svc", spec)
+}
+
+fn url(service: &Service, family: Family, port: &str) -> String {
+    service.url_at(service.ip_of(family), port)
+}
+
 /// The Service at its cluster address, and at the ports of the caller's node.
-fn from_each(case: &Case<'_>, port: &str, caller: &dyn Fn(&str) -> (String, bool)) -> Result<()> {
-    let service = case.service("svc", json!({"type": "NodePort"}))?;
+fn from_each(case: &Case<'_>, family: Family, port: &str, caller: &dyn Fn(&str) -> (String, bool)) -> Result<()> {
+    let service = service(case, family, json!({"type": "NodePort"}))?;
     for node in NODES {
         let (name, on_node) = caller(node);
         let from = if on_node { Node(&name) } else { Pod(&name) };
-        case.reaches(from, &service.url(port), &ALL)?;
-        case.reaches(from, &service.node_url(case.field.address(node)?, port), &ALL)?;
+        case.reaches(from, &url(&service, family, port), &ALL)?;
+        case.reaches(from, &service.node_url(case.field.address_of(node, family)?, port), &ALL)?;
     }
     Ok(())
 }
 
-fn from_pods(case: &Case<'_>, port: &str) -> Result<()> {
-    from_each(case, port, &|node| (format!("client-{node}"), false))
+pub(super) fn from_pods(case: &Case<'_>, family: Family, port: &str) -> Result<()> {
+    from_each(case, family, port, &|node| (format!("client-{node}"), false))
 }
 
-fn from_nodes(case: &Case<'_>, port: &str) -> Result<()> {
-    from_each(case, port, &|node| (node.to_owned(), true))
+pub(super) fn from_nodes(case: &Case<'_>, family: Family, port: &str) -> Result<()> {
+    from_each(case, family, port, &|node| (node.to_owned(), true))
 }
 
-fn from_endpoints(case: &Case<'_>, port: &str) -> Result<()> {
-    from_each(case, port, &|node| (format!("server-{node}"), false))
+pub(super) fn from_endpoints(case: &Case<'_>, family: Family, port: &str) -> Result<()> {
+    from_each(case, family, port, &|node| (format!("server-{node}"), false))
 }
 
 fn same_selector(case: &Case<'_>) -> Result<()> {
@@ -163,36 +180,37 @@ fn same_selector(case: &Case<'_>) -> Result<()> {
     case.reaches(Pod("server-edge-a1"), &one.url("http"), &ALL)
 }
 
-fn host_network(case: &Case<'_>) -> Result<()> {
+pub(super) fn host_network(case: &Case<'_>, family: Family) -> Result<()> {
     let ports = json!([
         {"name": "http", "port": 80, "targetPort": 18080},
         {"name": "udp", "port": 90, "targetPort": 17000, "protocol": "UDP"},
     ]);
-    let service = case.service("svc", json!({"selector": {"app": "host"}, "ports": ports}))?;
+    let service = service(case, family, json!({"selector": {"app": "host"}, "ports": ports}))?;
     let all: Vec<_> = NODES.iter().map(|node| format!("host-{node}")).collect();
     let all: Vec<_> = all.iter().map(String::as_str).collect();
     for from in [Pod("client-cloud-2"), Pod("client-edge-a1"), Pod("host-cloud-1"), Node("edge-b1")] {
-        case.reaches(from, &service.url("http"), &all)?;
-        case.reaches(from, &service.url("udp"), &all)?;
+        case.reaches(from, &url(&service, family, "http"), &all)?;
+        case.reaches(from, &url(&service, family, "udp"), &all)?;
     }
     Ok(())
 }
 
-fn endpoints_change(case: &Case<'_>, port: &str) -> Result<()> {
+pub(super) fn endpoints_change(case: &Case<'_>, family: Family, port: &str) -> Result<()> {
     let (one, two) = (case.name("one"), case.name("two"));
     case.field.apply(&[
         manifests::pod(&one, "cloud-1", &[("case", &case.id)], &[]),
         manifests::pod(&two, "edge-a1", &[("case", &case.id)], &[]),
     ])?;
-    let service = case.service("svc", json!({"selector": {"case": case.id}}))?;
+    let service = service(case, family, json!({"selector": {"case": case.id}}))?;
+    let url = url(&service, family, port);
     case.running(&one)?;
     case.running(&two)?;
     for client in ["client-cloud-2", "client-edge-b1"] {
-        case.reaches(Pod(client), &service.url(port), &[&one, &two])?;
+        case.reaches(Pod(client), &url, &[&one, &two])?;
     }
     case.delete(&format!("pod {two}"))?;
     for client in ["client-cloud-2", "client-edge-b1"] {
-        case.reaches(Pod(client), &service.url(port), &[&one])?;
+        case.reaches(Pod(client), &url, &[&one])?;
     }
     Ok(())
 }
@@ -217,23 +235,25 @@ fn node_port_goes(case: &Case<'_>, port: &str) -> Result<()> {
 }
 
 /// Upstream's message has 2000 bytes: more than one Ethernet packet carries.
-fn large_http(case: &Case<'_>) -> Result<()> {
-    let service = case.service("svc", json!({}))?;
+pub(super) fn large_http(case: &Case<'_>, family: Family) -> Result<()> {
+    let service = service(case, family, json!({}))?;
     let long = "4".repeat(2000);
     for client in ["client-cloud-2", "client-edge-a1"] {
-        case.reaches(Pod(client), &format!("{}{long}", service.url("http")), &ALL)?;
-        let outcomes = callers::calls(case.field, Pod(client), &["--size", "200000"], &service.url("tcp"), 8)?;
+        case.reaches(Pod(client), &format!("{}{long}", url(&service, family, "http")), &ALL)?;
+        let url = url(&service, family, "tcp");
+        let outcomes = callers::calls(case.field, Pod(client), &["--size", "200000"], &url, 8)?;
         ensure!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     }
     Ok(())
 }
 
-fn large_udp(case: &Case<'_>) -> Result<()> {
-    let service = case.service("svc", json!({}))?;
+pub(super) fn large_udp(case: &Case<'_>, family: Family) -> Result<()> {
+    let service = service(case, family, json!({}))?;
+    let url = url(&service, family, "udp");
     for client in ["client-cloud-2", "client-edge-a1"] {
-        case.reaches(Pod(client), &service.url("udp"), &ALL)?;
+        case.reaches(Pod(client), &url, &ALL)?;
         for size in ["2000", "8000"] {
-            let outcomes = callers::calls(case.field, Pod(client), &["--size", size], &service.url("udp"), 8)?;
+            let outcomes = callers::calls(case.field, Pod(client), &["--size", size], &url, 8)?;
             ensure!(outcomes.iter().all(Result::is_ok), "{client}, {size} bytes: {outcomes:?}");
         }
     }

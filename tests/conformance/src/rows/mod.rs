@@ -3,6 +3,7 @@
 mod affinity;
 mod conntrack;
 mod dns;
+mod dual_stack;
 mod explained;
 mod granular;
 mod latency;
@@ -27,6 +28,7 @@ pub fn all() -> Vec<Row> {
         topology::ROWS,
         conntrack::ROWS,
         granular::ROWS,
+        dual_stack::ROWS,
         slices::ROWS,
         pods::ROWS,
         latency::ROWS,
