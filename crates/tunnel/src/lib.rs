@@ -19,6 +19,7 @@ mod reservations;
 mod stream;
 mod streams;
 mod tunnel;
+mod upgrades;
 mod wire;
 
 pub use accept::{Accept, RefuseAll, Session};

@@ -39,6 +39,7 @@ pub(crate) struct Metrics {
     pub(crate) strangers: Counter,
     pub(crate) reservations: Gauge,
     pub(crate) upgrades: Counter,
+    pub(crate) upgrade_retries: Counter,
 }
 
 /// The counters of streams on one path.
@@ -62,6 +63,8 @@ impl Metrics {
         registry.register("strangers_refused", "Connections refused: unknown PeerId", metrics.strangers.clone());
         registry.register("reservations", "Relays that hold a place for this node", metrics.reservations.clone());
         registry.register("upgrades", "Relayed connections upgraded to direct ones", metrics.upgrades.clone());
+        let help = "Peers reached through a relay that were tried again by better ways";
+        registry.register("upgrade_retries", help, metrics.upgrade_retries.clone());
         for path in [Path::Direct(DirectTransport::Quic), Path::Direct(DirectTransport::Tcp)] {
             metrics.start_at_zero(&path);
         }

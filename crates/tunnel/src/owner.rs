@@ -28,6 +28,7 @@ use crate::{
     reservations::Reservations,
     stream::TunnelStream,
     streams::Inbound,
+    upgrades::Upgrades,
 };
 
 /// How often a draining owner looks whether the last stream has ended.
@@ -59,6 +60,8 @@ pub(crate) struct Owner {
     directory: Arc<Directory>,
     plans: HashMap<PeerId, DialPlan>,
     reservations: Reservations,
+    upgrades: Upgrades,
+    hole_punching: bool,
 }
 
 /// The parts of an owner that its maker provides.
@@ -98,6 +101,8 @@ impl Owner {
             directory: Arc::default(),
             plans: HashMap::new(),
             reservations: Reservations::default(),
+            upgrades: Upgrades::new(config.upgrade_pause),
+            hole_punching: config.hole_punching,
         })
     }
 
@@ -147,6 +152,7 @@ impl Owner {
         let allowed = &mut self.swarm.behaviour_mut().allowed;
         for id in old.ids().filter(|id| new.get(id).is_none()) {
             allowed.disallow_peer(*id);
+            self.upgrades.forget(id);
             if let Some(plan) = self.plans.remove(id) {
                 plan.finish(false);
             }
@@ -189,13 +195,14 @@ impl Owner {
     fn advance(&mut self, now: Instant, stopping: bool) -> Instant {
         if !stopping {
             self.advance_reservations(now);
+            self.advance_upgrades(now);
         }
         self.advance_plans(now);
         let mut wake = now + if stopping { DRAIN_CHECK } else { LONGEST_SLEEP };
         for at in self.plans.values().filter_map(DialPlan::next_stage_at) {
             wake = wake.min(at);
         }
-        if let Some(at) = self.reservations.next_at().filter(|_| !stopping) {
+        for at in [self.reservations.next_at(), self.upgrades.next_at()].into_iter().flatten().filter(|_| !stopping) {
             wake = wake.min(at);
         }
         wake
@@ -221,6 +228,22 @@ impl Owner {
                 plan.finish(false);
             }
             self.reservations.failed(&peer, now);
+        }
+    }
+
+    /// Dials peers that are reached through a relay once more. A further relayed connection is made for the sake of the hole
+    /// punching that begins with it; those that no stream uses any more close by themselves.
+    fn advance_upgrades(&mut self, now: Instant) {
+        for peer in self.upgrades.due(now) {
+            let known = self.directory.get(&peer).cloned();
+            match (known, self.connections.best(&peer)) {
+                (Some(known), Some(connection)) if connection.route.is_relayed() => {
+                    self.metrics.upgrade_retries.inc();
+                    let circuits = self.hole_punching;
+                    self.plan(&known, circuits);
+                }
+                _ => self.upgrades.forget(&peer),
+            }
         }
     }
 
@@ -261,6 +284,9 @@ impl Owner {
                 }
                 if !route.is_relayed() {
                     self.reservations.hurry(&peer_id, now);
+                    self.upgrades.forget(&peer_id);
+                } else if endpoint.is_dialer() {
+                    self.upgrades.relayed(peer_id, now);
                 }
             }
             SwarmEvent::ConnectionClosed { peer_id, endpoint, num_established, cause, .. } => {
@@ -268,6 +294,9 @@ impl Owner {
                 let cause = cause.map_or_else(|| "closed".into(), |cause| cause.to_string());
                 tracing::info!(peer = %self.name_of(&peer_id), %path, left = num_established, cause, "disconnected");
                 self.metrics.connection(&path, -1);
+                if self.connections.best(&peer_id).is_some_and(|left| left.route.is_relayed()) {
+                    self.upgrades.relayed(peer_id, now);
+                }
             }
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id: Some(peer), error } => {
                 tracing::debug!(peer = %self.name_of(&peer), error = describe(&error), "dialling failed");

@@ -20,8 +20,12 @@ async fn hidden(endpoint: &Endpoint) -> TunnelPeer {
 
 async fn site(hole_punching: bool) -> Site {
     let relay = Endpoint::start("relay", |config| config.relay_server = true);
-    let a = Endpoint::start("a", |config| config.hole_punching = hole_punching);
-    let b = Endpoint::start("b", |config| config.hole_punching = hole_punching);
+    let [a, b] = ["a", "b"].map(|name| {
+        Endpoint::start(name, |config| {
+            config.hole_punching = hole_punching;
+            config.upgrade_pause = Duration::from_millis(200);
+        })
+    });
     let relay_peer = relay.peer(2).await;
     relay.tunnel.set_peers(&[hidden(&a).await, hidden(&b).await]);
     a.tunnel.set_peers(&[relay_peer.clone(), hidden(&b).await]);
@@ -124,6 +128,23 @@ async fn nodes_return_to_a_restarted_relay() {
     })
     .await;
     round_trip(&site.a.tunnel, "b", server, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_was_reached_through_a_relay_is_reached_directly_as_soon_as_that_works() {
+    let site = site(false).await;
+    let server = echo().await;
+    assert_eq!(round_trip(&site.a.tunnel, "b", server, "hello").await, "relay");
+    // From now on there is a way.
+    site.a.tunnel.set_peers(&[site.relay.peer(2).await, site.b.peer(2).await]);
+    within("the direct path", async {
+        while site.a.tunnel.path("b").label() != "quic" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(round_trip(&site.a.tunnel, "b", server, "hello").await, "quic");
+    assert!(site.a.metric("edgemesh_tunnel_upgrade_retries_total") > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
