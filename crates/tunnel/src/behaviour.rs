@@ -3,12 +3,12 @@
 use std::{num::NonZeroU8, time::Duration};
 
 use libp2p::{
-    Swarm, SwarmBuilder, allow_block_list, connection_limits,
+    Multiaddr, Swarm, SwarmBuilder, allow_block_list, connection_limits,
     core::upgrade,
     dcutr, identify,
     identity::Keypair,
     noise, quic, relay,
-    swarm::{NetworkBehaviour, behaviour::toggle::Toggle},
+    swarm::{FromSwarm, NetworkBehaviour, NewExternalAddrCandidate, behaviour::toggle::Toggle},
     tcp, yamux,
 };
 
@@ -43,6 +43,15 @@ pub(crate) struct Overlay {
     relay_client: relay::client::Behaviour,
     relay_server: Toggle<relay::Behaviour>,
     dcutr: Toggle<dcutr::Behaviour>,
+}
+
+impl Overlay {
+    /// Offers an address at which a peer sees this endpoint to those who punch holes towards it. libp2p's identify offers it with the
+    /// port that we listen on, unless both are the same, taking the other for a passing one: but all that we dial comes from the ports
+    /// that we listen on, and the router's port for those is the one that a hole can be punched at.
+    pub(crate) fn offer_observed(&mut self, address: &Multiaddr) {
+        self.dcutr.on_swarm_event(FromSwarm::NewExternalAddrCandidate(NewExternalAddrCandidate { addr: address }));
+    }
 }
 
 /// Builds the swarm; it listens to nothing yet.

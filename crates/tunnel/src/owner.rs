@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use edgemesh_telemetry::Shutdown;
 use futures::StreamExt as _;
 use libp2p::{
-    Multiaddr, PeerId, Swarm, dcutr,
+    Multiaddr, PeerId, Swarm, dcutr, identify,
     multiaddr::Protocol,
     ping, relay,
     swarm::{DialError, ListenError, SwarmEvent, dial_opts::DialOpts, dial_opts::PeerCondition},
@@ -356,6 +356,9 @@ impl Owner {
                 if !renewal {
                     tracing::info!(relay = %self.name_of(&relay_peer_id), "holding a place with a relay");
                 }
+            }
+            OverlayEvent::Identify(identify::Event::Received { info, .. }) => {
+                self.swarm.behaviour_mut().offer_observed(&info.observed_addr);
             }
             OverlayEvent::RelayServer(event) => tracing::debug!(?event, "relaying"),
             OverlayEvent::Dcutr(dcutr::Event { remote_peer_id, result }) => match result {

@@ -1,7 +1,8 @@
-//! The tunnel over real sockets on loopback: several endpoints in one process.
+//! The tunnel over real sockets, on loopback and in network namespaces: several endpoints in one process.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr)]
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
 
 mod direct;
+mod nat;
 mod relayed;
 mod rig;
