@@ -344,6 +344,10 @@ mod tests {
         let before = json!({"addresses": [{"type": "InternalIP", "address": "192.168.1.5"}]});
         let after = status("n", &[], &machine, None, &before);
         assert_eq!(after["addresses"][0]["address"], "192.168.1.5");
+        let both = ["192.168.1.5", "fd00::5"].map(|ip| ip.parse().unwrap());
+        let internal = status("n", &both, &machine, None, &before)["addresses"].clone();
+        let internal = internal.as_array().unwrap().iter().filter(|address| address["type"] == "InternalIP");
+        assert_eq!(internal.map(|address| address["address"].clone()).collect::<Vec<_>>(), ["192.168.1.5", "fd00::5"]);
     }
 
     #[tokio::test]

@@ -124,6 +124,9 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         assert!(rules.contains("ip saddr 10.88.7.0/24 ip daddr != @inside masquerade"), "{rules}");
         assert!(rules.contains("ip6 saddr fd00:88:0:7::/64 ip6 daddr != @inside6 masquerade"), "{rules}");
         assert!(rules.contains("18080"), "the host port is not mapped: {rules}");
+        // A node that forwards takes router advertisements only where it is told so.
+        let setting = |name| std::fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{name}")).unwrap();
+        assert_eq!((setting("all/forwarding").trim(), setting("default/accept_ra").trim()), ("1", "2"));
 
         // The running container sees the new ConfigMap.
         node.apply(
