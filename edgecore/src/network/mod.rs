@@ -83,19 +83,20 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
     let options =
         WatchOptions { field_selector: Some(format!("metadata.name={}", config.node_name)), ..WatchOptions::default() };
     let mut events = store.watch(&ResourceName::new("", "v1", "nodes"), &options)?;
-    let mut ranges: Vec<Cidr> = Vec::new();
+    let (mut of_node, mut ranges) = (Vec::new(), Vec::new());
     let mut wait = CHECK_INTERVAL;
     loop {
         tokio::select! {
             event = events.next() => match event {
                 Some(event) => {
                     let event = event?;
-                    let found = usable_ranges(&event.object);
+                    let found = ranges_of(&event.object);
                     // A Node that is deleted for a moment doesn't take the network from its running pods.
-                    if event.kind == EventKind::Deleted || found.is_empty() || found == ranges {
+                    if event.kind == EventKind::Deleted || found.is_empty() || found == of_node {
                         continue;
                     }
-                    ranges = found;
+                    ranges = usable(&found);
+                    of_node = found;
                 }
                 None => return Ok(()),
             },
@@ -114,12 +115,17 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
     }
 }
 
-/// The pod ranges of a Node that pods can be given here, IPv4 first: at most one of each family.
-fn usable_ranges(node: &Value) -> Vec<Cidr> {
+/// The pod ranges of a Node, as it has them.
+fn ranges_of(node: &Value) -> Vec<String> {
     let several = node.pointer("/spec/podCIDRs").and_then(Value::as_array).into_iter().flatten();
     let texts = several.chain(node.pointer("/spec/podCIDR")).filter_map(Value::as_str).filter(|text| !text.is_empty());
+    texts.map(str::to_owned).collect()
+}
+
+/// Those that pods can be given here, IPv4 first: at most one of each family.
+fn usable(of_node: &[String]) -> Vec<Cidr> {
     let mut ranges: Vec<Cidr> = Vec::new();
-    for text in texts {
+    for text in of_node {
         match cni::parse_range(text) {
             Ok(range) if ranges.iter().any(|known| known.network().is_ipv4() == range.network().is_ipv4()) => {}
             Ok(range) if range.network().is_ipv6() && !has_ipv6() => {
@@ -207,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_node_has_one_range_of_each_family_and_ipv4_comes_first() {
-        let ranges = |spec: Value| listed(&usable_ranges(&json!({"spec": spec})));
+        let ranges = |spec: Value| listed(&usable(&ranges_of(&json!({"spec": spec}))));
         assert_eq!(ranges(json!({"podCIDR": "10.244.1.0/24"})), "10.244.1.0/24");
         let both =
             json!({"podCIDR": "fd00:1::/64", "podCIDRs": ["fd00:1::/64", "10.244.1.0/24", "10.244.2.0/24", "x"]});
