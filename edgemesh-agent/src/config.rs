@@ -118,6 +118,9 @@ pub struct DnsConfig {
     pub cache_entries: usize,
     /// Whether popular answers of upstreams are asked for anew shortly before they expire.
     pub prefetch: bool,
+    /// Whether the host is kept from tracking the flows of questions and answers, where it tracks flows at all and nothing
+    /// translates these.
+    pub untracked: bool,
     /// Queries that wait for upstreams at one time.
     pub max_queries: usize,
     /// Those of one client address; 0 for as many as there are.
@@ -196,6 +199,7 @@ impl Default for DnsConfig {
             ttl: 5,
             cache_entries: 5_000,
             prefetch: true,
+            untracked: true,
             max_queries: 1_000,
             max_queries_per_client: 250,
         }

@@ -50,6 +50,7 @@ pub struct DatapathMetrics {
     frontends: Family<TargetLabel, Gauge>,
     slots: Family<SlotLabels, Gauge>,
     outside_frontends: Gauge,
+    dns_untracked: Gauge,
     changes: Counter,
     failures: Counter,
     rules_failures: Counter,
@@ -70,6 +71,7 @@ impl DatapathMetrics {
             frontends: Family::default(),
             slots: Family::default(),
             outside_frontends: Gauge::default(),
+            dns_untracked: Gauge::default(),
             changes: Counter::default(),
             failures: Counter::default(),
             rules_failures: Counter::default(),
@@ -87,6 +89,8 @@ impl DatapathMetrics {
             "Service addresses and node ports that are programmed for callers from outside",
             metrics.outside_frontends.clone(),
         );
+        let help = "1 while the host is kept from tracking the flows of cluster DNS";
+        registry.register("dns_untracked", help, metrics.dns_untracked.clone());
         registry.register("backend_slots", "Slots for backends in the eBPF maps", metrics.slots.clone());
         registry.register("frontends", "Service addresses that are programmed", metrics.frontends.clone());
         registry.register("changes", "Frontends that were written or removed", metrics.changes.clone());
@@ -108,6 +112,11 @@ impl DatapathMetrics {
         let help = "Times that an endpoint was found to take no connections";
         registry.register("turned_silent", help, metrics.turned_silent.clone());
         metrics
+    }
+
+    /// Whether the host is kept from tracking the flows of cluster DNS.
+    pub(crate) fn dns_untracked(&self, in_force: bool) {
+        self.dns_untracked.set(in_force.into());
     }
 
     /// How many endpoints take no connections.

@@ -114,11 +114,16 @@ impl Datapath {
         let state = Arc::<ArcSwap<State>>::default();
         let (node_local, node_local6) = (config.node_local_cidr, config.node_local_cidr6);
         let listeners: Vec<SocketAddr> = dns.iter().map(|dns| dns.listener).collect();
-        let is_ours = move |backend: SocketAddr| match backend.ip() {
-            _ if listeners.contains(&backend) => true,
+        let is_node_local = move |ip| match ip {
             IpAddr::V4(ip) => node_local.contains(ip),
             IpAddr::V6(ip) => node_local6.contains(ip),
         };
+        // Where rules translate the cluster DNS address, they need the host to track its packets. Another address than a node-local
+        // one can be the host's for other purposes.
+        let untracked = listeners.iter().filter(|listener| is_node_local(listener.ip()));
+        let untracked = untracked.filter(|_| programs.is_some() && config.dns.untracked).copied().collect();
+        tokio::spawn(nftables::keep_dns_untracked(untracked, metrics.clone(), shutdown.clone()));
+        let is_ours = move |backend: SocketAddr| listeners.contains(&backend) || is_node_local(backend.ip());
         let mut sweepers: Vec<Box<dyn Sweep>> = Vec::new();
         if let Some(sweeper) = programs.as_mut().and_then(Programs::take_sweeper) {
             sweepers.push(Box::new(sweeper));

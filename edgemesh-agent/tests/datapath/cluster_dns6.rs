@@ -21,12 +21,12 @@ const CLUSTER_DNS: &str = "fd00:96::a";
 in_both_modes!(pods_and_the_host_ask_by_ipv6);
 
 /// The addresses of a name, asked for over TCP.
-fn over_tcp(from: &Host, name: &'static str, kind: RecordType) -> Vec<String> {
+pub(crate) fn over_tcp(from: &Host, server: &'static str, name: &'static str, kind: RecordType) -> Vec<String> {
     from.run(move || {
         let mut query = Message::query();
         query.add_query(Query::query(name.parse().unwrap(), kind));
         let query = query.to_vec().unwrap();
-        let mut stream = TcpStream::connect(to(CLUSTER_DNS, 53)).unwrap();
+        let mut stream = TcpStream::connect(to(server, 53)).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream.write_all(&[&(query.len() as u16).to_be_bytes(), &query[..]].concat()).unwrap();
         let mut length = [0; 2];
@@ -55,7 +55,7 @@ fn pods_and_the_host_ask_by_ipv6(mode: Mode) {
     for from in [&sites.a.pod, &sites.a.host] {
         let web = "web.default.svc.cluster.local.";
         assert_eq!(addresses_of(from, CLUSTER_DNS, web, RecordType::AAAA), ["fd00:96::20"]);
-        assert_eq!(over_tcp(from, web, RecordType::AAAA), ["fd00:96::20"]);
+        assert_eq!(over_tcp(from, CLUSTER_DNS, web, RecordType::AAAA), ["fd00:96::20"]);
         let server = |kind| addresses_of(from, CLUSTER_DNS, "ns.dns.cluster.local.", kind);
         assert_eq!(server(RecordType::AAAA), ["fd65:6467:656d:6573:6800::1"]);
         assert_eq!(server(RecordType::A), ["169.254.64.1"]);

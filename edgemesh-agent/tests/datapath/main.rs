@@ -27,4 +27,5 @@ mod silent;
 mod sites;
 mod sockets;
 mod stale;
+mod untracked_dns;
 mod whole_agent;

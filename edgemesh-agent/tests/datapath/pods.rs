@@ -222,8 +222,8 @@ fn while_the_agent_is_away_calls_are_refused_at_once_and_never_answered_by_the_h
         let refused = sites.a.host.run(move || TcpStream::connect(to(pod, 8080)).unwrap_err());
         assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{pod}");
     }
-    sites.a.set_detach(true);
-    sites.b.set_detach(true);
+    sites.a.configure(|config| config.detach_on_stop = true);
+    sites.b.configure(|config| config.detach_on_stop = true);
     sites.a.start();
     sites.introduce();
     until("the other site", || call(&sites.a.pod, to(POD_B[0], 8080), 1).is_ok_and(|answer| answer == "pod b 1"));

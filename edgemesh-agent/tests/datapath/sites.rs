@@ -203,9 +203,9 @@ impl Site {
         &self.running.as_ref().unwrap().0
     }
 
-    /// Whether its agent removes everything when it stops.
-    pub(crate) fn set_detach(&mut self, detach: bool) {
-        self.config.detach_on_stop = detach;
+    /// Changes the configuration for its next agent.
+    pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
+        change(&mut self.config);
     }
 
     fn mesh_node(&self) -> MeshNode {

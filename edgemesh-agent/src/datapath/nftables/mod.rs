@@ -8,6 +8,7 @@ mod routes;
 mod ruleset;
 mod transaction;
 mod unanswered;
+mod untracked;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -34,6 +35,8 @@ pub use ruleset::TABLE;
 use ruleset::{Chain, Family, Map, Place, Scope};
 use transaction::{Elements, Kernel, Transaction};
 pub(super) use unanswered::UnansweredFlows;
+pub use untracked::DNS_TABLE;
+pub(super) use untracked::keep as keep_dns_untracked;
 
 /// Whether an endpoint is on this node.
 pub type IsLocal<'a> = &'a dyn Fn(SocketAddr, Protocol) -> bool;
@@ -129,20 +132,21 @@ impl Rules {
         }
     }
 
-    /// Removes the table, those of other versions, and the routes, whichever of them there are.
+    /// Removes the table, those of other versions, that of DNS, and the routes, whichever of them there are.
     ///
     /// # Errors
     /// When they can't be removed.
     pub fn uninstall() -> Result<(), NftError> {
         routes::remove_all()?;
         let mut kernel = Kernel::default();
-        let tables = kernel.tables()?;
-        kernel.remove(&tables)
+        let tables = kernel.tables(ruleset::NAME)?;
+        kernel.remove(&tables)?;
+        untracked::remove()
     }
 
     /// Whether an agent left a table here that serves.
     pub fn is_present() -> bool {
-        Kernel::default().tables().is_ok_and(|tables| !tables.is_empty())
+        Kernel::default().tables(ruleset::NAME).is_ok_and(|tables| !tables.is_empty())
     }
 
     /// What ends flows of these rules whose endpoint is gone; `cgroup` is where sockets are looked for.
@@ -242,7 +246,7 @@ impl Rules {
                     None => drop(all.remove(key)),
                 }
             }
-            found = self.kernel.tables()?;
+            found = self.kernel.tables(ruleset::NAME)?;
             self.chains.clear();
             if !self.scope.inside && all.is_empty() {
                 // Even an empty table has the kernel track connections.

@@ -57,7 +57,7 @@ impl Family {
     pub(super) const ALL: [Self; 2] = [Self::V4, Self::V6];
 
     /// As nft names the header and the statement.
-    fn ip(self) -> &'static str {
+    pub(super) fn ip(self) -> &'static str {
         match self {
             Self::V4 => "ip",
             Self::V6 => "ip6",

@@ -10,7 +10,7 @@ use super::{
     super::netlink::{NLM_F_CREATE, Netlink, Refused, Request, attribute, attributes, nested, nfgenmsg},
     elements::{Element, Joined, Value},
     nft::NftError,
-    ruleset::{Map, NAME, TABLE},
+    ruleset::{Map, TABLE},
 };
 
 const SUBSYSTEM: u16 = 10;
@@ -135,17 +135,17 @@ impl Kernel {
         })
     }
 
-    /// The agent's tables, of this layout and others.
+    /// The tables whose names begin so.
     ///
     /// # Errors
     /// When they can't be listed.
-    pub(super) fn tables(&mut self) -> Result<Vec<String>, NftError> {
+    pub(super) fn tables(&mut self, prefix: &str) -> Result<Vec<String>, NftError> {
         let mut names = Vec::new();
         let listed = self.with_socket(|socket| {
             socket.dump(GETTABLE, &nfgenmsg(INET, 0), |body| {
                 let of_name = attributes(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == TABLE_NAME);
                 let text = of_name.and_then(|(_, value)| std::str::from_utf8(value.strip_suffix(&[0])?).ok());
-                names.extend(text.filter(|text| text.starts_with(NAME)).map(str::to_owned));
+                names.extend(text.filter(|text| text.starts_with(prefix)).map(str::to_owned));
             })
         });
         match listed {
