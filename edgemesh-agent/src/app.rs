@@ -98,6 +98,8 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         enable_forwarding();
         let metrics = RouteMetrics::new(&mut registry.write());
         shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
+    } else {
+        shutdown.spawn(routes.leave());
     }
 
     let metrics = IslandMetrics::new(&mut registry.write());

@@ -297,15 +297,19 @@ pub struct RouteMetrics {
     pub(crate) present: Gauge,
     /// Routes that the kernel refuses.
     pub(crate) failed: Gauge,
+    /// Pod ranges to which routes of others lead.
+    pub(crate) foreign: Gauge,
 }
 
 impl RouteMetrics {
     /// Registers them.
     pub fn new(registry: &mut Registry) -> Self {
-        let metrics = Self { present: Gauge::default(), failed: Gauge::default() };
+        let metrics = Self { present: Gauge::default(), failed: Gauge::default(), foreign: Gauge::default() };
         let registry = registry.sub_registry_with_prefix("edgemesh_agent_routes");
         registry.register("present", "Routes to pod ranges of nodes of this network", metrics.present.clone());
         registry.register("failed", "Such routes that the kernel refuses", metrics.failed.clone());
+        let help = "Such ranges to which a route of somebody else leads, which is left alone";
+        registry.register("foreign", help, metrics.foreign.clone());
         metrics
     }
 }

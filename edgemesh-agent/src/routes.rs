@@ -1,8 +1,9 @@
 //! Routes of the host: to the pod ranges of the other nodes of this network, and those that make ranges the host's own: the
 //! node-local addresses, and the pod ranges that are captured.
 //!
-//! Only routes that carry our protocol number are ever changed or removed. They stay when the agent ends, so that pods
-//! keep talking while it restarts; what is no longer wanted goes at the next start, and all at the uninstallation.
+//! Only routes that carry our protocol number are ever changed or removed, and where somebody else leads a pod range, as the CNI
+//! of a cluster does, that route stays alone. Ours stay when the agent ends, so that pods keep talking while it restarts; what is
+//! no longer wanted goes at the next start, and all at the uninstallation.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -71,6 +72,8 @@ pub enum RouteError {
 pub struct Outcome {
     /// Routes that are in place.
     pub present: usize,
+    /// Ranges to which routes of somebody else lead.
+    pub foreign: BTreeSet<Cidr>,
     /// Routes that the kernel refused, with its reason.
     pub failed: BTreeMap<Cidr, String>,
 }
@@ -191,14 +194,23 @@ impl HostRoutes {
         outcome
     }
 
-    /// Makes our routes to pod ranges equal to `wanted`.
+    /// Makes our routes to pod ranges equal to `wanted`, but for ranges to which routes of others lead.
     ///
     /// # Errors
     /// When the routes can't be listed. A single route that is refused is in the outcome.
     pub async fn sync(&self, wanted: &PodRoutes) -> Result<Outcome, RouteError> {
         let mut outcome = Outcome::default();
         let mut present = BTreeSet::new();
-        for route in self.existing(RouteHeader::RT_TABLE_MAIN).await? {
+        let (ours, others): (Vec<_>, Vec<_>) =
+            self.listed(RouteHeader::RT_TABLE_MAIN).await?.into_iter().partition(is_ours);
+        outcome.foreign = others.iter().filter_map(destination).filter(|range| wanted.contains_key(range)).collect();
+        let wanted: PodRoutes = wanted
+            .iter()
+            .filter(|(range, _)| !outcome.foreign.contains(range))
+            .map(|(range, via)| (*range, *via))
+            .collect();
+        let mut moves = BTreeSet::new();
+        for route in ours {
             let range = destination(&route);
             if range.is_some_and(|range| wanted.contains_key(&range) && wanted.get(&range).copied() == gateway(&route))
             {
@@ -208,12 +220,17 @@ impl HostRoutes {
                 if let Err(error) = self.0.route().del(route).execute().await {
                     tracing::debug!(?range, %error, "an old route was not removed");
                 }
+            } else {
+                moves.extend(range);
             }
         }
-        for (&range, &via) in wanted {
+        for (&range, &via) in &wanted {
             if !present.contains(&range) {
                 let Some(route) = pod_route(range, via) else { continue };
-                if let Err(error) = self.0.route().add(route).replace().execute().await {
+                let add = self.0.route().add(route);
+                // What is there is ours. Without that, a route that comes from somebody else at this moment is left alone.
+                let add = if moves.contains(&range) { add.replace() } else { add };
+                if let Err(error) = add.execute().await {
                     outcome.failed.insert(range, format!("via {via}: {error}"));
                     continue;
                 }
@@ -226,23 +243,29 @@ impl HostRoutes {
 
     /// Our routes of both families in a table.
     async fn existing(&self, table: u8) -> Result<Vec<RouteMessage>, RouteError> {
-        let mut ours = Vec::new();
+        let mut routes = self.listed(table).await?;
+        routes.retain(is_ours);
+        Ok(routes)
+    }
+
+    /// The routes of both families in a table, or in all of them (`RT_TABLE_UNSPEC`).
+    async fn listed(&self, table: u8) -> Result<Vec<RouteMessage>, RouteError> {
+        let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut filter = RouteMessage::default();
             filter.header.address_family = family;
             filter.header.table = table;
             let listed: Result<Vec<RouteMessage>, _> = self.0.route().get(filter).execute().try_collect().await;
             match listed {
-                Ok(listed) => ours.extend(listed),
+                Ok(listed) => routes.extend(listed),
                 // A kernel without IPv6.
                 Err(_) if family == AddressFamily::Inet6 => {}
                 Err(error) => return Err(RouteError::List(Box::new(error))),
             }
         }
         // The kernel need not filter.
-        let in_table = |route: &RouteMessage| table == RouteHeader::RT_TABLE_UNSPEC || route.header.table == table;
-        ours.retain(|route| route.header.protocol == PROTOCOL && in_table(route));
-        Ok(ours)
+        routes.retain(|route| table == RouteHeader::RT_TABLE_UNSPEC || route.header.table == table);
+        Ok(routes)
     }
 
     /// Removes every route of ours, of both families and in all tables.
@@ -256,6 +279,13 @@ impl HostRoutes {
         Ok(())
     }
 
+    /// Removes the routes to pod ranges that an earlier agent left.
+    pub async fn leave(self) {
+        if let Err(error) = self.sync(&PodRoutes::new()).await {
+            tracing::warn!(%error, "routes to pods that shall not be kept can't be removed");
+        }
+    }
+
     /// Keeps the routes to pod ranges equal to the catalog until shutdown.
     pub async fn keep(
         self,
@@ -265,7 +295,7 @@ impl HostRoutes {
         shutdown: Shutdown,
     ) {
         let mut generations = catalog.subscribe();
-        let mut failed = BTreeMap::new();
+        let (mut failed, mut foreign) = (BTreeMap::new(), BTreeSet::new());
         let mut ipv6_told = false;
         loop {
             generations.mark_unchanged();
@@ -281,6 +311,11 @@ impl HostRoutes {
                     Ok(outcome) => {
                         metrics.present.set(i64::try_from(outcome.present).unwrap_or(i64::MAX));
                         metrics.failed.set(i64::try_from(outcome.failed.len()).unwrap_or(i64::MAX));
+                        metrics.foreign.set(i64::try_from(outcome.foreign.len()).unwrap_or(i64::MAX));
+                        if outcome.foreign != foreign {
+                            tracing::info!(ranges = outcome.foreign.len(), "pod ranges to which routes of others lead");
+                        }
+                        foreign = outcome.foreign;
                         // Once for each new reason: rounds repeat.
                         for (range, reason) in &outcome.failed {
                             if failed.get(range) != Some(reason) {
@@ -337,6 +372,10 @@ fn pod_route(range: Cidr, via: IpAddr) -> Option<RouteMessage> {
         ),
         _ => None,
     }
+}
+
+fn is_ours(route: &RouteMessage) -> bool {
+    route.header.protocol == PROTOCOL
 }
 
 /// Whether a new route to the range takes the place of the one that is there. An IPv6 route would become one path more.

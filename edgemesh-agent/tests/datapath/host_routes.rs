@@ -72,6 +72,27 @@ fn only_our_own_routes_are_added_changed_and_removed() {
 
         host.sync(&PodRoutes::new()).await.unwrap();
         assert!(!shown("main").contains("proto 176") && !shown6().contains("proto 176"));
+
+        // A CNI leads there already, whatever its metric; or comes later.
+        ip("route add 10.244.2.0/24 via 192.168.1.99 metric 50");
+        ip("route add fd00:2::/64 via fd00:a::99");
+        let wanted = routes(&[
+            ("10.244.2.0/24", "192.168.1.12"),
+            ("10.244.3.0/24", "192.168.1.13"),
+            ("fd00:2::/64", "fd00:a::12"),
+        ]);
+        let outcome = host.sync(&wanted).await.unwrap();
+        assert_eq!((outcome.present, outcome.foreign.len(), outcome.failed.len()), (1, 2, 0), "{outcome:?}");
+        ip("route add 10.244.3.0/24 via 192.168.1.99 metric 50");
+        let outcome = host.sync(&wanted).await.unwrap();
+        assert_eq!((outcome.present, outcome.foreign.len()), (0, 3), "{outcome:?}");
+        host.remove_all().await.unwrap();
+        let (table, table6) = (shown("main"), shown6());
+        assert!(!table.contains("proto 176") && !table6.contains("proto 176"), "{table}{table6}");
+        for left in ["10.244.2.0/24 via 192.168.1.99", "10.244.3.0/24 via 192.168.1.99"] {
+            assert!(table.contains(left), "{left}: {table}");
+        }
+        assert!(table6.contains("fd00:2::/64 via fd00:a::99"), "{table6}");
         drop(host);
         shutdown.drain(Duration::from_secs(1)).await;
     });

@@ -382,7 +382,9 @@ fn host_processes_reach_services_without_a_default_route_and_lose_them_with_the_
         String::from_utf8(output.stdout).unwrap()
     };
     let mut rules = rules(Mode::Nftables);
+    let other_ports = "10.96.0.20:0";
     serve(&mut rules, Tcp, VIP, Some(&["10.244.1.5:8080"]));
+    serve(&mut rules, Tcp, other_ports, Some(&[]));
     assert!(call(VIP).is_ok());
     serve(&mut rules, Udp, VIP, Some(&[]));
     assert!(call(VIP).is_ok(), "another port is refused");
@@ -394,6 +396,21 @@ fn host_processes_reach_services_without_a_default_route_and_lose_them_with_the_
     serve(&mut rules, Tcp, VIP, None);
     serve(&mut rules, Udp, VIP, None);
     assert_eq!(routes(), "");
+    serve(&mut rules, Tcp, other_ports, None);
     assert_eq!(call(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
     drop(pod5);
+}
+
+#[test]
+fn a_load_balancer_without_endpoints_takes_no_other_port_of_its_address_away() {
+    let _node = node();
+    let (pod6, other) = (pod(6), other_node());
+    other.run(|| who_calls("192.168.1.12:22"));
+    let mut rules = rules(Mode::Nftables);
+    // Load balancers of small clusters name the nodes' own addresses.
+    serve(&mut rules, Tcp, "192.168.1.12:80", Some(&[]));
+    assert_eq!(call("192.168.1.12:80").unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(pod6.run(|| call("192.168.1.12:80")).unwrap_err().kind(), ErrorKind::HostUnreachable);
+    assert_eq!(call("192.168.1.12:22").unwrap(), "192.168.1.12:22 192.168.1.11");
+    assert_eq!(pod6.run(|| call("192.168.1.12:22")).unwrap(), "192.168.1.12:22 10.244.1.6");
 }

@@ -30,7 +30,7 @@ use super::{
 pub use counts::RuleCounts;
 use elements::{Element, Joined, Needs};
 pub use nft::NftError;
-use routes::ServiceRoutes;
+use routes::{Called, ServiceRoutes};
 pub use ruleset::TABLE;
 use ruleset::{Chain, Family, Map, Place, Scope};
 use transaction::{Elements, Kernel, Transaction};
@@ -385,12 +385,14 @@ impl Rules {
         let Some(routes) = &mut self.routes else { return };
         let old = &self.programmed;
         for ((place, frontend), target) in changed {
-            if *place == Place::Inside && frontend.address.port() != 0 && !frontend.address.ip().is_loopback() {
-                let serves = |programmed: &Programmed| {
-                    programmed.target.target().is_some_and(|target| !target.backends().is_empty())
+            if *place == Place::Inside && !frontend.address.ip().is_loopback() {
+                let called = |programmed: &Programmed| match programmed.target.target() {
+                    _ if frontend.address.port() == 0 => Called::Closed,
+                    Some(target) if !target.backends().is_empty() => Called::Served,
+                    _ => Called::Refused,
                 };
                 let key = (*place, *frontend);
-                routes.exchange(frontend.address.ip(), old.get(&key).map(serves), target.as_ref().map(serves));
+                routes.exchange(frontend.address.ip(), old.get(&key).map(called), target.as_ref().map(called));
             }
         }
         if let Err(error) = routes.write() {

@@ -61,12 +61,51 @@ impl State {
     }
 }
 
+/// What becomes of calls at a frontend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Called {
+    /// They are led to endpoints.
+    Served,
+    /// They are refused.
+    Refused,
+    /// It stands for all ports that its address has no other frontend for: the address is a Service's as a whole.
+    Closed,
+}
+
+/// How many frontends of each kind an address has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Frontends {
+    served: usize,
+    refused: usize,
+    closed: usize,
+}
+
+impl Frontends {
+    fn change(&mut self, called: Called, by: isize) {
+        let count = match called {
+            Called::Served => &mut self.served,
+            Called::Refused => &mut self.refused,
+            Called::Closed => &mut self.closed,
+        };
+        *count = count.saturating_add_signed(by);
+    }
+
+    /// The route that the address needs. One at which nothing else may be called can be refused as a whole; a load balancer's can be
+    /// another host's, with more ports than the Service's, and then only the rules refuse.
+    fn state(self) -> Option<State> {
+        match self {
+            Self { served: 0, refused: 0, .. } => None,
+            Self { served: 0, closed: 1.., .. } => Some(State::Refused),
+            _ => Some(State::Served),
+        }
+    }
+}
+
 /// The routes, and what asks for them.
 #[derive(Debug)]
 pub(super) struct ServiceRoutes {
     netlink: Netlink,
-    /// For each address, how many of its frontends are served and how many refused.
-    frontends: HashMap<IpAddr, (usize, usize)>,
+    frontends: HashMap<IpAddr, Frontends>,
     /// What is in the kernel.
     present: HashSet<(IpAddr, State)>,
     /// What may differ.
@@ -90,20 +129,16 @@ impl ServiceRoutes {
         Ok(Self { netlink, frontends: HashMap::new(), present, touched })
     }
 
-    /// A frontend of an address was or is served (`true`), refused (`false`), or absent.
-    pub(super) fn exchange(&mut self, address: IpAddr, old: Option<bool>, new: Option<bool>) {
-        let counts = self.frontends.entry(address).or_default();
-        let count = |counts: &mut (usize, usize), served: bool, by: isize| {
-            let one = if served { &mut counts.0 } else { &mut counts.1 };
-            *one = one.saturating_add_signed(by);
-        };
-        if let Some(served) = old {
-            count(counts, served, -1);
+    /// What becomes of calls at a frontend of an address, before and now, unless it is absent.
+    pub(super) fn exchange(&mut self, address: IpAddr, old: Option<Called>, new: Option<Called>) {
+        let frontends = self.frontends.entry(address).or_default();
+        if let Some(called) = old {
+            frontends.change(called, -1);
         }
-        if let Some(served) = new {
-            count(counts, served, 1);
+        if let Some(called) = new {
+            frontends.change(called, 1);
         }
-        if *counts == (0, 0) {
+        if *frontends == Frontends::default() {
             self.frontends.remove(&address);
         }
         self.touched.insert(address);
@@ -113,10 +148,7 @@ impl ServiceRoutes {
     pub(super) fn write(&mut self) -> io::Result<()> {
         let mut changes = Vec::new();
         for address in self.touched.drain() {
-            let wanted = self.frontends.get(&address).map(|counts| match counts {
-                (0, _) => State::Refused,
-                _ => State::Served,
-            });
+            let wanted = self.frontends.get(&address).and_then(|frontends| frontends.state());
             for state in [State::Served, State::Refused] {
                 let (is, shall) = (self.present.contains(&(address, state)), wanted == Some(state));
                 if is != shall {
