@@ -32,7 +32,7 @@ pub use self::{
 };
 use crate::{
     config::{Config, DatapathMode},
-    datapath::host,
+    datapath::{host, nftables::table_is_present},
     metrics::CaptureMetrics,
     node_local::Ipv6Range,
     overlay::PodSockets,
@@ -273,7 +273,9 @@ impl Worker {
                 // Written anew where it differs: what is no longer wanted stays until its routes are gone.
                 let all: BTreeSet<Cidr> = wanted.union(&self.captured).copied().collect();
                 let too_old = || self.written.is_none_or(|at| at.elapsed() >= RESYNC);
-                if !new.is_empty() || (!all.is_empty() && too_old() && tproxy::bridges_call()) {
+                // Without it the host itself would answer for the pods.
+                let is_gone = || matches!(table_is_present(tproxy::TABLE), Ok(false));
+                if !new.is_empty() || (!all.is_empty() && too_old() && (is_gone() || tproxy::bridges_call())) {
                     match tproxy::apply(&all, listeners).await {
                         Ok(()) => {
                             self.captured = all;

@@ -40,6 +40,10 @@ impl FlowSweeper {
     /// Ends every flow that came through a Service to a backend for which `is_gone(service, backend, protocol)` holds.
     pub fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept {
         let mut swept = Swept::default();
+        // The kernel's whole table would be read.
+        if self.served.read().is_empty() {
+            return swept;
+        }
         let mut connections = HashSet::new();
         if let Err(error) = self.sweep_flows(is_gone, &mut connections, &mut swept) {
             tracing::warn!(%error, "flows of endpoints that are gone could not be ended");
@@ -58,6 +62,10 @@ impl FlowSweeper {
                 tracing::debug!(%error, "a network namespace could not be swept");
                 swept.failed += 1;
             }
+        }
+        // A pod's namespace would stay with this thread after its pod.
+        if let Err(error) = setns(&self.home, CloneFlags::CLONE_NEWNET) {
+            tracing::debug!(%error, "the thread that ends flows stays in a pod's network namespace until the next time");
         }
         swept
     }

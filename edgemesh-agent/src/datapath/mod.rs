@@ -58,6 +58,8 @@ const DEBOUNCE: Duration = Duration::from_millis(5);
 const RETRY: Duration = Duration::from_secs(1);
 /// The longest pause between such attempts, each pause being twice as long as the last.
 const MAX_RETRY: Duration = Duration::from_secs(60);
+/// How soon is seen that somebody else removed the rules.
+const RULES_LOOK: Duration = Duration::from_secs(10);
 /// How soon a change of the host's addresses is seen, where Services have `externalIPs`.
 const HOST_ADDRESSES: Duration = Duration::from_secs(15);
 
@@ -235,19 +237,26 @@ impl Worker {
         let mut generations = catalog.subscribe();
         let mut readiness = Some(readiness);
         let mut retry_at = None;
+        let rules_lead = Arc::clone(&self.rules_lead);
+        let mut look_at = tokio::time::Instant::now() + RULES_LOOK;
         loop {
             generations.mark_unchanged();
             // From half a catalog, Services would be refused whose endpoints were only not read yet. Cluster DNS leads
             // here from the start: other names can be answered.
             let synced = catalog.is_synced();
             let snapshot = if synced { catalog.snapshot() } else { Arc::default() };
+            let look = tokio::time::Instant::now() >= look_at;
+            if look {
+                look_at = tokio::time::Instant::now() + RULES_LOOK;
+            }
             let round = tokio::task::spawn_blocking(move || {
-                if snapshot.is_synced() {
-                    self.forget_counts(&snapshot);
+                if look && self.rules_lead.load(Ordering::Relaxed) {
+                    self.rules.look();
                 }
+                let passed_on = snapshot.is_synced() && self.forget_counts(&snapshot);
                 let is_whole = self.program(&snapshot);
                 if snapshot.is_synced() {
-                    self.look_back(snapshot);
+                    self.look_back(snapshot, passed_on);
                 }
                 (self, is_whole)
             });
@@ -288,6 +297,7 @@ impl Worker {
                 }
                 () = tokio::time::sleep(pause_after(self.outside_failures)), if self.outside_failures > 0 => {}
                 () = tokio::time::sleep(HOST_ADDRESSES), if self.has_external => {}
+                () = tokio::time::sleep_until(look_at), if rules_lead.load(Ordering::Relaxed) => {}
                 () = shutdown.forced().cancelled() => return,
             }
             tokio::time::sleep(DEBOUNCE).await;
@@ -313,13 +323,22 @@ impl Worker {
         let synced = catalog.is_synced();
         let programmed = match self.programs.is_some() {
             true => {
-                // Before callers on the node are served in another way, those from outside are in the same.
                 let mut wanted = wanted;
-                self.write_outside(catalog, surroundings, &mut wanted);
-                match wanted {
+                let outside = synced.then(|| self.plan_rules(catalog, surroundings, &mut wanted));
+                // What the rules of another mode serve must be served by the programs before they go. Later, callers from outside are
+                // served in another way before those on the node are.
+                let takes_over = !self.older_removed;
+                if !takes_over && let Some(outside) = &outside {
+                    self.write_outside(catalog, surroundings, outside);
+                }
+                let programmed = match wanted {
                     Wanted::All(all) => self.write_all(all, synced),
                     Wanted::Some(some) => self.write_some(some),
+                };
+                if takes_over && let Some(outside) = &outside {
+                    self.write_outside(catalog, surroundings, outside);
                 }
+                programmed
             }
             false => self.write_rules(catalog, surroundings, wanted),
         };
@@ -373,26 +392,41 @@ impl Worker {
         }
     }
 
-    /// Brings the rules for callers from outside to what is planned, beside the programs. If that fails it is tried
-    /// again with pauses of its own: the node's own sockets, and readiness, don't wait for it.
+    /// Plans the rules for callers from outside. Returns what changed, or nothing if that can be all.
     ///
     /// What may not be called from everywhere is taken from what is wanted of the programs, which can't tell where a
     /// pod's socket calls from: the rules serve it to all.
-    fn write_outside(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>, wanted: &mut Wanted) {
-        if !catalog.is_synced() {
-            return;
-        }
+    fn plan_rules(
+        &mut self,
+        catalog: &Arc<Catalog>,
+        surroundings: Surroundings<'_>,
+        wanted: &mut Wanted,
+    ) -> Option<Vec<(Frontend, Option<outside::OutsideTarget>)>> {
         let older = self.planned_outside.take().filter(|_| matches!(wanted, Wanted::Some(_)));
         let changed = self.plan_outside(catalog, surroundings, older);
         if let Wanted::All(all) = wanted {
             let is_guarded = |at: &Frontend| matches!(self.outside.get(at), Some(outside::OutsideTarget::Within(..)));
             (self.guarded, *all) = std::mem::take(all).into_iter().partition(|(frontend, _)| is_guarded(frontend));
         }
+        changed
+    }
+
+    /// Brings the rules for callers from outside to what is planned, beside the programs. If that fails it is tried
+    /// again with pauses of its own: the node's own sockets, and readiness, don't wait for it.
+    fn write_outside(
+        &mut self,
+        catalog: &Arc<Catalog>,
+        surroundings: Surroundings<'_>,
+        changed: &Option<Vec<(Frontend, Option<outside::OutsideTarget>)>>,
+    ) {
         self.rules.set_pods(pod_ranges(catalog, &surroundings.viewpoint.node));
         let is_local = |backend, protocol| is_local(catalog, surroundings.viewpoint, backend, protocol);
         let written = match changed {
             None => self.rules.replace(&self.guarded, &self.outside, &is_local),
-            Some(outside) => self.rules.apply(nftables::Changes { inside: Vec::new(), outside }, &is_local),
+            Some(outside) => {
+                let changes = nftables::Changes { inside: Vec::new(), outside: outside.clone() };
+                self.rules.apply(changes, &is_local)
+            }
         };
         match written {
             Ok(_) => {
@@ -475,9 +509,10 @@ impl Worker {
             }
             Err(error) => {
                 self.metrics.rules_failed();
-                if std::mem::replace(&mut self.outside_failures, 1) == 0 {
+                if self.outside_failures == 0 {
                     tracing::warn!(%error, "rules can't be written; trying again");
                 }
+                self.outside_failures = self.outside_failures.saturating_add(1);
                 Programmed { failed: count.max(1), ..Programmed::default() }
             }
         }
@@ -527,9 +562,10 @@ impl Worker {
         programmed
     }
 
-    /// Forgets what was counted of a Service at an address that another has now, before that one is served there.
-    fn forget_counts(&mut self, catalog: &Catalog) {
-        let Some(older) = &self.looked_at else { return };
+    /// Forgets what was counted of a Service at an address that another has now, before that one is served there. Returns whether
+    /// there is such an address.
+    fn forget_counts(&mut self, catalog: &Catalog) -> bool {
+        let Some(older) = &self.looked_at else { return false };
         let passed_on = passed_on(catalog, older, &self.config.node_name);
         if let Some(programs) = &mut self.programs {
             passed_on.iter().for_each(|frontend| programs.forget_calls(*frontend));
@@ -537,14 +573,15 @@ impl Worker {
         if let Err(error) = self.rules.forget_counts(&passed_on) {
             tracing::warn!(%error, "what was counted of a Service is shown as another's");
         }
+        !passed_on.is_empty()
     }
 
     /// Sees to what the catalog before had and this one lacks. After the maps are written, so that no socket is sent to
-    /// what is gone any more.
-    fn look_back(&mut self, catalog: Arc<Catalog>) {
+    /// what is gone any more. `passed_on` says whether an address is another Service's now.
+    fn look_back(&mut self, catalog: Arc<Catalog>, passed_on: bool) {
         let older = self.looked_at.replace(Arc::clone(&catalog));
         if let Some(reaper) = &self.reaper
-            && older.is_none_or(|older| stale::any_gone(&older, &catalog))
+            && (passed_on || older.is_none_or(|older| stale::any_gone(&older, &catalog)))
         {
             reaper.look(catalog);
         }

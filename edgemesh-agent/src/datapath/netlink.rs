@@ -138,6 +138,8 @@ impl Netlink {
             let length = self.socket.read(&mut self.buffer)?;
             for (kind, body) in messages(&self.buffer[..length]) {
                 match kind {
+                    // With the error that ended it, if one did.
+                    NLMSG_DONE if body.len() >= 4 => return acknowledged(body),
                     NLMSG_DONE => return Ok(()),
                     NLMSG_ERROR => return acknowledged(body),
                     _ => each(body),

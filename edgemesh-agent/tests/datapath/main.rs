@@ -17,6 +17,7 @@ mod island;
 mod nftables;
 mod out_of_window;
 mod outside;
+mod passed_on;
 mod pinned;
 mod pods;
 mod process;

@@ -223,6 +223,25 @@ fn udp_flows_move_on_from_an_endpoint_that_is_gone_and_direct_ones_stay() {
 }
 
 #[test]
+fn udp_flows_of_a_service_that_was_removed_while_no_agent_was_there_are_ended() {
+    let sandbox = node();
+    let [pod5, pod7] = pods([5, 7]);
+    for stays in [None, Some("10.96.0.30:80")] {
+        let mut before = rules(Mode::Nftables);
+        serve(&mut before, Udp, VIP, Some(&["10.244.1.5:8080"]));
+        pod7.run(|| call_udp(VIP)).unwrap();
+        drop(before);
+        let mut next = rules(Mode::Nftables);
+        let plan =
+            stays.map(|address| (Frontend { address: at(address), protocol: Udp }, direct(&["10.244.1.5:8080"])));
+        next.replace(&plan.into_iter().collect(), &Default::default(), &is_local).unwrap();
+        let swept = sweep(&next, &sandbox, &["10.244.1.5:8080"]);
+        assert_eq!((swept.udp, swept.failed), (1, 0), "{stays:?}: {swept:?}");
+    }
+    drop(pod5);
+}
+
+#[test]
 fn tcp_connections_to_an_endpoint_that_is_gone_are_ended_in_the_pod_that_holds_them() {
     let sandbox = node();
     let (pod5, pod7) = (pod(5), pod(7));

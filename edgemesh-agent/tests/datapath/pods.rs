@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     access_log::{AccessLog, says},
+    outside::nft,
     sites::{
         CLUSTER_DNS, POD_A, POD_B, Sites, addresses_of, ask, ask_and_keep, call, counting_server, echo_server, to,
         until,
@@ -230,6 +231,23 @@ fn while_the_agent_is_away_calls_are_refused_at_once_and_never_answered_by_the_h
     sites.a.stop();
     let routes = sites.a.shown("route show table all");
     assert!(!routes.contains("10.244.7.0/24") && !routes.contains("fd00:7::/64"), "{routes}");
+}
+
+#[test]
+fn a_capture_that_somebody_else_removed_is_there_again() {
+    let sites = Sites::start(&[], |config| config.datapath = DatapathMode::Nftables);
+    serve(&sites);
+    let reaches = || call(&sites.a.pod, to(POD_B[0], 8080), 1).is_ok_and(|answer| answer == "pod b 1");
+    until("the other site", reaches);
+    sites.a.host.run(|| {
+        // Where bridges don't call, nothing else has the table written again.
+        for switch in ["iptables", "ip6tables"] {
+            std::fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{switch}"), "0").unwrap();
+        }
+        nft("flush ruleset");
+    });
+    assert!(!reaches());
+    until("the other site once more", reaches);
 }
 
 #[test]

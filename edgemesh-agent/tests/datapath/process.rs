@@ -2,7 +2,7 @@
 
 use std::{
     io::{ErrorKind, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Child, Command, Output, Stdio},
@@ -13,10 +13,10 @@ use edgemesh_agent::datapath::nftables::{Rules, TABLE};
 
 use crate::{
     hosts::{client, node, pod, who_calls},
-    outside::{call, shown},
-    sandbox::{Mode, Sandbox, in_both_modes},
+    outside::{call, nft, shown},
+    sandbox::{Mode, Sandbox, in_both_modes, ip},
     sites::until,
-    whole_agent::{admin, catalog},
+    whole_agent::{admin, catalog, try_admin},
 };
 
 /// What an agent needs for eBPF and not for rules.
@@ -64,7 +64,7 @@ fn start(mut command: Command, port: u16) -> Agent {
     let agent = Agent(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let until = Instant::now() + Duration::from_secs(30);
-    while TcpStream::connect(address).is_err() || !admin(address, "/readyz").starts_with("HTTP/1.1 200") {
+    while !try_admin(address, "/readyz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
         assert!(Instant::now() < until, "not ready");
     }
     agent
@@ -133,7 +133,18 @@ fn host_resolvers() -> (u64, i64, i64, Vec<u8>) {
     (file.ino(), file.mtime(), file.mtime_nsec(), std::fs::read(path).unwrap())
 }
 
-in_both_modes! { after_an_uninstallation_the_kernel_is_as_before }
+/// Another node of the network.
+fn neighbour() -> serde_json::Value {
+    serde_json::json!({"apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": "edge-a2", "labels": {"edgemesh.dev/network": "site-a"}},
+        "spec": {"podCIDRs": ["10.244.2.0/24"]},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.12"}]}})
+}
+
+in_both_modes! {
+    after_an_uninstallation_the_kernel_is_as_before,
+    what_others_remove_with_all_tables_is_there_again_without_a_change,
+}
 
 fn after_an_uninstallation_the_kernel_is_as_before(mode: Mode) {
     let sandbox = node();
@@ -142,11 +153,7 @@ fn after_an_uninstallation_the_kernel_is_as_before(mode: Mode) {
     let command = || command(&sandbox, data.path(), port, "+all", &[&setting]);
     let started = command();
     let mut items = catalog();
-    let neighbour = serde_json::json!({"apiVersion": "v1", "kind": "Node",
-        "metadata": {"name": "edge-a2", "labels": {"edgemesh.dev/network": "site-a"}},
-        "spec": {"podCIDRs": ["10.244.2.0/24"]},
-        "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.12"}]}});
-    items["items"].as_array_mut().unwrap().push(neighbour);
+    items["items"].as_array_mut().unwrap().push(neighbour());
     std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
     let (before, resolvers) = (kernel_state(&sandbox), host_resolvers());
     let agent = start(started, port);
@@ -159,6 +166,123 @@ fn after_an_uninstallation_the_kernel_is_as_before(mode: Mode) {
     uninstall(command());
     assert_eq!(kernel_state(&sandbox), before);
     assert_eq!(host_resolvers(), resolvers);
+}
+
+#[test]
+fn rules_that_can_not_be_written_are_tried_again_ever_more_rarely() {
+    let sandbox = node();
+    let (data, port) = (tempfile::tempdir().unwrap(), free_port());
+    let _agent = start(command(&sandbox, data.path(), port, "+all", &["datapath=nftables"]), port);
+    nft(&format!("delete table inet {TABLE}"));
+    let held = held_table();
+    // The host gets an external address of a Service.
+    ip("address add 203.0.113.9/32 dev lo");
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let failures = || -> u32 {
+        let name = "edgemesh_agent_datapath_rules_failures_total ";
+        try_admin(address, "/metrics")
+            .unwrap_or_default()
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.parse().ok())
+            .unwrap_or(0)
+    };
+    until("a failure", || failures() >= 1);
+    let first = Instant::now();
+    until("further attempts", || failures() >= 4);
+    assert!(first.elapsed() > Duration::from_secs(5), "{:?}", first.elapsed());
+    held.kill();
+}
+
+fn what_others_remove_with_all_tables_is_there_again_without_a_change(mode: Mode) {
+    let sandbox = node();
+    let (pod5, client, data, port) = (pod(5), client(), tempfile::tempdir().unwrap(), free_port());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let setting = format!("datapath={}", if mode == Mode::Ebpf { "ebpf" } else { "nftables" });
+    let elsewhere = format!("cgroup={}", sandbox.child_cgroup().display());
+    let command = command(&sandbox, data.path(), port, "+all", &[&setting, &elsewhere]);
+    // Nothing has the agent look again but that it is time to.
+    let mut items = catalog();
+    items["items"][0]["spec"].as_object_mut().unwrap().remove("externalIPs");
+    std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
+    let _agent = start(command, port);
+    let serves = || {
+        client.run(|| call("192.168.1.11:30080")).is_ok()
+            && (mode == Mode::Ebpf || client.run(|| call("203.0.113.7:80")).is_ok() && call("10.96.0.20:80").is_ok())
+    };
+    assert!(serves());
+    nft("flush ruleset");
+    for rule in ["32800", "30176"] {
+        // As networkd does with those that it doesn't know.
+        let _ = Command::new("ip").args(["rule", "del", "pref", rule]).output().unwrap();
+    }
+    assert!(!serves());
+    until("all is served again", serves);
+}
+
+#[test]
+fn what_rules_served_is_served_at_every_moment_while_programs_take_over() {
+    let sandbox = node();
+    let (pod5, data, port) = (pod(5), tempfile::tempdir().unwrap(), free_port());
+    pod5.run(|| who_calls("10.244.1.5:8080"));
+    let command = |mode: &str| {
+        let command = command(&sandbox, data.path(), port, "+all", &[&format!("datapath={mode}")]);
+        // So many that a moment in which they are not there is seen.
+        let mut items = catalog();
+        let all = items["items"].as_array_mut().unwrap();
+        let (service, slice) = (all[0].clone(), all[1].clone());
+        for number in 0..3000 {
+            let (mut service, mut slice) = (service.clone(), slice.clone());
+            let (name, ip) = (format!("many-{number}"), format!("10.97.{}.{}", number / 200, number % 200 + 1));
+            service["metadata"]["name"] = name.clone().into();
+            service["spec"] = serde_json::json!({"clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80}]});
+            service.as_object_mut().unwrap().remove("status");
+            slice["metadata"]["name"] = format!("{name}-1").into();
+            slice["metadata"]["labels"]["kubernetes.io/service-name"] = name.into();
+            all.extend([service, slice]);
+        }
+        std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
+        command
+    };
+    start(command("nftables"), port).kill();
+    // The host calls, from where the programs are attached.
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = std::sync::Arc::clone(&done);
+    let calls = std::thread::spawn(move || {
+        let mut calls = 0;
+        while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+            for number in [0, 1500, 2999] {
+                call(&format!("10.97.{}.{}:80", number / 200, number % 200 + 1)).unwrap();
+                calls += 1;
+            }
+        }
+        calls
+    });
+    let agent = start(command("ebpf"), port);
+    until("the rules are gone", || !shown("ip", &["rule"]).contains("32800"));
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(calls.join().unwrap() > 0);
+    agent.kill();
+}
+
+#[test]
+fn routes_that_shall_not_be_kept_go_with_the_next_start() {
+    let sandbox = node();
+    let (data, port) = (tempfile::tempdir().unwrap(), free_port());
+    let command = |routes: &str| {
+        let command = command(&sandbox, data.path(), port, "+all", &["datapath=ebpf", routes]);
+        let mut items = catalog();
+        items["items"].as_array_mut().unwrap().push(neighbour());
+        std::fs::write(data.path().join("catalog.json"), items.to_string()).unwrap();
+        command
+    };
+    let has_route = || shown("ip", &["route"]).contains("10.244.2.0/24 via 192.168.1.12");
+    let agent = start(command("routes=true"), port);
+    until("the route", has_route);
+    agent.kill();
+    assert!(has_route());
+    let agent = start(command("routes=false"), port);
+    until("no route", || !has_route());
+    agent.kill();
 }
 
 #[test]

@@ -87,6 +87,14 @@ struct Programmed {
     local: Vec<IpAddr>,
 }
 
+/// Whether this network namespace has a table of this name, of family `inet`.
+///
+/// # Errors
+/// When the tables can't be listed.
+pub(crate) fn table_is_present(name: &str) -> Result<bool, NftError> {
+    Ok(Kernel::default().tables(name)?.iter().any(|table| table == name))
+}
+
 /// Removes the routes of Service addresses that an agent in another mode left.
 pub(super) fn remove_routes() {
     if let Err(error) = routes::remove_all() {
@@ -137,11 +145,12 @@ impl Rules {
     /// # Errors
     /// When they can't be removed.
     pub fn uninstall() -> Result<(), NftError> {
-        routes::remove_all()?;
+        // Tables translate as long as they are there; routes alone do nothing.
         let mut kernel = Kernel::default();
         let tables = kernel.tables(ruleset::NAME)?;
         kernel.remove(&tables)?;
-        untracked::remove()
+        untracked::remove()?;
+        Ok(routes::remove_all()?)
     }
 
     /// Whether an agent left a table here that serves.
@@ -160,6 +169,24 @@ impl Rules {
     /// The frontends that are or were served.
     fn served(&self) -> Served {
         Arc::clone(&self.served)
+    }
+
+    /// Looks whether what others can remove is still there, as a firewall does that is loaded anew, with all tables. The table is written
+    /// anew with the next change, be it none.
+    pub fn look(&mut self) {
+        match (self.table, table_is_present(TABLE)) {
+            (Table::Kept, Ok(false)) => {
+                tracing::warn!(table = TABLE, "somebody else removed the table; it is written anew");
+                self.table = Table::Unknown;
+            }
+            (_, Ok(_)) => {}
+            (_, Err(error)) => tracing::debug!(%error, "it can't be told whether the table is still there"),
+        }
+        if let Some(routes) = &mut self.routes
+            && let Err(error) = routes.renew()
+        {
+            tracing::warn!(%error, "routes of Service addresses can't be kept");
+        }
     }
 
     /// How many frontends are in force.
@@ -249,6 +276,9 @@ impl Rules {
             found = self.kernel.tables(ruleset::NAME)?;
             self.chains.clear();
             if !self.scope.inside && all.is_empty() {
+                if found.iter().any(|table| table == TABLE) {
+                    self.remember_served_of_others()?;
+                }
                 // Even an empty table has the kernel track connections.
                 self.kernel.remove(&found)?;
                 self.commit(changed, next);
@@ -352,7 +382,16 @@ impl Rules {
         self.kernel.commit(&transaction)
     }
 
-    /// Forgets what was counted at frontends that are not there any more.
+    /// Has flows be ended that an earlier agent's rules led away from frontends that were removed while no agent was there.
+    fn remember_served_of_others(&mut self) -> Result<(), NftError> {
+        for map in Map::all_that_count() {
+            let counted = self.kernel.counted(map)?;
+            self.served.write().extend(counted.into_keys().filter_map(|key| key.counted_at(map)));
+        }
+        Ok(())
+    }
+
+    /// Forgets what was counted at frontends that are not there any more, but for their flows.
     fn forget_counts_of_others(&mut self) -> Result<(), NftError> {
         let ours = self.programmed.iter().flat_map(|((place, frontend), programmed)| {
             counters(*place, *frontend, programmed).map(|element| (element.map, element.key))
@@ -360,8 +399,10 @@ impl Rules {
         let ours: HashSet<_> = ours.collect();
         let mut others = Elements::default();
         for map in Map::all_that_count() {
-            let counted = self.kernel.counted(map)?;
-            counted.into_keys().filter(|key| !ours.contains(&(map, *key))).for_each(|key| others.push_key(map, key));
+            let mut counted = self.kernel.counted(map)?;
+            counted.retain(|key, _| !ours.contains(&(map, *key)));
+            self.served.write().extend(counted.keys().filter_map(|key| key.counted_at(map)));
+            counted.into_keys().for_each(|key| others.push_key(map, key));
         }
         let mut transaction = Transaction::default();
         transaction.delete(others);

@@ -116,14 +116,7 @@ impl ServiceRoutes {
     /// Has the tables asked, and knows what an earlier agent left in them.
     pub(super) fn open() -> io::Result<Self> {
         let mut netlink = Netlink::open(libc::NETLINK_ROUTE)?;
-        let flags = NLM_F_CREATE | NLM_F_EXCL;
-        let requests: Vec<Request> = rules().map(|body| Request { kind: RTM_NEWRULE, flags, body }).collect();
-        for outcome in netlink.send(&requests)? {
-            match outcome {
-                Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
-                _ => {}
-            }
-        }
+        have_tables_asked(&mut netlink)?;
         let present = list(&mut netlink)?;
         let touched = present.iter().map(|(address, _)| *address).collect();
         Ok(Self { netlink, frontends: HashMap::new(), present, touched })
@@ -144,10 +137,16 @@ impl ServiceRoutes {
         self.touched.insert(address);
     }
 
+    /// Has the tables asked again, which others can have put an end to, and writes what could not be written.
+    pub(super) fn renew(&mut self) -> io::Result<()> {
+        have_tables_asked(&mut self.netlink)?;
+        self.write()
+    }
+
     /// Brings the kernel's routes to what was exchanged.
     pub(super) fn write(&mut self) -> io::Result<()> {
         let mut changes = Vec::new();
-        for address in self.touched.drain() {
+        for &address in &self.touched {
             let wanted = self.frontends.get(&address).and_then(|frontends| frontends.state());
             for state in [State::Served, State::Refused] {
                 let (is, shall) = (self.present.contains(&(address, state)), wanted == Some(state));
@@ -166,8 +165,10 @@ impl ServiceRoutes {
                 Request { kind, flags, body: route(address, state) }
             })
             .collect();
+        let outcomes = self.netlink.send(&requests)?;
+        self.touched.clear();
         let mut failed = Ok(());
-        for (outcome, (entry, shall)) in self.netlink.send(&requests)?.into_iter().zip(changes) {
+        for (outcome, (entry, shall)) in outcomes.into_iter().zip(changes) {
             match outcome {
                 Err(error) if shall => {
                     self.touched.insert(entry.0);
@@ -187,17 +188,34 @@ pub(super) fn remove_all() -> io::Result<()> {
     let mut netlink = Netlink::open(libc::NETLINK_ROUTE)?;
     let routes = list(&mut netlink)?;
     let gone = routes.into_iter().map(|(address, state)| (RTM_DELROUTE, route(address, state)));
-    let requests: Vec<Request> = gone
-        .chain(rules().map(|body| (RTM_DELRULE, body)))
-        .map(|(kind, body)| Request { kind, flags: 0, body })
-        .collect();
-    for outcome in netlink.send(&requests)? {
-        match outcome {
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return Err(error),
-            _ => {}
-        }
+    let all = gone.chain(rules().map(|body| (RTM_DELRULE, body)));
+    send_all(&mut netlink, all.map(|(kind, body)| Request { kind, flags: 0, body }).collect())
+}
+
+/// Has our tables asked, whether they are already or not.
+fn have_tables_asked(netlink: &mut Netlink) -> io::Result<()> {
+    let flags = NLM_F_CREATE | NLM_F_EXCL;
+    send_all(netlink, rules().map(|body| Request { kind: RTM_NEWRULE, flags, body }).collect())
+}
+
+/// Sends requests of which none may fail.
+fn send_all(netlink: &mut Netlink, requests: Vec<Request>) -> io::Result<()> {
+    let outcomes = netlink.send(&requests)?;
+    requests.iter().zip(outcomes).try_for_each(|(request, outcome)| match outcome {
+        Err(error) if !is_done_anyway(request, &error) => Err(error),
+        _ => Ok(()),
+    })
+}
+
+/// Whether what was asked for is as it shall be though the kernel refused: it is there already, or gone, or of a family that this
+/// kernel doesn't have.
+fn is_done_anyway(request: &Request, error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(libc::EEXIST) => request.kind == RTM_NEWRULE,
+        Some(libc::ENOENT | libc::ESRCH) => request.kind != RTM_NEWRULE,
+        Some(libc::EAFNOSUPPORT) => request.body.first() == Some(&(libc::AF_INET6 as u8)),
+        _ => false,
     }
-    Ok(())
 }
 
 /// Our rules, as bodies of requests.
@@ -293,5 +311,29 @@ mod tests {
             assert_eq!(read(&route(address, state)), Some((address, state)));
         }
         assert_eq!(read(&[0; FIXED]), None);
+    }
+
+    #[test]
+    fn a_kernel_without_ipv6_is_no_reason_to_leave_ipv4_alone() {
+        let done = |kind, family: i32, error| {
+            let request = Request { kind, flags: 0, body: vec![family as u8] };
+            is_done_anyway(&request, &io::Error::from_raw_os_error(error))
+        };
+        for kind in [RTM_NEWRULE, RTM_DELRULE] {
+            assert!(done(kind, libc::AF_INET6, libc::EAFNOSUPPORT));
+            assert!(!done(kind, libc::AF_INET, libc::EAFNOSUPPORT));
+            assert!(!done(kind, libc::AF_INET, libc::EPERM));
+        }
+        assert!(done(RTM_NEWRULE, libc::AF_INET, libc::EEXIST) && !done(RTM_DELRULE, libc::AF_INET, libc::EEXIST));
+        assert!(done(RTM_DELROUTE, libc::AF_INET, libc::ESRCH) && !done(RTM_NEWRULE, libc::AF_INET, libc::ENOENT));
+    }
+
+    #[test]
+    fn an_address_is_unreachable_only_if_no_other_port_of_it_can_be_anothers() {
+        let state = |served, refused, closed| Frontends { served, refused, closed }.state();
+        assert_eq!(state(0, 2, 2), Some(State::Refused));
+        assert_eq!(state(0, 2, 0), Some(State::Served), "a load balancer's");
+        assert_eq!(state(1, 1, 2), Some(State::Served));
+        assert_eq!(state(0, 0, 2), None);
     }
 }

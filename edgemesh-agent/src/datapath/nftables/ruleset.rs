@@ -450,7 +450,10 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
         ],
     );
     let unbridged: &[&str] = if !scope.bridged_answers {
-        &["ip saddr @pods4 ip daddr @local4 masquerade", "ip6 saddr @pods6 ip6 daddr @local6 masquerade"]
+        &[
+            "ip saddr @pods4 ip daddr @local4 masquerade fully-random",
+            "ip6 saddr @pods6 ip6 daddr @local6 masquerade fully-random",
+        ]
     } else {
         &[]
     };
@@ -461,11 +464,11 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
             unmarked.as_str(),
             &unmark,
             "meta priority set 0",
-            "ip saddr . ip daddr @hairpin4 masquerade",
-            "ip6 saddr . ip6 daddr @hairpin6 masquerade",
+            "ip saddr . ip daddr @hairpin4 masquerade fully-random",
+            "ip6 saddr . ip6 daddr @hairpin6 masquerade fully-random",
             // A host process chose its source address by the route to the Service address: where the endpoint's route
             // leaves by another interface, a connection to the endpoint itself would have that one's.
-            "fib saddr type local oifname != \"lo\" fib saddr . oif type != local masquerade",
+            "fib saddr type local oifname != \"lo\" fib saddr . oif type != local masquerade fully-random",
             "fib saddr type local return",
         ],
         unbridged,
@@ -475,7 +478,7 @@ pub(super) fn write_base(script: &mut String, scope: Scope, pods: &[Cidr]) {
             "ip daddr @local4 return",
             "ip6 daddr @local6 return",
             // From outside to another node: its answer must come back through this one.
-            "masquerade",
+            "masquerade fully-random",
         ],
     ];
     chain("postrouting", "{ type nat hook postrouting priority 99; policy accept; }", &rules.concat());

@@ -8,6 +8,7 @@ use edgemesh_telemetry::Shutdown;
 use super::{
     nft::{self, NftError},
     ruleset::Family,
+    table_is_present,
     transaction::Kernel,
 };
 use crate::metrics::DatapathMetrics;
@@ -40,7 +41,7 @@ pub(in super::super) async fn keep(listeners: Vec<SocketAddr>, metrics: Datapath
             Err(error) => return tracing::error!(%error, "cluster DNS without connection tracking: the task failed"),
         };
         metrics.dns_untracked(in_force);
-        if look.listeners.is_empty() {
+        if look.listeners.is_empty() && !look.failed {
             return;
         }
         tokio::select! {
@@ -79,7 +80,7 @@ impl Look {
         if self.listeners.is_empty() {
             return remove().map(|()| false);
         }
-        let is_there = is_present()?;
+        let is_there = table_is_present(DNS_TABLE)?;
         let is_done = is_there && self.written;
         if is_done || !(is_there || host_tracks()) {
             return Ok(is_done);
@@ -90,13 +91,9 @@ impl Look {
     }
 }
 
-fn is_present() -> Result<bool, NftError> {
-    Ok(Kernel::default().tables(DNS_TABLE)?.iter().any(|table| table == DNS_TABLE))
-}
-
 /// Removes the table, if it is there.
 pub(super) fn remove() -> Result<(), NftError> {
-    if is_present()? { Kernel::default().remove(&[DNS_TABLE.to_owned()]) } else { Ok(()) }
+    if table_is_present(DNS_TABLE)? { Kernel::default().remove(&[DNS_TABLE.to_owned()]) } else { Ok(()) }
 }
 
 /// Whether this network namespace tracks connections.
