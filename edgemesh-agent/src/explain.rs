@@ -10,7 +10,7 @@ use std::{
 
 use edgemesh_mesh::{
     Call, Catalog, CatalogStore, Reach, Tier, Viewpoint,
-    choice::{Explained, PassedOver, Rule},
+    choice::{Explained, Explanation, IpFamily, PassedOver, Rule},
     health::EndpointKey,
     model::{Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution},
 };
@@ -118,12 +118,12 @@ impl Explainer {
         let count = services.len();
         let shown = services.into_iter().take(MAX_SERVICES).map(|service| {
             let ports = service.ports.iter().map(|port| {
-                let explained = viewpoint.explain(&catalog, port, call(service), &PassedOver::new());
+                let explained =
+                    Chosen::of(service, |call| viewpoint.explain(&catalog, port, call, &PassedOver::new()));
                 let ready = port.endpoints.iter().filter(|endpoint| endpoint.ready).count();
                 json!({
                     "name": port.name, "protocol": port.protocol, "port": port.port, "nodePort": port.node_port,
-                    "endpoints": port.endpoints.len(), "ready": ready, "chosen": explained.candidates.endpoints.len(),
-                    "tier": tier(&explained.candidates.endpoints, explained.candidates.tier),
+                    "endpoints": port.endpoints.len(), "ready": ready, "chosen": explained.count, "tier": explained.tier,
                     "target": target(&programmed, service, port),
                 })
             });
@@ -231,7 +231,10 @@ impl Explainer {
             true => service.name.name.to_string(),
             false => format!("{}.{}", service.name.name, service.name.namespace),
         };
-        let dns = self.steps(&name, "A", &caller).await?;
+        let mut dns = Vec::new();
+        for kind in record_types(&service) {
+            dns.extend(self.steps(&name, kind, &caller).await?);
+        }
         let ports: Vec<_> =
             ports.iter().map(|port| self.explain(&catalog, &viewpoint, &programmed, &service, port)).collect();
         Ok(json!({
@@ -255,17 +258,18 @@ impl Explainer {
         let now = Instant::now();
         let health = self.overlay.health();
         // Ejections are of connections that go through the agent; that an endpoint is silent is part of the catalog.
-        let explanation = match target == "listener" {
-            true => health.explain(viewpoint, catalog, port, call(service), now),
-            false => viewpoint.explain(catalog, port, call(service), &PassedOver::new()),
-        };
+        let explained = Chosen::of(service, |call| match target == "listener" {
+            true => health.explain(viewpoint, catalog, port, call, now),
+            false => viewpoint.explain(catalog, port, call, &PassedOver::new()),
+        });
         let ejected: HashMap<_, _> =
             health.ejected(now).into_iter().map(|ejected| (ejected.endpoint, ejected)).collect();
-        let endpoints = explanation.endpoints.iter().take(MAX_ENDPOINTS).map(|explained| {
+        let (nearest, count, all) = (explained.tier, explained.count, explained.endpoints.len());
+        let endpoints = explained.endpoints.iter().take(MAX_ENDPOINTS).map(|explained| {
             let endpoint = &explained.endpoint;
             let ejected = ejected.get(&EndpointKey::of(endpoint, port.protocol));
             let why = match explained.removed {
-                Some(rule) => why(rule, explained, service, explanation.candidates.tier),
+                Some(rule) => why(rule, explained, service, nearest),
                 None => "chosen".to_owned(),
             };
             let node = endpoint.node.as_ref().and_then(|name| catalog.node(name));
@@ -306,16 +310,61 @@ impl Explainer {
         }
         json!({
             "name": port.name, "protocol": port.protocol, "port": port.port, "nodePort": port.node_port,
-            "target": target, "tier": tier(&explanation.candidates.endpoints, explanation.candidates.tier),
-            "addresses": addresses, "endpoints": endpoints,
-            "omitted": explanation.endpoints.len().saturating_sub(MAX_ENDPOINTS),
+            "target": target, "tier": nearest, "chosen": count,
+            "addresses": addresses, "endpoints": endpoints, "omitted": all.saturating_sub(MAX_ENDPOINTS),
         })
     }
 }
 
-/// How a pod calls a Service at its first cluster address.
-fn call(service: &Service) -> Call {
-    Call { family: service.cluster_ips.first().map(|ip| (*ip).into()), ..Call::default() }
+/// What is chosen of a port's endpoints by calls at all cluster addresses of its Service.
+struct Chosen {
+    /// All endpoints, those that are chosen first.
+    endpoints: Vec<Explained>,
+    /// How many are.
+    count: usize,
+    /// How near those are, if there are any.
+    tier: Option<Tier>,
+}
+
+impl Chosen {
+    /// Of what `explain` says of a call. A call by one family says of an endpoint of the other only that it is of the other.
+    fn of(service: &Service, explain: impl Fn(Call) -> Explanation) -> Self {
+        let mut families: Vec<Option<IpFamily>> = service.cluster_ips.iter().map(|ip| Some((*ip).into())).collect();
+        families.dedup();
+        if families.is_empty() {
+            families.push(None);
+        }
+        let (mut endpoints, mut tier) = (Vec::<Explained>::new(), None);
+        for family in families {
+            let Explanation { endpoints: explained, candidates } = explain(Call { family, ..Call::default() });
+            tier = tier.or((!candidates.endpoints.is_empty()).then_some(candidates.tier));
+            if endpoints.is_empty() {
+                endpoints = explained;
+                continue;
+            }
+            let of_family = |explained: &Explained| Some(IpFamily::from(explained.endpoint.address)) == family;
+            let both = endpoints.iter_mut().zip(explained);
+            both.filter(|(_, new)| of_family(new)).for_each(|(known, new)| *known = new);
+        }
+        endpoints.sort_by_key(|explained| explained.removed.is_some());
+        let count = endpoints.iter().filter(|explained| explained.removed.is_none()).count();
+        Self { endpoints, count, tier }
+    }
+}
+
+/// The types of the records that lead to a Service: of the families of its cluster addresses, or else of its endpoints.
+fn record_types(service: &Service) -> Vec<&'static str> {
+    let endpoints = service.ports.iter().flat_map(|port| &port.endpoints).map(|endpoint| endpoint.address);
+    let mut addresses = service.cluster_ips.clone();
+    if addresses.is_empty() {
+        addresses.extend(endpoints);
+    }
+    let types = [("A", IpAddr::is_ipv4 as fn(&IpAddr) -> bool), ("AAAA", IpAddr::is_ipv6)];
+    let mut types: Vec<_> = types.iter().filter(|(_, is)| addresses.iter().any(is)).map(|(kind, _)| *kind).collect();
+    if types.is_empty() {
+        types.push("A");
+    }
+    types
 }
 
 fn frontend(ip: IpAddr, port: u16, protocol: Protocol) -> String {
@@ -326,10 +375,6 @@ fn frontend(ip: IpAddr, port: u16, protocol: Protocol) -> String {
 fn target(programmed: &Programmed, service: &Service, port: &ServicePort) -> String {
     let entry = service.cluster_ips.first().and_then(|ip| programmed.get(&frontend(*ip, port.port, port.protocol)));
     entry.and_then(|entry| entry["target"].as_str()).unwrap_or("none").to_owned()
-}
-
-fn tier<T>(chosen: &[T], tier: Tier) -> Value {
-    if chosen.is_empty() { Value::Null } else { json!(tier) }
 }
 
 fn view_of(steps: &[(String, Said)]) -> Vec<Value> {
@@ -373,7 +418,7 @@ fn describe(service: &Service) -> Value {
     view
 }
 
-fn why(rule: Rule, explained: &Explained, service: &Service, nearest: Tier) -> String {
+fn why(rule: Rule, explained: &Explained, service: &Service, nearest: Option<Tier>) -> String {
     let endpoint = &explained.endpoint;
     match rule {
         Rule::Family => "its address is of the other family".to_owned(),
@@ -389,9 +434,9 @@ fn why(rule: Rule, explained: &Explained, service: &Service, nearest: Tier) -> S
             _ => "trafficDistribution prefers this zone's".to_owned(),
         },
         Rule::Tier => match nearest {
-            Tier::Node => "there are endpoints on this node".to_owned(),
-            Tier::Network => "there are endpoints in this network".to_owned(),
-            Tier::Zone | Tier::Remote => "there are endpoints in this zone".to_owned(),
+            Some(Tier::Node) => "there are endpoints on this node".to_owned(),
+            Some(Tier::Network) => "there are endpoints in this network".to_owned(),
+            Some(Tier::Zone | Tier::Remote) | None => "there are endpoints in this zone".to_owned(),
         },
         Rule::NodeNotReady => "its node is not Ready, and those of others are".to_owned(),
         Rule::Ejection if endpoint.silent => "it takes no connections from this node".to_owned(),
@@ -432,4 +477,59 @@ fn ports(service: &Service, wanted: Option<&str>) -> Result<Vec<Arc<ServicePort>
         )));
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A dual-stack Service that is called from node a1, with endpoints of both families.
+    fn chosen(endpoints: &[(&str, &str)]) -> (Chosen, Vec<&'static str>) {
+        let store = CatalogStore::new();
+        for (name, network) in [("a1", "site-a"), ("b1", "site-b")] {
+            let node = json!({"metadata": {"name": name, "labels": {"edgemesh.dev/network": network}}});
+            store.apply_node(&serde_json::from_value(node).unwrap());
+        }
+        let service = json!({"metadata": {"name": "web", "namespace": "default"}, "spec": {
+            "clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20", "fd00:96::20"], "ports": [{"port": 80}]}});
+        store.apply_service(&serde_json::from_value(service).unwrap());
+        for (family, is_family) in [("IPv4", false), ("IPv6", true)] {
+            let of_family = endpoints.iter().filter(|(address, _)| address.contains(':') == is_family);
+            let endpoints: Vec<_> =
+                of_family.map(|(address, node)| json!({"addresses": [address], "nodeName": node})).collect();
+            let slice = json!({"addressType": family, "ports": [{"port": 8080}], "endpoints": endpoints,
+                "metadata": {"name": family, "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}}});
+            store.apply_endpoint_slice(&serde_json::from_value(slice).unwrap());
+        }
+        store.publish();
+        let catalog = store.snapshot();
+        let (service, viewpoint) = (catalog.service("default", "web").unwrap(), Viewpoint::of(&catalog, "a1"));
+        let explain = |call| viewpoint.explain(&catalog, &service.ports[0], call, &PassedOver::new());
+        (Chosen::of(service, explain), record_types(service))
+    }
+
+    #[test]
+    fn endpoints_of_both_families_are_chosen_by_calls_of_their_own() {
+        let endpoints = [("10.244.1.5", "a1"), ("10.244.2.5", "b1"), ("fd00:1::5", "b1"), ("fd00:2::5", "b1")];
+        let (chosen, types) = chosen(&endpoints);
+        assert_eq!((chosen.count, chosen.tier, types), (3, Some(Tier::Node), vec!["A", "AAAA"]));
+        let shown: Vec<_> = chosen
+            .endpoints
+            .iter()
+            .map(|explained| (explained.endpoint.address.to_string(), explained.removed))
+            .collect();
+        assert_eq!(shown.last().unwrap(), &("10.244.2.5".to_owned(), Some(Rule::Tier)), "{shown:?}");
+    }
+
+    #[test]
+    fn what_is_chosen_is_shown_though_there_is_no_room_for_all() {
+        let many: Vec<String> =
+            (0..300).map(|number| format!("10.244.{}.{}", number / 250, number % 250 + 1)).collect();
+        let mut endpoints: Vec<(&str, &str)> = many.iter().map(|address| (address.as_str(), "b1")).collect();
+        endpoints.last_mut().unwrap().1 = "a1";
+        let (chosen, _) = chosen(&endpoints);
+        assert_eq!((chosen.count, chosen.endpoints.len()), (1, 300));
+        let first = &chosen.endpoints[0];
+        assert_eq!((first.endpoint.address.to_string().as_str(), first.removed), ("10.244.1.50", None));
+    }
 }

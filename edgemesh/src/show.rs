@@ -130,7 +130,7 @@ fn counts(counts: &Value) -> String {
 
 /// In a few words, where calls to a port go.
 fn verdict(port: &Value) -> String {
-    let chosen = list(&port["endpoints"]).filter(|endpoint| endpoint["chosen"] == true).count();
+    let chosen = port["chosen"].as_u64().unwrap_or_default();
     match port["target"].as_str() {
         _ if chosen == 0 => "no endpoint may be used, calls are refused".to_owned(),
         Some("direct") => format!("directly to one of {chosen}"),
@@ -165,7 +165,7 @@ fn endpoint(endpoint: &Value) -> Vec<String> {
 
 /// Whether calls to every port that was asked about have somewhere to go.
 pub(crate) fn every_port_has_an_endpoint(page: &Value) -> bool {
-    list(&page["ports"]).all(|port| list(&port["endpoints"]).any(|endpoint| endpoint["chosen"] == true))
+    list(&page["ports"]).all(|port| port["chosen"] != 0)
 }
 
 #[cfg(test)]
@@ -186,7 +186,7 @@ mod tests {
             "node": "a1", "network": "site-a", "zone": null, "client": {"pod": "default/shell", "address": "10.244.1.7"},
             "service": {"namespace": "default", "name": "web", "kind": "ClusterIP", "clusterIPs": ["10.96.0.20"], "policies": []},
             "dns": {"name": "web", "steps": [{"name": "web.default.svc.cluster.local.", "code": "NOERROR", "records": ["r 5 A 10.96.0.20"]}]},
-            "ports": [{"name": "", "protocol": "TCP", "port": 80, "target": "listener",
+            "ports": [{"name": "", "protocol": "TCP", "port": 80, "target": "listener", "chosen": 1,
                 "addresses": [{"frontend": "10.96.0.20:80/tcp", "target": "listener", "backends": ["169.254.64.2:15001"]}],
                 "endpoints": [endpoint("10.244.3.5:8080", true, "chosen"), far]}],
             "counters": {"connections": {"tunnel": 2}, "failures": {"unreachable": 1}, "bytes": {"to_client": 9}},
@@ -204,6 +204,12 @@ mod tests {
             assert!(shown.contains(part), "{part:?} is not in\n{shown}");
         }
         assert!(every_port_has_an_endpoint(&page));
+        // Those that are shown need not be all.
+        let mut none = page.clone();
+        none["ports"][0]["chosen"] = 0.into();
+        assert!(!every_port_has_an_endpoint(&none) && trace(&none).contains("calls are refused"));
+        none["ports"][0]["chosen"] = 300.into();
+        assert!(every_port_has_an_endpoint(&none) && trace(&none).contains("to one of 300"));
     }
 
     #[test]
