@@ -98,10 +98,10 @@ pub(super) struct Lifetimes {
 const STALE_TTL: u32 = 30;
 
 impl Entry {
-    /// Takes an upstream's answer apart. `question` is the length of the question in it.
+    /// Takes an upstream's answer apart. `question` is the length of the question that was asked; an error may come without it.
     pub(super) fn read(message: &[u8], question: usize, lifetimes: &Lifetimes) -> Result<Self, Malformed> {
-        let begin = HEADER + question;
-        let [_, answers, authority, additional] = counts(message);
+        let [questions, answers, authority, additional] = counts(message);
+        let begin = if questions == 0 { HEADER } else { HEADER + question };
         let rcode = word(message, 2) as u8 & 0x0f;
         let mut kept = [0_u16; 3];
         let mut ttls = Vec::new();
@@ -145,7 +145,7 @@ impl Entry {
             truncated: word(message, 2) & 0x0200 != 0,
             denied_by_root,
             counts: kept,
-            body: message[begin..at].into(),
+            body: message.get(begin..at).ok_or(Malformed)?.into(),
             ttls: ttls.into(),
             lifetime,
             stored: Instant::now(),

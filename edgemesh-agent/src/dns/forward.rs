@@ -40,6 +40,18 @@ impl Found {
 
 type Outcome = Option<Option<Arc<Entry>>>;
 
+/// The place of a question being asked; dropping it leaves it, however the asking ends.
+struct Place {
+    forwarder: Arc<Forwarder>,
+    key: Key,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.forwarder.flights.lock().remove(&self.key);
+    }
+}
+
 /// Answers questions about names outside the cluster.
 pub(super) struct Forwarder {
     upstreams: Arc<Upstreams>,
@@ -152,10 +164,11 @@ impl Forwarder {
         let (landed, flight) = watch::channel(None);
         flights.insert(key.clone(), flight.clone());
         drop(flights);
-        let forwarder = Arc::clone(self);
+        let place = Place { forwarder: Arc::clone(self), key };
         self.shutdown.spawn(async move {
+            let Place { forwarder, key } = &place;
             let started = Instant::now();
-            let entry = forwarder.upstreams.ask(&list, &key).await.map(Arc::new);
+            let entry = forwarder.upstreams.ask(&list, key).await.map(Arc::new);
             match &entry {
                 Some(entry) => {
                     forwarder.metrics.upstream_seconds.observe(started.elapsed().as_secs_f64());
@@ -167,7 +180,7 @@ impl Forwarder {
                 }
                 None => drop(forwarder.metrics.upstream_failures.inc()),
             }
-            forwarder.flights.lock().remove(&key);
+            drop(place);
             landed.send_replace(Some(entry));
         });
         Some(flight)

@@ -14,7 +14,9 @@ use hickory_proto::{
 };
 use serde_json::json;
 
-use crate::harness::{Dns, Upstream, addresses, eventually, question, service, sorted};
+use crate::harness::{
+    Dns, RawUpstream, Upstream, address_for, addresses, eventually, header_alone, question, service, sorted,
+};
 
 fn code(answer: &Message) -> ResponseCode {
     answer.metadata.response_code
@@ -213,6 +215,30 @@ async fn a_server_that_fails_is_followed_by_the_next() {
     assert_eq!(code(&dns.ask("a.example.", RecordType::A).await), ResponseCode::NoError);
     let dns = Dns::start(&[], &[failing.address]);
     assert_eq!(code(&dns.ask("a.example.", RecordType::A).await), ResponseCode::Refused);
+}
+
+#[tokio::test]
+async fn a_refusal_without_the_question_is_handed_on_and_takes_no_place() {
+    // As unbound refuses whom its `access-control` doesn't name.
+    let asked = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&asked);
+    let refusing = RawUpstream::start(move |query| {
+        count.fetch_add(u32::from(query.queries[0].name.to_string().ends_with(".example.")), Ordering::SeqCst);
+        Some(header_alone(query, 5))
+    })
+    .await;
+    let working = Upstream::fixed("192.0.2.2", 60).await;
+    let dns = Dns::start_with(&[], &[refusing.address], |config| {
+        config.max_queries = 2;
+        config.zones = [("works.example".to_owned(), vec![working.address.to_string()])].into();
+    });
+    for name in ["a.example.", "a.example.", "b.example.", "c.example.", "d.example."] {
+        assert_eq!(code(&dns.ask(name, RecordType::A).await), ResponseCode::Refused, "{name}");
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 5, "each question anew");
+    assert_eq!(code(&dns.ask("a.works.example.", RecordType::A).await), ResponseCode::NoError);
+    let dns = Dns::start(&[], &[refusing.address, working.address]);
+    assert_eq!(code(&dns.ask("a.example.", RecordType::A).await), ResponseCode::NoError);
 }
 
 #[tokio::test]

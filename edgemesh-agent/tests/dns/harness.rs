@@ -299,6 +299,48 @@ async fn bind_both(address: SocketAddr) -> (UdpSocket, TcpListener) {
     }
 }
 
+/// A server on UDP alone, which has bytes of its own for each message, or nothing.
+pub(crate) struct RawUpstream {
+    pub(crate) address: SocketAddr,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for RawUpstream {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl RawUpstream {
+    pub(crate) async fn start(mut answer: impl FnMut(&Message) -> Option<Vec<u8>> + Send + 'static) -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let task = tokio::spawn(async move {
+            let mut buffer = vec![0; 4096];
+            while let Ok((length, client)) = socket.recv_from(&mut buffer).await {
+                if let Some(answer) = answer(&Message::from_vec(&buffer[..length]).unwrap()) {
+                    drop(socket.send_to(&answer, client).await);
+                }
+            }
+        });
+        Self { address, task }
+    }
+}
+
+/// The bytes of an answer with an address for the name that is asked for, if it is asked for with type A.
+pub(crate) fn address_for(query: &Message, ip: &str) -> Vec<u8> {
+    let mut answer = addresses(&query.queries[0], &[ip], 60);
+    answer.metadata.id = query.metadata.id;
+    answer.queries = query.queries.clone();
+    answer.to_vec().unwrap()
+}
+
+/// The bytes of an answer that is a header with a response code and no more.
+pub(crate) fn header_alone(query: &Message, code: u8) -> Vec<u8> {
+    let [high, low] = query.metadata.id.to_be_bytes();
+    vec![high, low, 0x81, 0x80 | code, 0, 0, 0, 0, 0, 0, 0, 0]
+}
+
 async fn serve_udp(socket: UdpSocket, inner: Arc<Inner>) {
     let mut buffer = vec![0; 4096];
     while let Ok((length, client)) = socket.recv_from(&mut buffer).await {
