@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener as StdTcpListener},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -310,13 +311,18 @@ async fn serve_connection(
             }
         }
     };
-    let writing = async {
+    let mut writing = pin!(async move {
         while let Some(answer) = waiting.recv().await {
             let framed = [&(answer.len() as u16).to_be_bytes(), &answer[..]].concat();
             if !matches!(timeout(IDLE, outgoing.write_all(&framed)).await, Ok(Ok(()))) {
                 return;
             }
         }
-    };
-    tokio::join!(reading, writing);
+    });
+    tokio::select! {
+        // A client that takes no answers isn't read from any more, and what is under way for it has nowhere to go.
+        () = &mut writing => return,
+        () = reading => {}
+    }
+    writing.await;
 }

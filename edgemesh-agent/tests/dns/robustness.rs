@@ -133,6 +133,28 @@ async fn connections_that_say_nothing_or_nonsense_are_closed() {
 }
 
 #[tokio::test]
+async fn connections_whose_clients_leave_without_their_answers_end() {
+    let dns = Dns::start(&[], &[]);
+    let message = question(VERSION, RecordType::TXT).to_vec().unwrap();
+    let queries = [&(message.len() as u16).to_be_bytes(), &message[..]].concat().repeat(200);
+    for _ in 0..70 {
+        let mut stream = TcpStream::connect(dns.address).await.unwrap();
+        // Those beyond what one client may have are closed meanwhile.
+        drop(stream.write_all(&queries).await);
+    }
+    // Accepted behind them, so when it is answered they have all been counted.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.9.9:0".parse().unwrap()).unwrap();
+    let mut other = socket.connect(dns.address).await.unwrap();
+    write_framed(&mut other, &question(VERSION, RecordType::TXT)).await;
+    assert_eq!(read_framed(&mut other).await.answers.len(), 1);
+    drop(other);
+    eventually("they end", || async { dns.metrics().contains("edgemesh_agent_dns_connections 0\n") }).await;
+    assert_eq!(dns.ask_tcp(VERSION, RecordType::TXT).await.answers.len(), 1);
+    assert!(dns.shutdown.drain(DEADLINE).await, "something of them goes on");
+}
+
+#[tokio::test]
 async fn beyond_its_limit_the_server_says_so_at_once() {
     let upstream = Upstream::start(|_, _| None).await;
     let dns = Dns::start_with(&[], &[upstream.address], |config| config.max_queries = 4);
