@@ -127,16 +127,20 @@ impl Upstream {
         }
     }
 
-    /// Whether it answers now. Found without a probe if it answered a moment ago.
-    pub(super) async fn is_alive(&self) -> bool {
+    /// Finds out whether it answers now; if not, `lost` is called. One probe does for all who want to know at a time, and none is
+    /// needed if it answered a moment ago.
+    pub(super) async fn check(&self, lost: impl FnOnce()) {
         let _one = self.probing.lock().await;
         let last = self.last_answer.load(Ordering::Relaxed);
-        if last != 0 && self.born.elapsed() < Duration::from_millis(last) + RECENT {
-            return true;
+        let answered_lately = last != 0 && self.born.elapsed() < Duration::from_millis(last) + RECENT;
+        if answered_lately || self.dead.load(Ordering::Relaxed) {
+            return;
         }
         let usual = Duration::from_micros(self.round_trip.load(Ordering::Relaxed));
         let least = if self.may_lose() { PROBE_WAIT } else { TLS_PROBE_WAIT };
-        self.probe(least.max(usual * 2)).await
+        if !self.probe(least.max(usual * 2)).await {
+            lost();
+        }
     }
 
     /// Whether a server that was taken for dead answers again.

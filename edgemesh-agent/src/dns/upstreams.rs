@@ -175,12 +175,7 @@ impl Upstreams {
         let mut deadline = pin!(tokio::time::sleep(DEADLINE));
         let mut probes = pin!(async {
             tokio::time::sleep(PROBE_AFTER).await;
-            join_all(usable.iter().map(|upstream| async move {
-                if !upstream.is_alive().await {
-                    self.lost(upstream, "no answer");
-                }
-            }))
-            .await;
+            join_all(usable.iter().map(|upstream| upstream.check(|| self.lost(upstream, "no answer")))).await;
         });
         let mut probed = false;
         let mut last = None;

@@ -165,6 +165,25 @@ async fn with_all_upstreams_dead_failures_come_within_a_second_and_then_at_once(
 }
 
 #[tokio::test]
+async fn a_crowd_with_many_questions_learns_at_once_that_all_upstreams_are_dead() {
+    let upstream = Upstream::fixed("192.0.2.1", 60).await;
+    upstream.set_silent(true);
+    let dns = Arc::new(Dns::start(&[], &[upstream.address]));
+    let started = Instant::now();
+    let crowd: Vec<_> = (0..20)
+        .map(|i| {
+            let dns = Arc::clone(&dns);
+            tokio::spawn(async move { dns.ask(&format!("n{i}.example."), RecordType::A).await })
+        })
+        .collect();
+    for answer in crowd {
+        assert_eq!(code(&answer.await.unwrap()), ResponseCode::ServFail);
+    }
+    // One probe after the other would make the last wait for the longest time of a question, four seconds.
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
 async fn a_dead_upstream_is_passed_over() {
     let (dead, alive) = (Upstream::fixed("192.0.2.1", 60).await, Upstream::fixed("192.0.2.2", 60).await);
     dead.set_silent(true);
