@@ -153,7 +153,7 @@ impl Forwarder {
             return Some(flight.clone());
         }
         let list = self.upstreams.of(&key.name()?);
-        if !list.iter().any(|upstream| upstream.is_usable()) {
+        if !Upstreams::may_ask(&list) {
             self.metrics.upstream_failures.inc();
             return None;
         }

@@ -5,11 +5,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use futures::future::select_ok;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UdpSocket},
@@ -53,7 +54,10 @@ pub(super) struct Upstream {
     pub(super) number: u32,
     link: Link,
     metrics: Arc<Metrics>,
-    dead: AtomicBool,
+    /// Counts how often it was lost and how often it came back, and so is odd while it is dead.
+    turns: AtomicU32,
+    /// Though it is dead, one question may be asked of it.
+    on_trial: AtomicBool,
     looped: AtomicBool,
     /// Smoothed time of answers, in microseconds; 0 while unknown.
     round_trip: AtomicU64,
@@ -71,7 +75,8 @@ impl Upstream {
             number,
             link,
             metrics,
-            dead: AtomicBool::new(false),
+            turns: AtomicU32::new(0),
+            on_trial: AtomicBool::new(false),
             looped: AtomicBool::new(false),
             round_trip: AtomicU64::new(0),
             last_answer: AtomicU64::new(0),
@@ -82,7 +87,7 @@ impl Upstream {
 
     /// Whether it is worth asking.
     pub(super) fn is_usable(&self) -> bool {
-        !self.dead.load(Ordering::Relaxed) && !self.is_looped()
+        !is_dead(self.turns.load(Ordering::Relaxed)) && !self.is_looped()
     }
 
     /// Whether its queries come back to this server.
@@ -90,13 +95,38 @@ impl Upstream {
         self.looped.load(Ordering::Relaxed)
     }
 
-    /// Takes it for dead; true if it wasn't before.
-    pub(super) fn set_dead(&self) -> bool {
-        !self.dead.swap(true, Ordering::Relaxed)
+    /// Takes it for dead. Returns which of its deaths this is, if it wasn't dead before.
+    pub(super) fn set_dead(&self) -> Option<u32> {
+        let turn = |turns: u32| (!is_dead(turns)).then(|| turns.wrapping_add(1));
+        let before = self.turns.fetch_update(Ordering::Relaxed, Ordering::Relaxed, turn).ok()?;
+        self.on_trial.store(false, Ordering::Relaxed);
+        Some(before.wrapping_add(1))
     }
 
-    pub(super) fn set_alive(&self) {
-        self.dead.store(false, Ordering::Relaxed);
+    /// Whether it has been dead since then.
+    pub(super) fn is_dead_since(&self, death: u32) -> bool {
+        self.turns.load(Ordering::Relaxed) == death
+    }
+
+    /// Takes it for alive; true if it was dead before.
+    pub(super) fn set_alive(&self) -> bool {
+        let turn = |turns: u32| is_dead(turns).then(|| turns.wrapping_add(1));
+        self.turns.fetch_update(Ordering::Relaxed, Ordering::Relaxed, turn).is_ok()
+    }
+
+    /// Lets one question be asked of it while it is dead.
+    pub(super) fn put_on_trial(&self) {
+        self.on_trial.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether one question may be asked of it though it is dead.
+    pub(super) fn is_on_trial(&self) -> bool {
+        self.on_trial.load(Ordering::Relaxed) && !self.is_looped()
+    }
+
+    /// Takes the right to ask it that question.
+    pub(super) fn take_trial(&self) -> bool {
+        !self.is_looped() && self.on_trial.swap(false, Ordering::Relaxed)
     }
 
     /// Never asks it again; true if it was asked so far.
@@ -112,7 +142,7 @@ impl Upstream {
     /// Asks, over UDP first and over TCP if the answer was too long. Waits as long as the caller lets it.
     pub(super) async fn ask(&self, key: &Key) -> io::Result<Vec<u8>> {
         let question = key.question();
-        let flags = 0x0100 | if key.checking_disabled() { 0x0010 } else { 0 };
+        let flags = RECURSION_DESIRED | if key.checking_disabled() { 0x0010 } else { 0 };
         let started = Instant::now();
         let answer = self.exchange(&query(&question, flags, Some(key.dnssec_ok()))).await?;
         self.answered(started.elapsed());
@@ -133,7 +163,7 @@ impl Upstream {
         let _one = self.probing.lock().await;
         let last = self.last_answer.load(Ordering::Relaxed);
         let answered_lately = last != 0 && self.born.elapsed() < Duration::from_millis(last) + RECENT;
-        if answered_lately || self.dead.load(Ordering::Relaxed) {
+        if answered_lately || is_dead(self.turns.load(Ordering::Relaxed)) {
             return;
         }
         let usual = Duration::from_micros(self.round_trip.load(Ordering::Relaxed));
@@ -148,14 +178,17 @@ impl Upstream {
         self.probe(REVIVE_WAIT).await
     }
 
-    /// Asks for the root's servers, without recursion: any server has an answer, or a refusal, at once.
+    /// Asks for the root's servers, without recursion and with it. Any server has an answer, or a refusal, at once: those that drop
+    /// the one take the other for an everyday question.
     async fn probe(&self, wait: Duration) -> bool {
         let started = Instant::now();
         let root = [0, 0, 2, 0, 1];
         if let Link::Tls(server) = &self.link {
             server.renew();
         }
-        let answered = matches!(timeout(wait, self.exchange(&query(&root, 0, None))).await, Ok(Ok(_)));
+        let messages = [0, RECURSION_DESIRED].map(|flags| query(&root, flags, None));
+        let answers = messages.iter().map(|message| Box::pin(self.exchange(message)));
+        let answered = matches!(timeout(wait, select_ok(answers)).await, Ok(Ok(_)));
         if answered {
             self.answered(started.elapsed());
         }
@@ -221,6 +254,13 @@ impl Upstream {
     }
 }
 
+/// Whether an upstream with this count of turns is dead.
+fn is_dead(turns: u32) -> bool {
+    turns % 2 == 1
+}
+
+/// Header flag of a question that the server is to find the answer to, not only to look whether it has it.
+const RECURSION_DESIRED: u16 = 0x0100;
 /// Length of an OPT record without options.
 const OPT_LEN: usize = 11;
 /// Queries over TLS are padded to a multiple of this, so that their length doesn't tell the name (RFC 8467, section 4.1).

@@ -1,10 +1,12 @@
 //! The upstream servers: which are asked for a domain, in which order, and which of them are passed over.
 //!
-//! An upstream that doesn't answer is found out soon and passed over until it answers a probe again, so a node without a
-//! way out fails at once instead of making every client wait.
+//! An upstream that doesn't answer is found out soon and passed over until it answers again, so a node without a way out fails at
+//! once instead of making every client wait. It is probed; and since some servers answer no probe, any answer of theirs counts, and
+//! while all upstreams of a list are dead one question is asked of them now and then.
 
 use std::{
     collections::VecDeque,
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     pin::pin,
@@ -19,6 +21,7 @@ use arc_swap::ArcSwap;
 use edgemesh_telemetry::Shutdown;
 use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
 use rustls::pki_types::ServerName;
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 
 use super::{
@@ -42,6 +45,8 @@ const LEAST_ATTEMPTS: usize = 3;
 /// Waits between the probes of a dead upstream.
 const FIRST_REVIVE: Duration = Duration::from_millis(500);
 const LONGEST_REVIVE: Duration = Duration::from_secs(5);
+/// Questions that nobody waits for any more whose answers would still show that an upstream is alive.
+const MAX_LATE: usize = 64;
 /// Names under it are asked of upstreams only to see whether they come back. `invalid` never exists (RFC 6761).
 const LOOP_ZONE: &str = "loop.edgemesh.invalid";
 
@@ -80,6 +85,8 @@ pub(super) struct Upstreams {
     /// First label of the names that find loops.
     loop_mark: String,
     loop_zone: Option<Name>,
+    /// Places for questions that nobody waits for any more.
+    late: Arc<Semaphore>,
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
 }
@@ -96,6 +103,7 @@ impl Upstreams {
             next_number: AtomicU32::new(0),
             loop_mark: format!("{:016x}", rand::random::<u64>()),
             loop_zone: Name::from_text(LOOP_ZONE),
+            late: Arc::new(Semaphore::new(MAX_LATE)),
             metrics,
             shutdown,
         };
@@ -122,6 +130,11 @@ impl Upstreams {
             }
         }
         upstreams
+    }
+
+    /// Whether a question may be asked of one of a list now.
+    pub(super) fn may_ask(list: &List) -> bool {
+        list.iter().any(|upstream| upstream.is_usable() || upstream.is_on_trial())
     }
 
     /// Those that are asked for a name.
@@ -158,16 +171,19 @@ impl Upstreams {
 
     /// Asks one upstream after the other, in order, without waiting for the earlier ones to give up.
     pub(super) async fn ask(self: &Arc<Self>, list: &List, key: &Key) -> Option<Entry> {
-        let usable: Vec<&Arc<Upstream>> = list.iter().filter(|upstream| upstream.is_usable()).collect();
+        let mut usable: Vec<&Arc<Upstream>> = list.iter().filter(|upstream| upstream.is_usable()).collect();
+        if usable.is_empty() {
+            usable = list.iter().filter(|upstream| upstream.take_trial()).collect();
+        }
         let question = key.question().len();
         let again = usable.iter().filter(|upstream| upstream.may_lose()).cycle();
         let again = again.take(LEAST_ATTEMPTS.saturating_sub(usable.len()));
         let mut queue: VecDeque<&Arc<Upstream>> = usable.iter().chain(again).copied().collect();
         let mut asked = FuturesUnordered::new();
         let attempt = |upstream: &Arc<Upstream>| {
-            let upstream = Arc::clone(upstream);
+            let (upstream, key) = (Arc::clone(upstream), key.clone());
             async move {
-                let result = upstream.ask(key).await;
+                let result = upstream.ask(&key).await;
                 (upstream, result)
             }
         };
@@ -183,6 +199,9 @@ impl Upstreams {
         loop {
             tokio::select! {
                 Some((upstream, result)) = asked.next(), if !asked.is_empty() => {
+                    if result.is_ok() {
+                        self.found(&upstream);
+                    }
                     match result.map(|message| Entry::read(&message, question, &self.lifetimes)) {
                         Ok(Ok(entry)) if !is_failure(&entry) => return Some(entry),
                         Ok(Ok(entry)) => last = Some(entry),
@@ -202,6 +221,7 @@ impl Upstreams {
                 () = &mut probes, if !probed => {
                     probed = true;
                     if !usable.iter().any(|upstream| upstream.is_usable()) {
+                        self.listen_on(asked);
                         return last;
                     }
                 }
@@ -213,11 +233,38 @@ impl Upstreams {
         }
     }
 
-    /// Takes an upstream for dead and probes it until it answers again.
-    fn lost(self: &Arc<Self>, upstream: &Arc<Upstream>, why: &str) {
-        if !upstream.set_dead() {
-            return;
+    /// Waits for answers that come too late for who asked: they show that their upstreams are alive.
+    fn listen_on(
+        self: &Arc<Self>,
+        mut asked: FuturesUnordered<impl Future<Output = (Arc<Upstream>, io::Result<Vec<u8>>)> + Send + 'static>,
+    ) {
+        let Ok(place) = Arc::clone(&self.late).try_acquire_owned() else { return };
+        let upstreams = Arc::clone(self);
+        self.shutdown.spawn(async move {
+            let _place = place;
+            let answers = async {
+                while let Some((upstream, result)) = asked.next().await {
+                    if result.is_ok() {
+                        upstreams.found(&upstream);
+                    }
+                }
+            };
+            let stopping = upstreams.shutdown.stopping();
+            stopping.run_until_cancelled(tokio::time::timeout(DEADLINE, answers)).await;
+        });
+    }
+
+    /// Takes an upstream that answered for alive.
+    fn found(self: &Arc<Self>, upstream: &Upstream) {
+        if upstream.set_alive() {
+            tracing::info!(upstream = %upstream.address, "this upstream answers again");
+            self.begin();
         }
+    }
+
+    /// Takes an upstream for dead, and probes it until it answers again.
+    fn lost(self: &Arc<Self>, upstream: &Arc<Upstream>, why: &str) {
+        let Some(death) = upstream.set_dead() else { return };
         tracing::warn!(upstream = %upstream.address, why, "this upstream doesn't answer; passed over until it does");
         self.count_alive();
         let upstreams = Arc::clone(self);
@@ -226,13 +273,13 @@ impl Upstreams {
             let stopping = upstreams.shutdown.stopping().clone();
             let mut wait = FIRST_REVIVE;
             while stopping.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
-                if !upstreams.all().iter().any(|known| Arc::ptr_eq(known, &upstream)) {
+                let is_known = upstreams.all().iter().any(|known| Arc::ptr_eq(known, &upstream));
+                if !is_known || !upstream.is_dead_since(death) {
                     return;
                 }
+                upstream.put_on_trial();
                 if upstream.is_back().await {
-                    upstream.set_alive();
-                    tracing::info!(upstream = %upstream.address, "this upstream answers again");
-                    upstreams.begin();
+                    upstreams.found(&upstream);
                     return;
                 }
                 wait = (wait * 2).min(LONGEST_REVIVE);

@@ -148,11 +148,13 @@ async fn with_all_upstreams_dead_failures_come_within_a_second_and_then_at_once(
     let started = Instant::now();
     assert_eq!(code(&dns.ask("first.example.", RecordType::A).await), ResponseCode::ServFail);
     assert!(started.elapsed() < Duration::from_millis(1300), "{:?}", started.elapsed());
+    let mut slow = Vec::new();
     for i in 0..20 {
         let started = Instant::now();
         assert_eq!(code(&dns.ask(&format!("n{i}.example."), RecordType::A).await), ResponseCode::ServFail);
-        assert!(started.elapsed() < Duration::from_millis(50), "{:?}", started.elapsed());
+        slow.extend(Some(started.elapsed()).filter(|took| *took > Duration::from_millis(50)));
     }
+    assert!(slow.len() <= 2, "a question is asked all the same now and then, but not most: {slow:?}");
     // Cluster names don't care.
     let web = "dns-version.cluster.local.";
     assert_eq!(code(&dns.ask(web, RecordType::TXT).await), ResponseCode::NoError);
@@ -162,6 +164,52 @@ async fn with_all_upstreams_dead_failures_come_within_a_second_and_then_at_once(
         code(&dns.ask("back.example.", RecordType::A).await) == ResponseCode::NoError
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_server_that_answers_no_probes_is_found_alive_by_the_questions_of_clients() {
+    let upstream = RawUpstream::start(|query| {
+        let name = query.queries[0].name.to_string();
+        (name != "." && name != "lost.example.").then(|| address_for(query, "192.0.2.1"))
+    })
+    .await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    assert_eq!(code(&dns.ask("lost.example.", RecordType::A).await), ResponseCode::ServFail);
+    assert!(dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 0"));
+    let mut number = 0;
+    eventually("a question is asked of it all the same", || {
+        number += 1;
+        let (dns, name) = (&dns, format!("n{number}.example."));
+        async move { code(&dns.ask(&name, RecordType::A).await) == ResponseCode::NoError }
+    })
+    .await;
+    assert!(dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 1"));
+    assert_eq!(code(&dns.ask("next.example.", RecordType::A).await), ResponseCode::NoError);
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_too_late_still_shows_that_its_server_is_alive() {
+    let socket = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let address = socket.local_addr().unwrap();
+    let first = Arc::new(parking_lot::Mutex::new(None));
+    let (serving, keep) = (Arc::clone(&socket), Arc::clone(&first));
+    // It has this one answer, and nothing for probes.
+    let task = tokio::spawn(async move {
+        let mut buffer = vec![0; 4096];
+        while let Ok((length, client)) = serving.recv_from(&mut buffer).await {
+            let query = Message::from_vec(&buffer[..length]).unwrap();
+            if query.queries[0].name.to_string() == "slow.example." {
+                keep.lock().get_or_insert((query, client));
+            }
+        }
+    });
+    let dns = Dns::start(&[], &[address]);
+    assert_eq!(code(&dns.ask("slow.example.", RecordType::A).await), ResponseCode::ServFail);
+    assert!(dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 0"));
+    let (query, client) = first.lock().take().unwrap();
+    socket.send_to(&address_for(&query, "192.0.2.1"), client).await.unwrap();
+    eventually("it is in use again", || async { dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 1") }).await;
+    task.abort();
 }
 
 #[tokio::test]
