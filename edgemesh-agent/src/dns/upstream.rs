@@ -23,7 +23,7 @@ use super::{
     dot::DotServer,
     metrics::Metrics,
     reply::MAX_UDP,
-    wire::{HEADER, word},
+    wire::{HEADER, Malformed, counts, kind, rcode, read_record, word},
 };
 
 /// How long a probe waits at least. A server in reach answers the probe from what it has at hand.
@@ -34,6 +34,8 @@ const TLS_PROBE_WAIT: Duration = Duration::from_millis(1500);
 const REVIVE_WAIT: Duration = Duration::from_secs(2);
 /// An answer this young proves that the server is alive.
 const RECENT: Duration = Duration::from_millis(500);
+/// How long a server that knew no EDNS is asked without it: it may be replaced by one that does.
+const NO_EDNS_FOR: Duration = Duration::from_secs(600);
 /// Deadline of an exchange over TCP.
 const TCP_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -63,6 +65,8 @@ pub(super) struct Upstream {
     round_trip: AtomicU64,
     /// Of the last answer, in milliseconds since `born`; 0 if there was none.
     last_answer: AtomicU64,
+    /// Until when it is asked without EDNS, in milliseconds since `born`.
+    no_edns_until: AtomicU64,
     born: Instant,
     /// One probe at a time.
     probing: tokio::sync::Mutex<()>,
@@ -80,6 +84,7 @@ impl Upstream {
             looped: AtomicBool::new(false),
             round_trip: AtomicU64::new(0),
             last_answer: AtomicU64::new(0),
+            no_edns_until: AtomicU64::new(0),
             born: Instant::now(),
             probing: tokio::sync::Mutex::new(()),
         }
@@ -139,17 +144,27 @@ impl Upstream {
         matches!(self.link, Link::Plain)
     }
 
-    /// Asks, over UDP first and over TCP if the answer was too long. Waits as long as the caller lets it.
+    /// Asks, over UDP first and over TCP if the answer was too long; without EDNS if the server doesn't know it. Waits as long as
+    /// the caller lets it.
     pub(super) async fn ask(&self, key: &Key) -> io::Result<Vec<u8>> {
         let question = key.question();
         let flags = RECURSION_DESIRED | if key.checking_disabled() { 0x0010 } else { 0 };
+        let mut edns = self.knows_edns().then(|| key.dnssec_ok());
         let started = Instant::now();
-        let answer = self.exchange(&query(&question, flags, Some(key.dnssec_ok()))).await?;
+        let mut answer = self.exchange(&query(&question, flags, edns)).await?;
         self.answered(started.elapsed());
+        if edns.is_some() && is_misunderstood(&answer) && !has_opt(&answer, question.len()) {
+            edns = None;
+            answer = self.exchange(&query(&question, flags, None)).await?;
+            if !is_misunderstood(&answer) {
+                let until = self.born.elapsed() + NO_EDNS_FOR;
+                self.no_edns_until.store(until.as_millis() as u64, Ordering::Relaxed);
+            }
+        }
         if word(&answer, 2) & 0x0200 == 0 || !matches!(self.link, Link::Plain) {
             return Ok(answer);
         }
-        let again = query(&question, flags, Some(key.dnssec_ok()));
+        let again = query(&question, flags, edns);
         match timeout(TCP_DEADLINE, self.exchange_tcp(&again)).await {
             Ok(Ok(answer)) => Ok(answer),
             // The client gets the truncated answer and can try TCP itself.
@@ -193,6 +208,10 @@ impl Upstream {
             self.answered(started.elapsed());
         }
         answered
+    }
+
+    fn knows_edns(&self) -> bool {
+        self.born.elapsed() >= Duration::from_millis(self.no_edns_until.load(Ordering::Relaxed))
     }
 
     fn answered(&self, took: Duration) {
@@ -299,6 +318,26 @@ fn question_of(message: &[u8]) -> std::ops::Range<usize> {
         end += 1 + usize::from(*length);
     }
     HEADER..end + 5
+}
+
+/// Whether an answer says that the server can't read the query, or not do what it asks for. Without an OPT record that is how a
+/// server shows that it doesn't know EDNS (RFC 6891, section 7).
+fn is_misunderstood(answer: &[u8]) -> bool {
+    matches!(word(answer, 2) as u8 & 0x0f, rcode::FORMERR | rcode::NOTIMP)
+}
+
+/// Whether an answer has an OPT record. `question` is the length of the question that was asked.
+fn has_opt(answer: &[u8], question: usize) -> bool {
+    let [questions, answers, authority, additional] = counts(answer);
+    let mut at = if questions == 0 { HEADER } else { HEADER + question };
+    for _ in 0..u32::from(answers) + u32::from(authority) + u32::from(additional) {
+        match read_record(answer, at) {
+            Ok(record) if record.kind == kind::OPT => return true,
+            Ok(record) => at = record.data.end,
+            Err(Malformed) => return false,
+        }
+    }
+    false
 }
 
 /// Whether a message answers a query of ours: same id, a response, the same question. Errors may come without the question.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use hickory_proto::{
-    op::{Message, OpCode, ResponseCode},
+    op::{Edns, Message, OpCode, ResponseCode},
     rr::{Name, RData, Record, RecordType, rdata},
 };
 use serde_json::json;
@@ -306,6 +306,55 @@ async fn a_refusal_without_the_question_is_handed_on_and_takes_no_place() {
     assert_eq!(code(&dns.ask("a.works.example.", RecordType::A).await), ResponseCode::NoError);
     let dns = Dns::start(&[], &[refusing.address, working.address]);
     assert_eq!(code(&dns.ask("a.example.", RecordType::A).await), ResponseCode::NoError);
+}
+
+#[tokio::test]
+async fn a_server_that_knows_no_edns_is_asked_without_it_from_then_on() {
+    for without_question in [true, false] {
+        let with_edns = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&with_edns);
+        let old = RawUpstream::start(move |query| {
+            if query.edns.is_none() {
+                return Some(address_for(query, "192.0.2.1"));
+            }
+            count.fetch_add(1, Ordering::SeqCst);
+            if without_question {
+                return Some(header_alone(query, 1));
+            }
+            let mut answer = Message::response(query.metadata.id, OpCode::Query);
+            answer.metadata.response_code = ResponseCode::NotImp;
+            answer.queries = query.queries.clone();
+            Some(answer.to_vec().unwrap())
+        })
+        .await;
+        let dns = Dns::start(&[], &[old.address]);
+        for i in 0..5 {
+            let answer = dns.ask(&format!("n{i}.example."), RecordType::A).await;
+            assert_eq!((code(&answer), answer.answers.len()), (ResponseCode::NoError, 1));
+            assert!(answer.edns.is_some(), "the client's own EDNS has nothing to do with it");
+        }
+        let with_edns = with_edns.load(Ordering::SeqCst);
+        assert!((1..=2).contains(&with_edns), "the first of a client's and the search for loops, not {with_edns}");
+    }
+}
+
+#[tokio::test]
+async fn a_format_error_of_a_server_that_knows_edns_is_handed_on() {
+    let asked = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&asked);
+    let upstream = RawUpstream::start(move |query| {
+        let ours = query.queries[0].name.to_string() == "odd.example.";
+        count.fetch_add(u32::from(ours), Ordering::SeqCst);
+        let mut answer = Message::response(query.metadata.id, OpCode::Query);
+        answer.metadata.response_code = ResponseCode::FormErr;
+        answer.queries = query.queries.clone();
+        answer.set_edns(Edns::new());
+        Some(answer.to_vec().unwrap())
+    })
+    .await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    assert_eq!(code(&dns.ask("odd.example.", RecordType::A).await), ResponseCode::FormErr);
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
