@@ -118,7 +118,11 @@ impl Resolver {
             self.metrics.cluster_seconds.observe(started.elapsed().as_secs_f64());
             return Step::Done;
         }
-        if let Some(answer) = self.zone.reverse(&catalog, &query.name, query.kind) {
+        let denies_for_others =
+            |answer: &Answer| answer.rcode == rcode::NXDOMAIN && self.forwarder.has_domain_of(&query.name);
+        if let Some(answer) = self.zone.reverse(&catalog, &query.name, query.kind)
+            && !denies_for_others(&answer)
+        {
             self.cluster(&catalog, &query, transport, &answer, Source::Cluster, out);
             return Step::Done;
         }

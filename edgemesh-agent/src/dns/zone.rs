@@ -142,7 +142,7 @@ impl Zone {
         Answer { chase: Some(target.clone()), ..Answer::found(vec![self.record(None, Data::Cname(target))]) }
     }
 
-    /// Answers a reverse name, if its address is the cluster's: of a Service, an endpoint, or in a node's pod range.
+    /// Answers a reverse name, if its address is the cluster's: of a Service, a published endpoint, or in a node's pod range.
     pub(super) fn reverse(&self, catalog: &Catalog, name: &Name, asked: u16) -> Option<Answer> {
         let ip = reverse_address(name)?;
         if let Some(service) = catalog.service_at(ip) {
@@ -156,9 +156,9 @@ impl Zone {
             }
         }
         if names.is_empty() {
-            // Not to be asked of upstream: it can't know pod addresses.
-            let known = catalog.services_of_endpoint(ip).next().is_some() || catalog.node_of_address(ip).is_some();
-            return known.then(Answer::no_such_name);
+            // Not to be asked of upstream: it can't know pods. The nodes themselves, and what else there is in the site, it may know.
+            let in_pod_range = catalog.node_of_address(ip).is_some_and(|node| !node.addresses.contains(&ip));
+            return in_pod_range.then(Answer::no_such_name);
         }
         names.sort_by(|a, b| (a.0, a.1.wire()).cmp(&(b.0, b.1.wire())));
         // Endpoints have names by their headless Services; those of other Services help only where there is none.
@@ -297,8 +297,8 @@ impl Zone {
         answer
     }
 
-    /// `10-244-1-7.default.pod`: exists for addresses in the nodes' pod ranges, if the catalog doesn't know the pod there to be
-    /// of another namespace.
+    /// `10-244-1-7.default.pod`: exists for addresses in the nodes' pod ranges and of the nodes themselves, if the catalog doesn't
+    /// know the pod there to be of another namespace.
     fn pod(&self, catalog: &Catalog, label: &str, namespace: &str, asked: u16) -> Answer {
         let dotted: Option<Ipv4Addr> = label.replace('-', ".").parse().ok();
         let ip = dotted.map(IpAddr::V4).or_else(|| label.replace('-', ":").parse::<Ipv6Addr>().ok().map(IpAddr::V6));

@@ -9,12 +9,12 @@ use std::{
 };
 
 use hickory_proto::{
-    op::{Edns, Message, ResponseCode},
-    rr::{Name, RData, RecordType},
+    op::{Edns, Message, OpCode, ResponseCode},
+    rr::{Name, RData, Record, RecordType, rdata},
 };
 use serde_json::{Value, json};
 
-use crate::harness::{Dns, apply, question, service, slice, sorted};
+use crate::harness::{Dns, Upstream, apply, question, service, slice, sorted};
 
 fn objects() -> Vec<Value> {
     let http = json!([{"name": "http", "port": 8080, "protocol": "TCP"}]);
@@ -147,6 +147,7 @@ const CASES: &[Case] = {
     ("9.2.244.10.in-addr.arpa.", PTR, NoError, &["@ 5 IN PTR 10-244-2-9.sts.db.svc.cluster.local."]),
     ("5.1.244.10.in-addr.arpa.", PTR, NoError, &["@ 5 IN PTR 10-244-1-5.web.default.svc.cluster.local."]),
     ("77.1.244.10.in-addr.arpa.", PTR, NXDomain, &[]),
+    ("6.1.244.10.in-addr.arpa.", PTR, NXDomain, &[]),
     // 2.5 aliases
     ("inside.default.svc.cluster.local.", A, NoError, &[
         "@ 5 IN CNAME web.default.svc.cluster.local.", "web.default.svc.cluster.local. 5 IN A 10.96.0.20"]),
@@ -159,6 +160,7 @@ const CASES: &[Case] = {
     ("dangling.default.svc.cluster.local.", A, NXDomain, &["@ 5 IN CNAME no.default.svc.cluster.local."]),
     // pods, as other cluster DNS servers offer them
     ("10-244-1-99.default.pod.cluster.local.", A, NoError, &["@ 5 IN A 10.244.1.99"]),
+    ("192-168-1-11.default.pod.cluster.local.", A, NoError, &["@ 5 IN A 192.168.1.11"]),
     ("8-8-8-8.default.pod.cluster.local.", A, NXDomain, &[]),
     // the zone itself
     ("cluster.local.", NS, NoError, &["@ 5 IN NS ns.dns.cluster.local."]),
@@ -167,6 +169,7 @@ const CASES: &[Case] = {
     // nobody to ask about the rest
     ("example.com.", A, ServFail, &[]),
     ("4.3.2.1.in-addr.arpa.", PTR, ServFail, &[]),
+    ("11.1.168.192.in-addr.arpa.", PTR, ServFail, &[]),
     ("xcluster.local.", SOA, ServFail, &[]),
     ]
 };
@@ -194,6 +197,50 @@ async fn every_record_of_the_specification_is_answered_over_udp_and_tcp() {
         }
     }
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// An upstream with one name for every address.
+async fn naming(target: &'static str) -> Upstream {
+    Upstream::start(move |query, _| {
+        let mut answer = Message::response(0, OpCode::Query);
+        let ptr = RData::PTR(rdata::PTR(Name::from_ascii(target).unwrap()));
+        answer.add_answer(Record::from_rdata(query.name.clone(), 60, ptr));
+        Some(answer)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn only_pod_addresses_are_denied_and_only_where_nobody_else_is_to_be_asked() {
+    let (site, corp) = (naming("site.example.").await, naming("corp.example.").await);
+    let by_hand = [
+        service("default/printer", json!({"clusterIP": "10.96.0.30", "ports": [{"port": 80}]})),
+        slice(
+            "default/printer",
+            1,
+            "IPv4",
+            json!([{"port": 80}]),
+            json!([{"addresses": ["192.168.5.5"], "conditions": {"ready": false}}]),
+        ),
+    ];
+    let all = [&objects()[..], &by_hand].concat();
+    let dns = Dns::start(&all, &[site.address]);
+    let name_of = async |dns: &Dns, name: &str| {
+        let answer = dns.ask(name, RecordType::PTR).await;
+        answer
+            .answers
+            .first()
+            .map_or_else(|| answer.metadata.response_code.to_string(), |record| record.data.to_string())
+    };
+    let denied = ResponseCode::NXDomain.to_string();
+    assert_eq!(name_of(&dns, "11.1.168.192.in-addr.arpa.").await, "site.example.", "a node's own address");
+    assert_eq!(name_of(&dns, "5.5.168.192.in-addr.arpa.").await, "site.example.", "an endpoint of the site");
+    assert_eq!(name_of(&dns, "77.1.244.10.in-addr.arpa.").await, denied, "a pod's");
+    assert_eq!(site.asked(), 2);
+    let zones = [("10.in-addr.arpa".to_owned(), vec![corp.address.to_string()])];
+    let dns = Dns::start_with(&all, &[site.address], |config| config.zones = zones.into());
+    assert_eq!(name_of(&dns, "77.1.244.10.in-addr.arpa.").await, "corp.example.");
+    assert_eq!(name_of(&dns, "7.1.244.10.in-addr.arpa.").await, "sts-0.sts.db.svc.cluster.local.");
 }
 
 #[tokio::test]
