@@ -199,8 +199,8 @@ impl Zone {
             }
             ServiceKind::ClusterIp => self.addresses(asked, service.cluster_ips.iter().copied()),
             ServiceKind::Headless => {
-                let published: Vec<&Endpoint> = hosts(service).filter(|e| published(service, e)).collect();
-                if published.is_empty() {
+                let mut published = hosts(service).filter(|e| published(service, e)).peekable();
+                if published.peek().is_none() {
                     return Answer::no_such_name();
                 }
                 if asked == kind::SRV {
@@ -210,9 +210,13 @@ impl Zone {
                     kind::A => self.turns[0].fetch_add(1, Ordering::Relaxed),
                     kind::AAAA => self.turns[1].fetch_add(1, Ordering::Relaxed),
                     _ => 0,
-                } % published.len();
-                let (late, early) = published.split_at(turn);
-                self.addresses(asked, early.iter().chain(late).map(|endpoint| endpoint.address))
+                };
+                // Only among those that are in the answer does each get its turn.
+                let addresses = published.map(|endpoint| endpoint.address).filter(|ip| is_asked_for(asked, *ip));
+                let mut addresses: Vec<IpAddr> = addresses.collect();
+                let turn = turn.checked_rem(addresses.len()).unwrap_or(0);
+                addresses.rotate_left(turn);
+                self.addresses(asked, addresses.into_iter())
             }
         }
     }
@@ -309,12 +313,8 @@ impl Zone {
     }
 
     fn addresses(&self, asked: u16, addresses: impl Iterator<Item = IpAddr>) -> Answer {
-        let wanted = |ip: &IpAddr| match asked {
-            kind::A => ip.is_ipv4(),
-            kind::AAAA => ip.is_ipv6(),
-            _ => asked == kind::ANY,
-        };
-        Answer::found(addresses.filter(wanted).map(|ip| self.record(None, address(ip))).collect())
+        let wanted = addresses.filter(|ip| is_asked_for(asked, *ip));
+        Answer::found(wanted.map(|ip| self.record(None, address(ip))).collect())
     }
 
     fn only(&self, wanted: bool, data: impl FnOnce() -> Data) -> Vec<Record> {
@@ -385,6 +385,15 @@ fn protocol_label(port: &ServicePort) -> &'static str {
     match port.protocol {
         Protocol::Tcp => "_tcp",
         Protocol::Udp => "_udp",
+    }
+}
+
+/// Whether an address is in the answer to a question of this type.
+fn is_asked_for(asked: u16, ip: IpAddr) -> bool {
+    match asked {
+        kind::A => ip.is_ipv4(),
+        kind::AAAA => ip.is_ipv6(),
+        _ => asked == kind::ANY,
     }
 }
 

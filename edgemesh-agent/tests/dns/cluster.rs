@@ -418,6 +418,29 @@ async fn clients_that_ask_for_both_families_at_once_are_spread_too() {
 }
 
 #[tokio::test]
+async fn endpoints_of_both_families_are_first_equally_often() {
+    let endpoints = |prefix: &str| {
+        let each = |number: usize| json!({"addresses": [format!("{prefix}{number}")]});
+        json!((1..=4).map(each).collect::<Vec<_>>())
+    };
+    let objects = [
+        service("db/both", json!({"clusterIP": "None", "ports": [{"port": 80}]})),
+        slice("db/both", 1, "IPv4", json!([{"port": 80}]), endpoints("10.244.1.")),
+        slice("db/both", 2, "IPv6", json!([{"port": 80}]), endpoints("fd00:244::")),
+    ];
+    let dns = Dns::start(&objects, &[]);
+    for kind in [RecordType::A, RecordType::AAAA] {
+        let mut firsts = std::collections::BTreeMap::<String, usize>::new();
+        for _ in 0..80 {
+            let answer = dns.ask("both.db.svc.cluster.local.", kind).await;
+            assert_eq!(answer.answers.len(), 4);
+            *firsts.entry(answer.answers[0].data.to_string()).or_default() += 1;
+        }
+        assert_eq!(firsts.into_values().collect::<Vec<_>>(), [20; 4]);
+    }
+}
+
+#[tokio::test]
 async fn case_in_the_question_is_kept_in_the_bytes() {
     let dns = Dns::start(&objects(), &[]);
     let mut message = question("x.", RecordType::A);
