@@ -52,7 +52,7 @@ pub struct Service {
     pub load_balancer_sources: Option<Vec<Cidr>>,
     /// Ports, in the object's order.
     pub ports: Vec<Arc<ServicePort>>,
-    /// Of a headless Service: every endpoint address once, whatever its port (0 where the slice lists none).
+    /// Of a headless Service: every endpoint once by address and host name, whatever its port (0 where the slice lists none).
     pub hosts: Vec<Arc<Endpoint>>,
     /// `sessionAffinity: ClientIP` with its timeout.
     pub client_ip_affinity: Option<Duration>,

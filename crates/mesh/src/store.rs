@@ -309,7 +309,12 @@ impl Writer {
                 ports.flat_map(|(_, protocol, endpoints)| endpoints.iter().map(|e| self.as_seen(e, Some(*protocol))))
             });
             let portless = slices().flat_map(|slice| slice.portless.iter().map(|e| self.as_seen(e, None)));
-            merged(of_ports.chain(portless), false)
+            // Pods in their node's network share its address, each with a host name of its own.
+            let mut by_host_name: BTreeMap<Option<Arc<str>>, Vec<Arc<Endpoint>>> = BTreeMap::new();
+            for endpoint in of_ports.chain(portless) {
+                by_host_name.entry(endpoint.hostname.clone()).or_default().push(endpoint);
+            }
+            by_host_name.into_values().flat_map(|endpoints| merged(endpoints.into_iter(), false)).collect()
         } else {
             Vec::new()
         };

@@ -150,10 +150,9 @@ impl Zone {
         }
         let mut names = Vec::new();
         for service in catalog.services_of_endpoint(ip) {
-            let endpoint = hosts(service).find(|endpoint| endpoint.address == ip && published(service, endpoint));
-            if let Some(name) = endpoint.and_then(|endpoint| self.host_name(service, endpoint)) {
-                names.push((!service.is_headless(), name));
-            }
+            let endpoints = hosts(service).filter(|endpoint| endpoint.address == ip && published(service, endpoint));
+            let of_service = endpoints.filter_map(|endpoint| self.host_name(service, endpoint));
+            names.extend(of_service.map(|name| (!service.is_headless(), name)));
         }
         if names.is_empty() {
             // Not to be asked of upstream: it can't know pods. The nodes themselves, and what else there is in the site, it may know.
@@ -161,6 +160,7 @@ impl Zone {
             return in_pod_range.then(Answer::no_such_name);
         }
         names.sort_by(|a, b| (a.0, a.1.wire()).cmp(&(b.0, b.1.wire())));
+        names.dedup();
         // Endpoints have names by their headless Services; those of other Services help only where there is none.
         let headless = names.iter().any(|(other, _)| !other);
         let names = names.into_iter().filter(|(other, _)| !(headless && *other));
@@ -214,6 +214,9 @@ impl Zone {
                 // Only among those that are in the answer does each get its turn.
                 let addresses = published.map(|endpoint| endpoint.address).filter(|ip| is_asked_for(asked, *ip));
                 let mut addresses: Vec<IpAddr> = addresses.collect();
+                // Endpoints with host names of their own may share one.
+                addresses.sort_unstable();
+                addresses.dedup();
                 let turn = turn.checked_rem(addresses.len()).unwrap_or(0);
                 addresses.rotate_left(turn);
                 self.addresses(asked, addresses.into_iter())

@@ -244,6 +244,38 @@ async fn only_pod_addresses_are_denied_and_only_where_nobody_else_is_to_be_asked
 }
 
 #[tokio::test]
+async fn pods_in_the_network_of_one_node_have_a_name_each() {
+    let pod = |port: u16, name: &str| {
+        let endpoint = json!([{"addresses": ["192.168.1.11"], "hostname": name}]);
+        slice(
+            "db/ceph",
+            usize::from(port),
+            "IPv4",
+            json!([{"name": "http", "port": port, "protocol": "TCP"}]),
+            endpoint,
+        )
+    };
+    let own = [
+        service("db/ceph", json!({"clusterIP": "None", "ports": [{"name": "http", "port": 8080}]})),
+        pod(8080, "mon-a"),
+        pod(8081, "mon-b"),
+    ];
+    let dns = Dns::start(&[&objects()[..], &own].concat(), &[]);
+    let all = "ceph.db.svc.cluster.local.";
+    assert_eq!(sorted(&dns.ask(all, RecordType::A).await.answers), [format!("{all} 5 IN A 192.168.1.11")]);
+    for (name, port) in [("mon-a", 8080), ("mon-b", 8081)] {
+        let name = format!("{name}.{all}");
+        let a = dns.ask(&name, RecordType::A).await;
+        assert_eq!(sorted(&a.answers), [format!("{name} 5 IN A 192.168.1.11")]);
+        let srv = dns.ask(&name, RecordType::SRV).await;
+        assert_eq!(sorted(&srv.answers), [format!("{name} 5 IN SRV 0 100 {port} {name}")]);
+    }
+    let ptr = dns.ask("11.1.168.192.in-addr.arpa.", RecordType::PTR).await;
+    let names = ["mon-a", "mon-b"].map(|name| format!("11.1.168.192.in-addr.arpa. 5 IN PTR {name}.{all}"));
+    assert_eq!(sorted(&ptr.answers), names);
+}
+
+#[tokio::test]
 async fn srv_answers_carry_the_addresses_of_their_targets() {
     let dns = Dns::start(&objects(), &[]);
     let answer = dns.ask("_http._tcp.sts.db.svc.cluster.local.", RecordType::SRV).await;
