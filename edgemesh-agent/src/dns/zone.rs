@@ -1,6 +1,7 @@
 //! Names of the cluster zone and of cluster addresses, answered from the catalog (Kubernetes DNS specification 1.1.0).
 
 use std::{
+    collections::HashSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::atomic::{AtomicUsize, Ordering},
 };
@@ -234,7 +235,9 @@ impl Zone {
         if found.peek().is_none() {
             return Answer::no_such_name();
         }
+        // Of a Service with several ports an endpoint comes with each of them.
         let mut addresses: Vec<IpAddr> = found.map(|endpoint| endpoint.address).collect();
+        addresses.sort_unstable();
         addresses.dedup();
         if asked == kind::SRV {
             let Some(target) = Name::under(&[label.as_bytes()], &self.service_name(service)) else {
@@ -279,13 +282,14 @@ impl Zone {
                 .filter(|(_, endpoint)| published(service, endpoint))
                 .collect();
             let weight = weight(all.len());
+            let mut shared: HashSet<(u16, Name)> = HashSet::new();
             let mut targets: Vec<(Name, IpAddr)> = Vec::new();
             for (_, endpoint) in &all {
                 let Some(target) = self.host_name(service, endpoint) else { continue };
-                let record = self.record(None, Data::Srv { weight, port: endpoint.port, target: target.clone() });
                 // Endpoints that share a host name share the record (RFC 2181, section 5).
-                if endpoint.hostname.is_none() || !answer.answers.contains(&record) {
-                    answer.answers.push(record);
+                if endpoint.hostname.is_none() || shared.insert((endpoint.port, target.clone())) {
+                    let srv = Data::Srv { weight, port: endpoint.port, target: target.clone() };
+                    answer.answers.push(self.record(None, srv));
                 }
                 targets.push((target, endpoint.address));
             }

@@ -276,6 +276,24 @@ async fn pods_in_the_network_of_one_node_have_a_name_each() {
 }
 
 #[tokio::test]
+async fn a_host_name_that_endpoints_with_several_ports_share_has_each_address_once() {
+    let ports = json!([{"name": "http", "port": 80}, {"name": "metrics", "port": 81}]);
+    let pair = json!([
+        {"addresses": ["10.244.1.40"], "hostname": "pair"},
+        {"addresses": ["10.244.1.41"], "hostname": "pair"},
+    ]);
+    let objects = [
+        service("db/twins", json!({"clusterIP": "10.96.0.40", "ports": ports})),
+        slice("db/twins", 1, "IPv4", ports, pair),
+    ];
+    let dns = Dns::start(&objects, &[]);
+    let name = "pair.twins.db.svc.cluster.local.";
+    let records = ["10.244.1.40", "10.244.1.41"].map(|ip| format!("{name} 5 IN A {ip}"));
+    assert_eq!(sorted(&dns.ask(name, RecordType::A).await.answers), records);
+    assert_eq!(sorted(&dns.ask(name, RecordType::SRV).await.additionals), records);
+}
+
+#[tokio::test]
 async fn srv_answers_carry_the_addresses_of_their_targets() {
     let dns = Dns::start(&objects(), &[]);
     let answer = dns.ask("_http._tcp.sts.db.svc.cluster.local.", RecordType::SRV).await;
