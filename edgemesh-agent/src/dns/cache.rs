@@ -126,7 +126,8 @@ impl Entry {
                     let minimum = message.get(record.data.end.wrapping_sub(4)..record.data.end).ok_or(Malformed)?;
                     let minimum = u32::from_be_bytes([minimum[0], minimum[1], minimum[2], minimum[3]]);
                     negative_ttl = Some(ttl.min(minimum));
-                    denied_by_root = rcode == rcode::NXDOMAIN && message[at] == 0;
+                    // With an alias in front it is the end of the alias that is denied.
+                    denied_by_root = rcode == rcode::NXDOMAIN && answers == 0 && message[at] == 0;
                 }
                 ttls.push(u16::try_from(record.ttl_at - begin).map_err(|_| Malformed)?);
                 kept[section] += 1;

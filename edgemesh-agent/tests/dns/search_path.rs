@@ -61,11 +61,17 @@ impl Internet {
     }
 }
 
-/// Names under `nowhere` don't exist because their top-level domain doesn't.
+/// Names under `nowhere` don't exist because their top-level domain doesn't; those that begin with `dangling` are aliases for such.
 fn denied(name: &str) -> Message {
     let mut answer = Message::response(0, OpCode::Query);
     answer.metadata.response_code = ResponseCode::NXDomain;
-    let owner = if name.ends_with("nowhere.") { Name::root() } else { Name::from_ascii("example.").unwrap() };
+    let dangling = name.starts_with("dangling.");
+    if dangling {
+        let alias = RData::CNAME(rdata::CNAME(Name::from_ascii("a.nowhere.").unwrap()));
+        answer.add_answer(Record::from_rdata(Name::from_ascii(name).unwrap(), 60, alias));
+    }
+    let of_root = dangling || name.ends_with("nowhere.");
+    let owner = if of_root { Name::root() } else { Name::from_ascii("example.").unwrap() };
     let soa = rdata::SOA::new(owner.clone(), owner.clone(), 1, 1, 1, 1, 30);
     answer.add_authority(Record::from_rdata(owner, 300, RData::SOA(soa)));
     answer
@@ -201,6 +207,16 @@ async fn a_name_that_is_nowhere_is_denied_and_its_absent_top_level_domain_is_ask
         }
     }
     assert_eq!(internet.asked(), ["gone.example. A", "a.nowhere. A"]);
+}
+
+#[tokio::test]
+async fn an_alias_that_leads_nowhere_says_nothing_about_its_own_top_level_domain() {
+    let internet = Internet::with(&["outside.example."]).await;
+    let dns = internet.dns();
+    let found = dns.lookup(POD_OF_SHOP, "dangling.example.shop.svc.cluster.local.", RecordType::A).await;
+    assert_eq!(found, (ResponseCode::NXDomain, vec![]));
+    let found = dns.lookup(POD_OF_SHOP, "outside.example.shop.svc.cluster.local.", RecordType::A).await;
+    assert_eq!((found.0, found.1.len()), (ResponseCode::NoError, 2));
 }
 
 #[tokio::test]
