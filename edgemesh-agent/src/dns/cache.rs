@@ -231,7 +231,8 @@ impl Cache {
     pub(super) fn put(&mut self, key: Key, entry: Arc<Entry>) {
         self.remove(&key);
         let cost = entry.cost(&key);
-        if self.most_entries == 0 || cost > self.most_bytes / 16 {
+        // What has no lifetime isn't to be kept, not even for when upstream is gone.
+        if self.most_entries == 0 || entry.lifetime.is_zero() || cost > self.most_bytes / 16 {
             return;
         }
         while self.slots.len() >= self.most_entries || self.bytes + cost > self.most_bytes {

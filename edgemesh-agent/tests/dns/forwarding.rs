@@ -124,11 +124,16 @@ async fn a_cut_answer_is_never_taken_for_the_whole() {
 
 #[tokio::test]
 async fn past_its_time_an_answer_is_served_when_upstream_is_gone() {
-    let upstream = Upstream::fixed("192.0.2.1", 0).await;
+    let upstream = Upstream::fixed("192.0.2.1", 1).await;
     let dns = Dns::start(&[], &[upstream.address]);
     assert_eq!(code(&dns.ask("www.example.com.", RecordType::A).await), ResponseCode::NoError);
     upstream.set_silent(true);
-    for _ in 0..3 {
+    eventually("its time is over", || async {
+        assert_eq!(dns.ask("www.example.com.", RecordType::A).await.answers.len(), 1);
+        dns.metrics().contains(r#"source="stale"} 1"#)
+    })
+    .await;
+    for _ in 0..2 {
         let started = Instant::now();
         let answer = dns.ask("www.example.com.", RecordType::A).await;
         assert_eq!(answer.answers.len(), 1);
@@ -136,6 +141,27 @@ async fn past_its_time_an_answer_is_served_when_upstream_is_gone() {
         assert!(started.elapsed() < Duration::from_millis(1500));
     }
     assert!(dns.metrics().contains(r#"source="stale"} 3"#), "{}", dns.metrics());
+}
+
+#[tokio::test]
+async fn what_is_not_to_be_kept_is_not_served_when_upstream_is_gone() {
+    let upstream = Upstream::start(|query, _| {
+        let mut answer = addresses(query, &["192.0.2.1"], 0);
+        if query.name.to_string().starts_with("nosoa") {
+            answer = Message::response(0, OpCode::Query);
+            answer.metadata.response_code = ResponseCode::NXDomain;
+        }
+        Some(answer)
+    })
+    .await;
+    let dns = Dns::start(&[], &[upstream.address]);
+    for (name, expected) in [("once.example.", ResponseCode::NoError), ("nosoa.example.", ResponseCode::NXDomain)] {
+        assert_eq!(code(&dns.ask(name, RecordType::A).await), expected);
+    }
+    upstream.set_silent(true);
+    for name in ["once.example.", "nosoa.example."] {
+        assert_eq!(code(&dns.ask(name, RecordType::A).await), ResponseCode::ServFail, "{name}");
+    }
 }
 
 #[tokio::test]
