@@ -71,6 +71,15 @@ pub(super) struct Wanted {
     pub(super) tls: Option<TlsConnector>,
 }
 
+/// What resolv.conf said.
+#[derive(Debug, Default)]
+struct Known {
+    /// The servers in use; none if it couldn't be read yet.
+    servers: Option<Vec<SocketAddr>>,
+    /// It named none when it was last looked at, though others are in use.
+    was_empty: bool,
+}
+
 type List = Arc<Vec<Arc<Upstream>>>;
 
 /// The upstream servers.
@@ -115,8 +124,9 @@ impl Upstreams {
         match wanted.default {
             Origin::Listed(addresses) => upstreams.use_default(&addresses),
             Origin::ResolvConf(path) => {
-                let mut known = upstreams.reload(&path, None);
-                if known.is_none() {
+                let mut known = Known::default();
+                upstreams.reload(&path, &mut known);
+                if known.servers.is_none() {
                     upstreams.begin();
                 }
                 let following = Arc::clone(&upstreams);
@@ -124,7 +134,7 @@ impl Upstreams {
                 upstreams.shutdown.spawn(async move {
                     let wait = || tokio::time::sleep(resolv_conf::RELOAD_EVERY);
                     while stopping.run_until_cancelled(wait()).await.is_some() {
-                        known = following.reload(&path, known);
+                        following.reload(&path, &mut known);
                     }
                 });
             }
@@ -287,21 +297,24 @@ impl Upstreams {
         });
     }
 
-    fn reload(self: &Arc<Self>, path: &Path, known: Option<Vec<SocketAddr>>) -> Option<Vec<SocketAddr>> {
+    fn reload(self: &Arc<Self>, path: &Path, known: &mut Known) {
         match resolv_conf::read(path).map(|host| host.servers) {
-            Ok(addresses) if known.as_ref() == Some(&addresses) => known,
+            Ok(addresses) if known.servers.as_ref() == Some(&addresses) => known.was_empty = false,
+            // The file may be rewritten in place right now: that it names no server counts when it does so twice in a row.
+            Ok(addresses) if addresses.is_empty() && known.servers.is_some() && !known.was_empty => {
+                known.was_empty = true
+            }
             Ok(addresses) => {
                 tracing::info!(path = %path.display(), ?addresses, "upstreams");
                 let listed: Vec<UpstreamAddress> = addresses.iter().copied().map(UpstreamAddress::from).collect();
                 self.use_default(&listed);
-                Some(addresses)
+                *known = Known { servers: Some(addresses), was_empty: false };
             }
             Err(error) => {
                 // The file may be replaced right now; what was known still holds.
-                if known.is_none() {
+                if known.servers.is_none() {
                     tracing::warn!(path = %path.display(), %error, "no upstreams yet");
                 }
-                known
             }
         }
     }
@@ -370,4 +383,30 @@ impl Upstreams {
 /// An answer that says nothing about the name, or not all: another upstream, or a stale answer, may.
 pub(super) fn is_failure(entry: &Entry) -> bool {
     entry.truncated || !matches!(entry.rcode, rcode::NOERROR | rcode::NXDOMAIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_resolv_conf_that_is_empty_for_a_moment_changes_nothing() {
+        let lifetimes = Lifetimes { positive: DEADLINE, negative: DEADLINE, stale: DEADLINE };
+        let wanted = Wanted { default: Origin::Listed(Vec::new()), domains: Vec::new(), own: Vec::new(), tls: None };
+        let metrics = Arc::new(Metrics::new(&mut Registry::default()));
+        let upstreams = Upstreams::start(wanted, lifetimes, metrics, Shutdown::default());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        let mut known = Known::default();
+        let mut used_after = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            upstreams.reload(&path, &mut known);
+            upstreams.of(&Name::root()).len()
+        };
+        let one = "nameserver 127.53.73.1\n";
+        assert_eq!(["", one, "", one, "", ""].map(&mut used_after), [0, 1, 1, 1, 1, 0]);
+        assert_eq!([one, ""].map(&mut used_after), [1, 1]);
+    }
 }
