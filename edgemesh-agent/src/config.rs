@@ -96,7 +96,7 @@ pub struct DnsConfig {
     pub cluster_address: Ipv4Addr,
     /// The IPv6 address that pods have there, if any. It leads to the first address of `nodeLocalCidr6` on this node.
     pub cluster_address6: Option<Ipv6Addr>,
-    /// Address on which the agent answers; the first of `nodeLocalCidr` if left out.
+    /// Single address on which the agent answers; the first of `nodeLocalCidr` if left out.
     pub listen_address: Option<IpAddr>,
     /// Port on which the agent answers.
     pub port: u16,
@@ -312,6 +312,10 @@ impl Validate for DnsConfig {
         if self.port == 0 && self.listen_address.is_none() {
             problems.add("dns.port", "must not be 0");
         }
+        if self.listen_address.is_some_and(|address| address.is_unspecified()) {
+            let fix = "must be a single address, which pods' questions are led to; leave it out for the first of nodeLocalCidr";
+            problems.add("dns.listenAddress", fix);
+        }
         let domain = self.cluster_domain.trim_matches('.').to_ascii_lowercase();
         if domain.is_empty() {
             problems.add("dns.clusterDomain", "must be set, for example cluster.local");
@@ -407,6 +411,8 @@ mod tests {
             ("dns.tlsCa=ca.crt", "dns.tlsCa"),
             ("proxied.keepaliveSeconds=7201", "proxied.keepaliveSeconds"),
             ("dns.ttl=3601", "dns.ttl"),
+            ("dns.listenAddress=0.0.0.0", "dns.listenAddress"),
+            ("dns.listenAddress='::'", "dns.listenAddress"),
             ("dns.maxQueriesPerClient=1000000", "dns.maxQueriesPerClient"),
         ] {
             let errors = load(&["nodeName=n1", setting]).unwrap_err();
