@@ -114,7 +114,7 @@ pub struct DnsConfig {
     pub search_path_completion: bool,
     /// How long clients may keep an answer about a cluster name, in seconds.
     pub ttl: u32,
-    /// Answers of upstreams that are kept; 1 KiB of memory each at most. 0 keeps none.
+    /// Answers of upstreams that are kept, with at most 1 KiB of memory each on average. 0 keeps none.
     pub cache_entries: usize,
     /// Whether popular answers of upstreams are asked for anew shortly before they expire.
     pub prefetch: bool,

@@ -35,7 +35,7 @@ pub(super) mod rcode {
     pub(in crate::dns) const NXDOMAIN: u8 = 3;
     pub(in crate::dns) const NOTIMP: u8 = 4;
     pub(in crate::dns) const REFUSED: u8 = 5;
-    /// The low four bits of BADVERS (16); the rest is in the OPT record.
+    /// Its low four bits go into the header, the rest into the OPT record (RFC 6891, section 6.1.3).
     pub(in crate::dns) const BADVERS: u8 = 16;
 }
 
