@@ -2,7 +2,7 @@
 //!
 //! An upstream that doesn't answer is found out soon and passed over until it answers again, so a node without a way out fails at
 //! once instead of making every client wait. It is probed; and since some servers answer no probe, any answer of theirs counts, and
-//! while all upstreams of a list are dead one question is asked of them now and then.
+//! with each probe one question may be asked of it, too.
 
 use std::{
     collections::VecDeque,
@@ -181,15 +181,11 @@ impl Upstreams {
 
     /// Asks one upstream after the other, in order, without waiting for the earlier ones to give up.
     pub(super) async fn ask(self: &Arc<Self>, list: &List, key: &Key) -> Option<Entry> {
-        let mut usable: Vec<&Arc<Upstream>> = list.iter().filter(|upstream| upstream.is_usable()).collect();
-        if usable.is_empty() {
-            usable = list.iter().filter(|upstream| upstream.take_trial()).collect();
-        }
+        let first = list.iter().position(|upstream| upstream.is_usable()).unwrap_or(list.len());
+        let mut usable: Vec<&Arc<Upstream>> = list[first..].iter().filter(|upstream| upstream.is_usable()).collect();
+        // Dead ones on trial, of those only that would come first if they were alive.
+        let tried: Vec<&Arc<Upstream>> = list[..first].iter().filter(|upstream| upstream.take_trial()).collect();
         let question = key.question().len();
-        let again = usable.iter().filter(|upstream| upstream.may_lose()).cycle();
-        let again = again.take(LEAST_ATTEMPTS.saturating_sub(usable.len()));
-        let mut queue: VecDeque<&Arc<Upstream>> = usable.iter().chain(again).copied().collect();
-        let mut asked = FuturesUnordered::new();
         let attempt = |upstream: &Arc<Upstream>| {
             let (upstream, key) = (Arc::clone(upstream), key.clone());
             async move {
@@ -197,6 +193,15 @@ impl Upstreams {
                 (upstream, result)
             }
         };
+        if usable.is_empty() {
+            usable = tried;
+        } else if !tried.is_empty() {
+            self.listen_on(tried.into_iter().map(attempt).collect());
+        }
+        let again = usable.iter().filter(|upstream| upstream.may_lose()).cycle();
+        let again = again.take(LEAST_ATTEMPTS.saturating_sub(usable.len()));
+        let mut queue: VecDeque<&Arc<Upstream>> = usable.iter().chain(again).copied().collect();
+        let mut asked = FuturesUnordered::new();
         asked.push(attempt(queue.pop_front()?));
         let mut deadline = pin!(tokio::time::sleep(DEADLINE));
         let mut probes = pin!(async {
@@ -243,7 +248,7 @@ impl Upstreams {
         }
     }
 
-    /// Waits for answers that come too late for who asked: they show that their upstreams are alive.
+    /// Waits for answers that nobody else waits for: they show that their upstreams are alive.
     fn listen_on(
         self: &Arc<Self>,
         mut asked: FuturesUnordered<impl Future<Output = (Arc<Upstream>, io::Result<Vec<u8>>)> + Send + 'static>,

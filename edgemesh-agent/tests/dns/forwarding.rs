@@ -214,6 +214,33 @@ async fn a_server_that_answers_no_probes_is_found_alive_by_the_questions_of_clie
 }
 
 #[tokio::test]
+async fn a_first_server_that_answers_no_probes_comes_first_again() {
+    let site = RawUpstream::start(|query| {
+        let name = query.queries[0].name.to_string();
+        (name != "." && name != "lost.example.").then(|| address_for(query, "192.0.2.1"))
+    })
+    .await;
+    let other = Upstream::start(|query, _| {
+        (query.name.to_string() != "lost.example.").then(|| addresses(query, &["192.0.2.2"], 60))
+    })
+    .await;
+    let dns = Arc::new(Dns::start(&[], &[site.address, other.address]));
+    let lost = {
+        let dns = Arc::clone(&dns);
+        tokio::spawn(async move { dns.ask("lost.example.", RecordType::A).await })
+    };
+    eventually("it is passed over", || async { dns.metrics().contains("edgemesh_agent_dns_upstreams_alive 1") }).await;
+    let mut number = 0;
+    eventually("it is asked first", || {
+        number += 1;
+        let (dns, name) = (&dns, format!("n{number}.example."));
+        async move { dns.ask(&name, RecordType::A).await.answers[0].data.to_string() == "192.0.2.1" }
+    })
+    .await;
+    lost.abort();
+}
+
+#[tokio::test]
 async fn an_answer_that_comes_too_late_still_shows_that_its_server_is_alive() {
     let socket = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
     let address = socket.local_addr().unwrap();
