@@ -221,7 +221,7 @@ impl HostRoutes {
             if range.is_some_and(|range| wanted.contains_key(&range) && wanted.get(&range).copied() == gateway(&route))
             {
                 present.extend(range);
-            } else if range.is_none_or(|range| !replaces(range) || !wanted.contains_key(&range)) {
+            } else if range.is_none_or(|range| !wanted.contains_key(&range)) {
                 // A route that vanished by itself meanwhile is as good.
                 if let Err(error) = self.0.route().del(route).execute().await {
                     tracing::debug!(?range, %error, "an old route was not removed");
@@ -384,11 +384,6 @@ fn pod_route(range: Cidr, via: IpAddr) -> Option<RouteMessage> {
 
 fn is_ours(route: &RouteMessage) -> bool {
     route.header.protocol == PROTOCOL
-}
-
-/// Whether a new route to the range takes the place of the one that is there. An IPv6 route would become one path more.
-fn replaces(range: Cidr) -> bool {
-    range.network().is_ipv4()
 }
 
 /// Lets the host pass packets between its pods and other hosts.

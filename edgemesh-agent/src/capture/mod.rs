@@ -28,7 +28,6 @@ use tokio::task::JoinHandle;
 pub use self::{
     ranges::{Ranges, ranges},
     sk_lookup::SkLookupError,
-    tproxy::TproxyError,
 };
 use crate::{
     config::{Config, DatapathMode},

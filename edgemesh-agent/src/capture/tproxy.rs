@@ -1,14 +1,14 @@
 //! The capture by a table of nftables, where the eBPF program can't serve or isn't wanted: `tproxy` hands packets to the agent's
 //! listeners. Without them the packets are refused.
 
-use std::{collections::BTreeSet, net::SocketAddr, process::Stdio, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use edgemesh_mesh::cidr::Cidr;
-use tokio::{io::AsyncWriteExt as _, process::Command};
+
+use crate::datapath::nftables::{self, NftError};
 
 /// The table that belongs to the capture, in this network namespace.
 pub(super) const TABLE: &str = "edgemesh_capture";
-const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Switches of br_netfilter, in each network namespace.
 const BRIDGE_CALLS: [&str; 2] =
@@ -24,28 +24,14 @@ pub(super) fn bridges_call() -> bool {
     BRIDGE_CALLS.into_iter().any(|switch| std::fs::read_to_string(switch).is_ok_and(|value| value.trim() == "1"))
 }
 
-/// Why the table can't be written.
-#[derive(Debug, thiserror::Error)]
-pub enum TproxyError {
-    /// `nft` can't be run.
-    #[error("nft: {0}")]
-    Run(#[from] std::io::Error),
-    /// It refuses, with its reason.
-    #[error("nft: {0}")]
-    Refused(String),
-    /// It does not end.
-    #[error("nft: no answer within {DEADLINE:?}")]
-    Deadline,
-}
-
 /// Captures exactly these ranges, in one transaction.
-pub(super) async fn apply(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> Result<(), TproxyError> {
-    nft(&script(ranges, listeners)).await
+pub(super) async fn apply(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> Result<(), NftError> {
+    run(script(ranges, listeners)).await
 }
 
 /// Removes the table, if it is there.
-pub(super) async fn remove() -> Result<(), TproxyError> {
-    nft(&format!("table inet {TABLE}\ndelete table inet {TABLE}\n")).await
+pub(super) async fn remove() -> Result<(), NftError> {
+    run(format!("table inet {TABLE}\ndelete table inet {TABLE}\n")).await
 }
 
 /// The table. Connections that a listener has taken are found by their own sockets first, as `tproxy` does. What it finds no
@@ -82,25 +68,10 @@ fn script(ranges: &BTreeSet<Cidr>, listeners: &[SocketAddr]) -> String {
     )
 }
 
-async fn nft(script: &str) -> Result<(), TproxyError> {
-    let mut child = Command::new("nft")
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    let work = async {
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(script.as_bytes()).await?;
-        }
-        let output = child.wait_with_output().await?;
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(TproxyError::Refused(String::from_utf8_lossy(&output.stderr).trim().chars().take(512).collect()))
-    };
-    tokio::time::timeout(DEADLINE, work).await.map_err(|_| TproxyError::Deadline)?
+/// The program is waited for elsewhere than where tasks run.
+async fn run(script: String) -> Result<(), NftError> {
+    let done = tokio::task::spawn_blocking(move || nftables::transaction(&script)).await;
+    done.unwrap_or_else(|error| Err(NftError::Run(std::io::Error::other(error))))
 }
 
 #[cfg(test)]

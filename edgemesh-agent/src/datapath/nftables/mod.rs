@@ -30,6 +30,7 @@ use super::{
 pub use counts::RuleCounts;
 use elements::{Element, Joined, Needs};
 pub use nft::NftError;
+pub(crate) use nft::transaction;
 use routes::{Called, ServiceRoutes};
 pub use ruleset::TABLE;
 use ruleset::{Chain, Family, Map, Place, Scope};
@@ -213,7 +214,7 @@ impl Rules {
     /// frontends differ from what was known to be in force.
     ///
     /// # Errors
-    /// When the table is as before.
+    /// When the table is as before, or without elements where that of an earlier agent could not be taken over.
     pub fn replace(&mut self, inside: &Plan, outside: &OutsidePlan, is_local: IsLocal<'_>) -> Result<usize, NftError> {
         let mut wanted: HashMap<(Place, Frontend), Option<OutsideTarget>> =
             self.programmed.keys().map(|key| (*key, None)).collect();

@@ -53,7 +53,7 @@ impl NftError {
 ///
 /// # Errors
 /// When it is not in force.
-pub(super) fn transaction(script: &str) -> Result<(), NftError> {
+pub(crate) fn transaction(script: &str) -> Result<(), NftError> {
     run(&["-f", "-"], script)
 }
 
