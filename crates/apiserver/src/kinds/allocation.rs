@@ -15,7 +15,9 @@ use edgemesh_api::cidr::Cidr;
 use serde_json::{Value, json};
 
 use super::field_error::{Errors, FieldError};
-use super::service::{families, has_cluster_ip, has_node_ports, is_headless, needs_health_check};
+use super::service::{
+    can_have_node_ports, families, has_cluster_ip, is_headless, needs_health_check, wants_node_ports,
+};
 use super::tables::text;
 
 /// A range of Service addresses, such as `10.96.0.0/16` or `fd00:10:96::/112`.
@@ -186,7 +188,7 @@ pub fn allocate(
             allocate_addresses(ranges, taken, spec, seed, &mut errors);
         }
     }
-    if has_node_ports(spec) {
+    if can_have_node_ports(spec) {
         allocate_ports(ranges, taken, spec, seed, &mut errors);
     }
     if needs_health_check(spec) {
@@ -242,6 +244,7 @@ fn free_address(range: ServiceRange, taken: &Taken<'_>, seed: u64) -> Option<IpA
 
 fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
     let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
+    let gives = wants_node_ports(spec);
     let ports = spec.get_mut("ports").and_then(Value::as_array_mut).map(Vec::as_mut_slice).unwrap_or_default();
     // The same port number in two protocols shares one node port, so what one of them names goes for both.
     let mut by_port: Vec<(i64, u16)> = Vec::new();
@@ -263,6 +266,9 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, s
                 by_port.push((port["port"].as_i64().unwrap_or(0), number));
             }
         }
+    }
+    if !gives {
+        return;
     }
     let count = u64::from(last.saturating_sub(first)) + 1;
     for (i, port) in ports.iter_mut().enumerate() {
@@ -484,6 +490,18 @@ mod tests {
         ] {
             let spec = json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": port}]});
             assert_eq!(allocated(&taken, spec, 0).unwrap_err(), [expected]);
+        }
+        // A load balancer that wants no node ports may still name some, and they are like all others.
+        for (port, expected) in
+            [(30000, Some("already allocated")), (22, Some("valid range")), (30001, None), (0, None)]
+        {
+            let spec = json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false,
+                "ports": [{"port": 80, "nodePort": port}]});
+            match (allocated(&taken, spec.clone(), 0), expected) {
+                (Ok(given), None) => assert_eq!(given["ports"], spec["ports"]),
+                (Err(errors), Some(expected)) => assert!(errors[0].contains(expected), "{errors:?}"),
+                (other, _) => panic!("{port}: {other:?}"),
+            }
         }
         let many: Vec<_> = (1..5).map(|p| json!({"port": p})).collect();
         let error = allocated(&taken, json!({"type": "NodePort", "ports": many}), 0).unwrap_err();

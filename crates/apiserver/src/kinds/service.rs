@@ -62,8 +62,13 @@ pub(crate) fn has_cluster_ip(spec: &Value) -> bool {
     matches!(text(&spec["type"]), "" | "ClusterIP" | "NodePort" | "LoadBalancer")
 }
 
-/// Whether the type opens ports on the nodes.
-pub(crate) fn has_node_ports(spec: &Value) -> bool {
+/// Whether the type can open ports on the nodes.
+pub(crate) fn can_have_node_ports(spec: &Value) -> bool {
+    matches!(text(&spec["type"]), "NodePort" | "LoadBalancer")
+}
+
+/// Whether each port is given a node port. Without it, those that are named count nevertheless.
+pub(crate) fn wants_node_ports(spec: &Value) -> bool {
     match text(&spec["type"]) {
         "NodePort" => true,
         "LoadBalancer" => spec["allocateLoadBalancerNodePorts"] != json!(false),
@@ -148,8 +153,8 @@ fn prepare_update(old: &Value, new: &mut Value) {
             }
         }
     }
-    let keeps = has_node_ports(before) && has_node_ports(after);
-    let drops = has_node_ports(before) && !has_node_ports(after);
+    let keeps = can_have_node_ports(before) && wants_node_ports(after);
+    let drops = can_have_node_ports(before) && !can_have_node_ports(after);
     let used: HashSet<i64> = list(&after["ports"]).iter().filter_map(|p| p["nodePort"].as_i64()).collect();
     let had: HashMap<(i64, String), i64> = list(&before["ports"])
         .iter()
@@ -353,7 +358,7 @@ fn validate_ports(spec: &Value, errors: &mut Errors) {
         }
         seen_ports.insert((number, protocol));
         let Some(node_port) = port["nodePort"].as_i64().filter(|n| *n != 0) else { continue };
-        if !matches!(text(&spec["type"]), "NodePort" | "LoadBalancer") {
+        if !can_have_node_ports(spec) {
             errors.forbidden(
                 format!("{field}.nodePort"),
                 format!("may not be used when `type` is '{}'", text(&spec["type"])),

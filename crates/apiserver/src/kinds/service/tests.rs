@@ -147,6 +147,19 @@ fn an_update_keeps_what_was_allocated() {
 }
 
 #[test]
+fn node_ports_of_a_load_balancer_go_when_somebody_removes_them() {
+    let old = json!({"type": "LoadBalancer", "clusterIP": "10.96.1.1", "ports": [{"port": 80, "nodePort": 30080}]});
+    let mut new = old.clone();
+    new["allocateLoadBalancerNodePorts"] = json!(false);
+    let (kept, found) = updated(old, new);
+    assert_eq!((&kept["ports"][0]["nodePort"], found), (&json!(30080), Vec::new()));
+    let mut without = kept.clone();
+    without["ports"][0]["nodePort"] = Value::Null;
+    let (removed, found) = updated(kept, without);
+    assert_eq!((&removed["ports"][0]["nodePort"], found), (&Value::Null, Vec::new()));
+}
+
+#[test]
 fn a_changed_address_is_one_error_and_not_two() {
     let old = json!({"clusterIP": "10.96.1.1", "ports": [{"port": 80}]});
     let (_, found) = updated(
