@@ -156,13 +156,11 @@ fn prepare_update(old: &Value, new: &mut Value) {
     let keeps = can_have_node_ports(before) && wants_node_ports(after);
     let drops = can_have_node_ports(before) && !can_have_node_ports(after);
     let used: HashSet<i64> = list(&after["ports"]).iter().filter_map(|p| p["nodePort"].as_i64()).collect();
-    let had: HashMap<(i64, String), i64> = list(&before["ports"])
-        .iter()
-        .filter_map(|p| Some(((p["port"].as_i64()?, protocol(p)), p["nodePort"].as_i64()?)))
-        .collect();
+    // A port is known by its name: all else of it may have been changed.
+    let had: HashMap<&str, i64> =
+        list(&before["ports"]).iter().filter_map(|p| Some((text(&p["name"]), p["nodePort"].as_i64()?))).collect();
     for port in after.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
-        let key = (port["port"].as_i64().unwrap_or(0), protocol(port));
-        let Some(node_port) = had.get(&key).copied() else { continue };
+        let Some(node_port) = had.get(text(&port["name"])).copied() else { continue };
         let wanted = port["nodePort"].as_i64().unwrap_or(0);
         if keeps && wanted == 0 && !used.contains(&node_port) {
             port["nodePort"] = json!(node_port);
@@ -207,13 +205,6 @@ fn keep_cluster_ips(before: &Value, after: &mut Value) {
             "" => Value::Null,
             one => json!([one]),
         };
-    }
-}
-
-fn protocol(port: &Value) -> String {
-    match text(&port["protocol"]) {
-        "" => "TCP".to_owned(),
-        name => name.to_owned(),
     }
 }
 

@@ -147,6 +147,26 @@ fn an_update_keeps_what_was_allocated() {
 }
 
 #[test]
+fn a_node_port_belongs_to_the_name_of_its_port() {
+    let old = json!({"type": "NodePort", "clusterIP": "10.96.1.1", "ports": [
+        {"name": "web", "port": 80, "nodePort": 30080}, {"name": "dns", "port": 53, "protocol": "UDP", "nodePort": 30053}]});
+    let node_ports = |ports: Value| {
+        let (spec, found) = updated(old.clone(), json!({"type": "NodePort", "ports": ports}));
+        assert_eq!(found, Vec::<String>::new());
+        json!(list(&spec["ports"]).iter().map(|port| port["nodePort"].clone()).collect::<Vec<_>>())
+    };
+    assert_eq!(node_ports(json!([{"name": "web", "port": 8080}, {"name": "dns", "port": 53}])), json!([30080, 30053]));
+    assert_eq!(node_ports(json!([{"name": "other", "port": 80}])), json!([null]));
+    // Another port was given it.
+    let taken = json!([{"name": "web", "port": 80}, {"name": "new", "port": 81, "nodePort": 30080}]);
+    assert_eq!(node_ports(taken), json!([null, 30080]));
+
+    let unnamed = json!({"type": "NodePort", "clusterIP": "10.96.1.1", "ports": [{"port": 80, "nodePort": 30080}]});
+    let (spec, _) = updated(unnamed, json!({"type": "NodePort", "ports": [{"port": 8080}]}));
+    assert_eq!(spec["ports"][0]["nodePort"], json!(30080));
+}
+
+#[test]
 fn node_ports_of_a_load_balancer_go_when_somebody_removes_them() {
     let old = json!({"type": "LoadBalancer", "clusterIP": "10.96.1.1", "ports": [{"port": 80, "nodePort": 30080}]});
     let mut new = old.clone();
