@@ -191,20 +191,19 @@ fn prepare_update(old: &Value, new: &mut Value) {
     }
 }
 
-/// Who writes one of the two forms of the address means both; who writes neither keeps the old one.
+/// Who writes one of the two forms of the address means both; who writes neither, or empties one, keeps the old one.
 fn keep_cluster_ips(before: &Value, after: &mut Value) {
-    let known = !text(&after["clusterIP"]).is_empty() && after["clusterIP"] == before["clusterIP"];
-    if text(&after["clusterIPs"][0]).is_empty() && (known || text(&after["clusterIP"]).is_empty()) {
+    let one = text(&after["clusterIP"]);
+    let same_list = after["clusterIPs"] == before["clusterIPs"];
+    let no_list = text(&after["clusterIPs"][0]).is_empty();
+    if (one.is_empty() && (same_list || no_list)) || (no_list && after["clusterIP"] == before["clusterIP"]) {
         for field in ["clusterIP", "clusterIPs"] {
             if !before[field].is_null() {
                 after[field] = before[field].clone();
             }
         }
-    } else if after["clusterIP"] != before["clusterIP"] && after["clusterIPs"] == before["clusterIPs"] {
-        after["clusterIPs"] = match text(&after["clusterIP"]) {
-            "" => Value::Null,
-            one => json!([one]),
-        };
+    } else if same_list && after["clusterIP"] != before["clusterIP"] {
+        after["clusterIPs"] = json!([one]);
     }
 }
 

@@ -180,6 +180,20 @@ fn node_ports_of_a_load_balancer_go_when_somebody_removes_them() {
 }
 
 #[test]
+fn an_address_that_an_update_empties_stays() {
+    for old in [
+        json!({"clusterIP": "10.96.1.1", "clusterIPs": ["10.96.1.1"], "ports": [{"port": 80}]}),
+        json!({"clusterIP": "None", "clusterIPs": ["None"], "ports": [{"port": 80}]}),
+    ] {
+        let mut new = old.clone();
+        new["clusterIP"] = json!("");
+        let (spec, found) = updated(old.clone(), new);
+        assert_eq!(found, Vec::<String>::new());
+        assert_eq!((&spec["clusterIP"], &spec["clusterIPs"]), (&old["clusterIP"], &old["clusterIPs"]));
+    }
+}
+
+#[test]
 fn a_changed_address_is_one_error_and_not_two() {
     let old = json!({"clusterIP": "10.96.1.1", "ports": [{"port": 80}]});
     let (_, found) = updated(
