@@ -182,23 +182,33 @@ pub fn allocate(
 ) -> Result<(), Vec<FieldError>> {
     let mut errors = Errors::default();
     let spec = &mut service["spec"];
+    let mut kept = Allocations::default();
+    old.into_iter().for_each(|old| kept.add(old));
     if has_cluster_ip(spec) {
         families::settle(&ranges.families(), old.map(|old| &old["spec"]), spec, &mut errors);
         if !is_headless(spec) && errors.0.is_empty() {
-            allocate_addresses(ranges, taken, spec, seed, &mut errors);
+            allocate_addresses(ranges, taken, &kept, spec, seed, &mut errors);
         }
     }
     if can_have_node_ports(spec) {
-        allocate_ports(ranges, taken, spec, seed, &mut errors);
+        allocate_ports(ranges, taken, &kept, spec, seed, &mut errors);
     }
     if needs_health_check(spec) {
-        allocate_health_check_port(ranges, taken, spec, seed, &mut errors);
+        allocate_health_check_port(ranges, taken, &kept, spec, seed, &mut errors);
     }
     if errors.0.is_empty() { Ok(()) } else { Err(errors.0) }
 }
 
-/// One address for each of the Service's families, in their order.
-fn allocate_addresses(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
+/// One address for each of the Service's families, in their order. `kept` is what the Service has already: that is not asked for
+/// again, as the ranges may be others by now.
+fn allocate_addresses(
+    ranges: &ServiceRanges,
+    taken: &Taken<'_>,
+    kept: &Allocations,
+    spec: &mut Value,
+    seed: u64,
+    errors: &mut Errors,
+) {
     let texts = |list: &Value| -> Vec<String> {
         list.as_array().into_iter().flatten().map(|item| text(item).to_owned()).collect()
     };
@@ -218,6 +228,9 @@ fn allocate_addresses(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Valu
         }
         // Validation says what isn't an address.
         let Ok(address) = wanted.parse::<IpAddr>() else { continue };
+        if kept.addresses.contains_key(&address) {
+            continue;
+        }
         if !range.contains(address) {
             let problem = format!("provided IP is not in the valid range. The range of valid IPs is {range}");
             errors.invalid(field, wanted, problem);
@@ -242,7 +255,14 @@ fn free_address(range: ServiceRange, taken: &Taken<'_>, seed: u64) -> Option<IpA
     free(1 + band, size - band).or_else(|| free(1, band))
 }
 
-fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, seed: u64, errors: &mut Errors) {
+fn allocate_ports(
+    ranges: &ServiceRanges,
+    taken: &Taken<'_>,
+    kept: &Allocations,
+    spec: &mut Value,
+    seed: u64,
+    errors: &mut Errors,
+) {
     let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
     let gives = wants_node_ports(spec);
     let ports = spec.get_mut("ports").and_then(Value::as_array_mut).map(Vec::as_mut_slice).unwrap_or_default();
@@ -252,13 +272,14 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, s
     for (i, port) in ports.iter().enumerate() {
         let Some(wanted) = port["nodePort"].as_i64().filter(|n| *n != 0) else { continue };
         let field = format!("spec.ports[{i}].nodePort");
-        match u16::try_from(wanted).ok().filter(|n| ranges.node_ports.contains(n)) {
+        let has = |number: &u16| kept.node_ports.contains_key(number);
+        match u16::try_from(wanted).ok().filter(|number| has(number) || ranges.node_ports.contains(number)) {
             None => errors.invalid(
                 field,
                 wanted,
                 format!("provided port is not in the valid range. The range of valid ports is {first}-{last}"),
             ),
-            Some(number) if taken.has_port(number) => {
+            Some(number) if !has(&number) && taken.has_port(number) => {
                 errors.invalid(field, wanted, "provided port is already allocated");
             }
             Some(number) => {
@@ -300,6 +321,7 @@ fn allocate_ports(ranges: &ServiceRanges, taken: &Taken<'_>, spec: &mut Value, s
 fn allocate_health_check_port(
     ranges: &ServiceRanges,
     taken: &Taken<'_>,
+    kept: &Allocations,
     spec: &mut Value,
     seed: u64,
     errors: &mut Errors,
@@ -307,10 +329,11 @@ fn allocate_health_check_port(
     let field = "spec.healthCheckNodePort";
     let own: HashSet<i64> =
         spec["ports"].as_array().into_iter().flatten().filter_map(|port| port["nodePort"].as_i64()).collect();
-    let is_free = |port: &u16| !taken.has_port(*port) && !own.contains(&i64::from(*port));
+    let has = |port: &u16| kept.node_ports.contains_key(port);
+    let is_free = |port: &u16| (has(port) || !taken.has_port(*port)) && !own.contains(&i64::from(*port));
     let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
     match spec["healthCheckNodePort"].as_i64().filter(|port| *port != 0) {
-        Some(wanted) => match u16::try_from(wanted).ok().filter(|port| ranges.node_ports.contains(port)) {
+        Some(wanted) => match u16::try_from(wanted).ok().filter(|port| has(port) || ranges.node_ports.contains(port)) {
             None => errors.invalid(
                 field,
                 wanted,
@@ -506,6 +529,26 @@ mod tests {
         let many: Vec<_> = (1..5).map(|p| json!({"port": p})).collect();
         let error = allocated(&taken, json!({"type": "NodePort", "ports": many}), 0).unwrap_err();
         assert_eq!(error, ["spec.ports[3].nodePort: Invalid value: 0: failed to allocate a nodePort: range is full"]);
+    }
+
+    #[test]
+    fn a_service_keeps_what_it_has_when_the_ranges_become_others() {
+        let old = service(
+            json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 31001,
+            "ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4"], "clusterIP": "10.43.0.7", "clusterIPs": ["10.43.0.7"],
+            "ports": [{"port": 80, "protocol": "TCP", "nodePort": 31000}]}),
+        );
+        let mut new = old.clone();
+        new["spec"]["selector"] = json!({"app": "web"});
+        let none = Allocations::default();
+        let ranges = ranges(&["10.96.0.0/16"]);
+        assert_eq!(allocate(&ranges, &Taken::by(&none), Some(&old), &mut new, 0), Ok(()));
+        assert_eq!(new["spec"]["clusterIPs"], old["spec"]["clusterIPs"]);
+        assert_eq!(new["spec"]["ports"], old["spec"]["ports"]);
+        // What it asks for anew is checked.
+        new["spec"]["ports"][0]["nodePort"] = json!(31002);
+        let errors = allocate(&ranges, &Taken::by(&none), Some(&old), &mut new, 0).unwrap_err();
+        assert!(errors[0].to_string().starts_with("spec.ports[0].nodePort: Invalid value: 31002"), "{errors:?}");
     }
 
     #[test]
