@@ -19,15 +19,28 @@ pub const FILE_NAME: &str = "10-edgemesh.conflist";
 /// The version that every plugin and runtime since 2020 speaks.
 const CNI_VERSION: &str = "0.4.0";
 
-/// Parses a pod range; it must have room for a gateway and a pod.
+/// Parses a pod range of a setting; it must have room for a gateway and a pod.
 ///
 /// # Errors
 /// When it is no range, or of a size that can't be meant.
 pub fn parse_range(text: &str) -> Result<Cidr, NetworkError> {
-    let invalid = || NetworkError::Range(text.to_owned());
-    let range = Cidr::parse_network(text).ok_or_else(invalid)?;
-    let prefixes = if range.network().is_ipv4() { 8..=30 } else { 16..=126 };
-    if prefixes.contains(&range.prefix()) { Ok(range) } else { Err(invalid()) }
+    of_usable_size(text, Cidr::parse_network(text))
+}
+
+/// Parses a pod range of a Node, where Kubernetes allows bits behind the prefix.
+///
+/// # Errors
+/// As [`parse_range`].
+pub fn parse_node_range(text: &str) -> Result<Cidr, NetworkError> {
+    of_usable_size(text, Cidr::parse(text))
+}
+
+fn of_usable_size(text: &str, range: Option<Cidr>) -> Result<Cidr, NetworkError> {
+    let usable = |range: &Cidr| {
+        let prefixes = if range.network().is_ipv4() { 8..=30 } else { 16..=126 };
+        prefixes.contains(&range.prefix())
+    };
+    range.filter(usable).ok_or_else(|| NetworkError::Range(text.to_owned()))
 }
 
 /// What the configuration depends on.

@@ -126,7 +126,7 @@ fn ranges_of(node: &Value) -> Vec<String> {
 fn usable(of_node: &[String]) -> Vec<Cidr> {
     let mut ranges: Vec<Cidr> = Vec::new();
     for text in of_node {
-        match cni::parse_range(text) {
+        match cni::parse_node_range(text) {
             Ok(range) if ranges.iter().any(|known| known.network().is_ipv4() == range.network().is_ipv4()) => {}
             Ok(range) if range.network().is_ipv6() && !has_ipv6() => {
                 tracing::warn!(%range, "IPv6 is off on this node: its pods get IPv4 addresses only");
@@ -215,6 +215,8 @@ mod tests {
     fn a_node_has_one_range_of_each_family_and_ipv4_comes_first() {
         let ranges = |spec: Value| listed(&usable(&ranges_of(&json!({"spec": spec}))));
         assert_eq!(ranges(json!({"podCIDR": "10.244.1.0/24"})), "10.244.1.0/24");
+        // The API takes it, as Kubernetes does.
+        assert_eq!(ranges(json!({"podCIDR": "10.244.1.7/24"})), "10.244.1.0/24");
         let both =
             json!({"podCIDR": "fd00:1::/64", "podCIDRs": ["fd00:1::/64", "10.244.1.0/24", "10.244.2.0/24", "x"]});
         let expected = if has_ipv6() { "10.244.1.0/24, fd00:1::/64" } else { "10.244.1.0/24" };

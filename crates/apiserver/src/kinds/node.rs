@@ -75,7 +75,8 @@ fn validate(object: &Value, errors: &mut Errors) {
             );
         }
     }
-    if cidrs.len() > 2 {
+    let of_ipv6 = cidrs.iter().filter(|cidr| cidr.contains(':')).count();
+    if of_ipv6 > 1 || cidrs.len() - of_ipv6 > 1 {
         errors.invalid(
             "spec.podCIDRs",
             spec["podCIDRs"].clone(),
@@ -115,7 +116,7 @@ fn taints(taints: &Value, errors: &mut Errors) {
     }
 }
 
-/// Whether the text is an address range with no bits set outside its prefix's length.
+/// Whether the text is an address range. Kubernetes takes bits behind the prefix, too: readers pass them over.
 pub(crate) fn is_cidr(text: &str) -> bool {
     let Some((address, length)) = text.split_once('/') else { return false };
     let longest = match address.parse::<std::net::IpAddr>() {
@@ -237,6 +238,16 @@ mod tests {
             validate_update(&info, &node, &moved)[0].to_string(),
             "spec.podCIDRs: Forbidden: node updates may not change podCIDR except from \"\" to valid"
         );
+        for (cidrs, refused) in [
+            (json!(["10.244.1.0/24", "fd00:1::/64"]), false),
+            (json!(["10.244.1.7/24"]), false),
+            (json!(["10.244.1.0/24", "10.244.2.0/24"]), true),
+            (json!(["10.244.1.0/24", "fd00:1::/64", "fd00:2::/64"]), true),
+        ] {
+            let errors = validate_create(&info, &json!({"metadata": {"name": "a"}, "spec": {"podCIDRs": cidrs}}));
+            let found = errors.iter().any(|error| error.to_string().contains("more than one CIDR for each IP family"));
+            assert_eq!((found, errors.is_empty()), (refused, !refused), "{cidrs}: {errors:?}");
+        }
         let bad = json!({"metadata": {"name": "a"}, "spec": {"podCIDRs": ["10.244.1.0"],
             "taints": [{"key": "a b", "effect": "No"}, {"key": "k"}]}});
         let fields: Vec<_> = validate_create(&info, &bad).into_iter().map(|e| e.field).collect();
