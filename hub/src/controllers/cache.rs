@@ -68,7 +68,7 @@ struct Contents<K> {
     objects: BTreeMap<Name, Arc<K>>,
     /// Names by the uid of their controlling owner.
     controlled: HashMap<String, BTreeSet<Name>>,
-    /// The newest resourceVersion that the watch delivered.
+    /// The newest resourceVersion that the watch delivered, or that is older than the listing which is being received.
     seen: u64,
     /// uids that this process deleted, of which the watch doesn't know yet.
     deleting: HashSet<String>,
@@ -212,7 +212,7 @@ impl<K: Cached> Cache<K> {
 
     fn apply(&self, event: watcher::Event<K>) {
         match event {
-            watcher::Event::Init => self.contents.write().filling = Some(BTreeMap::new()),
+            watcher::Event::Init => self.contents.write().begin_listing(),
             watcher::Event::InitApply(mut object) => {
                 object.managed_fields_mut().clear();
                 let name = Name::of(&object);
@@ -296,10 +296,15 @@ impl<K: Cached> Contents<K> {
         Some(old)
     }
 
+    /// A listing is asked for: what is known by now is in it, or deleted.
+    fn begin_listing(&mut self) {
+        self.seen = self.objects.values().map(|object| version(&**object)).fold(self.seen, u64::max);
+        self.filling = Some(BTreeMap::new());
+    }
+
     fn replace_all(&mut self) -> Vec<Change<K>> {
         let mut listing = self.filling.take().unwrap_or_default();
-        let newest = listing.values().map(|object| version(&**object)).max().unwrap_or(0);
-        self.seen = newest;
+        self.seen = listing.values().map(|object| version(&**object)).fold(self.seen, u64::max);
         self.deleting.clear();
         let mut changes = Vec::new();
         for name in self.objects.keys().cloned().collect::<Vec<_>>() {
@@ -308,7 +313,7 @@ impl<K: Cached> Contents<K> {
                 Some(listed) if version(&*listed) == version(&**known) => {}
                 // Written by this process after the listing was made.
                 Some(listed) if version(&*listed) < version(&**known) => {}
-                None if version(&**known) > newest => {}
+                None if version(&**known) > self.seen => {}
                 Some(listed) => {
                     let old = self.put(name, Arc::clone(&listed));
                     changes.push((old, Some(listed)));
@@ -376,6 +381,19 @@ mod tests {
         cache.deleted(&pod("a", "1", 5));
         cache.apply(watcher::Event::Apply(pod("a", "1", 6)));
         assert!(cache.all()[0].metadata.deletion_timestamp.is_some());
+    }
+
+    #[test]
+    fn what_was_deleted_while_the_watch_was_away_goes_with_the_next_listing() {
+        let cache = Cache::<Pod>::new("pods");
+        cache.apply(watcher::Event::Apply(pod("a", "1", 5)));
+        cache.apply(watcher::Event::Apply(pod("b", "2", 9)));
+        // A listing begins after this answer, so it would show the object if it still existed.
+        cache.wrote(pod("own", "3", 10));
+        cache.apply(watcher::Event::Init);
+        cache.apply(watcher::Event::InitDone);
+        assert!(cache.all().is_empty(), "{:?}", cache.all());
+        assert!(cache.controlled_by("owner").is_empty());
     }
 
     #[test]
