@@ -90,7 +90,8 @@ impl<T: Clone + Eq + Hash + Ord> WorkQueue<T> {
         }
     }
 
-    /// Ends the run of an item. `failed` brings it back after its backoff; otherwise its backoff starts anew.
+    /// Ends the run of an item. `failed` brings it back after its backoff; otherwise its backoff starts anew. One that changed
+    /// meanwhile comes back at once in any case, as in client-go's workqueue: the change may be what it failed for.
     pub(crate) fn done(&self, item: &T, failed: bool) {
         let mut state = self.state.lock();
         state.running.remove(item);
@@ -102,7 +103,7 @@ impl<T: Clone + Eq + Hash + Ord> WorkQueue<T> {
         } else {
             state.failures.remove(item);
         }
-        if state.again.remove(item) && !failed {
+        if state.again.remove(item) {
             state.add(item.clone(), &self.depth);
         }
         drop(state);
@@ -166,6 +167,22 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_secs(1), queue.next()).await.is_err());
         queue.done(&"a", false);
         assert_eq!(queue.next().await, "a");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_during_a_run_that_fails_does_not_wait_for_the_backoff() {
+        let queue = WorkQueue::new(Gauge::default());
+        queue.add("a");
+        for _ in 0..10 {
+            queue.next().await;
+            queue.done(&"a", true);
+        }
+        queue.next().await;
+        queue.add("a");
+        queue.done(&"a", true);
+        let begin = Instant::now();
+        assert_eq!(queue.next().await, "a");
+        assert_eq!(begin.elapsed(), Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
