@@ -141,7 +141,6 @@ pub async fn build(config: Config) -> anyhow::Result<Bound> {
 fn pods(config: &Config, node: &str) -> PodRunnerConfig {
     PodRunnerConfig {
         node_name: node.to_owned(),
-        node_ips: config.node_ips(),
         cri_socket: config.cri_socket.clone(),
         cgroup_root: config.cgroup_root.clone(),
         pods_dir: config.pods_dir(),

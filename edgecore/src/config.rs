@@ -119,11 +119,6 @@ impl Config {
     pub fn pods_dir(&self) -> PathBuf {
         self.pods_dir.clone().unwrap_or_else(|| self.data_dir.join("pods"))
     }
-
-    /// The node's addresses that are set.
-    pub fn node_ips(&self) -> Vec<IpAddr> {
-        self.node_ip.into_iter().chain(self.node_ip6.map(IpAddr::from)).collect()
-    }
 }
 
 impl Validate for Config {

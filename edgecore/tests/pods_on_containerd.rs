@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use node::{POD_RANGE, POD_RANGE6, on_node, shell};
+use node::{NODE_ADDRESSES, POD_RANGE, POD_RANGE6, on_node, run, shell};
 use serde_json::{Value, json};
 
 fn restarts(pod: &Value) -> i64 {
@@ -118,9 +118,7 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        let rules =
-            String::from_utf8(std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap().stdout)
-                .unwrap();
+        let rules = run(&["nft", "list", "ruleset"]);
         assert!(rules.contains("ip saddr 10.88.7.0/24 ip daddr != @inside masquerade"), "{rules}");
         assert!(rules.contains("ip6 saddr fd00:88:0:7::/64 ip6 daddr != @inside6 masquerade"), "{rules}");
         assert!(rules.contains("18080"), "the host port is not mapped: {rules}");
@@ -138,6 +136,35 @@ fn a_pod_runs_with_its_environment_volumes_and_network() {
         let file = node.folder("u-web").join("volumes/cm/color");
         node.until("the volume follows its ConfigMap", || fs::read_to_string(&file).is_ok_and(|c| c == "green")).await;
         assert!(!file.with_file_name("mode").exists());
+        node
+    });
+}
+
+/// The addresses in a list of a pod's status.
+fn addresses<'a>(pod: &'a Value, list: &str) -> Vec<&'a str> {
+    pod["status"][list].as_array().into_iter().flatten().filter_map(|item| item["ip"].as_str()).collect()
+}
+
+#[test]
+fn pods_have_the_addresses_of_their_node_and_follow_them() {
+    on_node(|mut node| async {
+        let mut container = shell("c", &format!("echo host=$HOST own=$OWN; {FOREVER}"));
+        let field = |path: &str| json!({"fieldRef": {"fieldPath": path}});
+        container["env"] = json!([{"name": "HOST", "valueFrom": field("status.hostIP")},
+            {"name": "OWN", "valueFrom": field("status.podIPs")}]);
+        node.apply_pod("shared", "u-shared", json!({"hostNetwork": true, "containers": [container]})).await;
+        let pod = node.wait_ready("shared").await;
+        for (one, list) in [("hostIP", "hostIPs"), ("podIP", "podIPs")] {
+            assert_eq!(pod["status"][one], NODE_ADDRESSES[0]);
+            assert_eq!(addresses(&pod, list), NODE_ADDRESSES);
+        }
+        node.until("the container printed its addresses", || !node.log("u-shared", "c", 0).is_empty()).await;
+        let printed = format!("host={} own={}\n", NODE_ADDRESSES[0], NODE_ADDRESSES.join(","));
+        assert_eq!(node.log("u-shared", "c", 0), printed);
+        node.set_addresses(&["192.168.99.7"]).await;
+        let moved = |pod: &Value| ["hostIPs", "podIPs"].iter().all(|list| addresses(pod, list) == ["192.168.99.7"]);
+        let pod = node.wait("shared", "at the node's new address", moved).await;
+        assert_eq!(restarts(&pod), 0);
         node
     });
 }

@@ -1,6 +1,6 @@
 //! What the pods need of the store: their objects, their status, their end, and events.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use edgemesh_api::{ObjectKey, ResourceName};
 use edgemesh_apiserver::{
@@ -26,18 +26,35 @@ pub(crate) fn core(plural: &str) -> ResourceName {
 pub(crate) struct NodeApi {
     store: Store,
     context: RequestContext,
+    /// The node's own name.
+    node: String,
 }
 
 impl NodeApi {
     /// The store as this node's own identity.
     pub(crate) fn new(store: Store, node: &str) -> Self {
         let context = RequestContext::new(edgemesh_apiserver::Identity::node(node));
-        Self { store, context }
+        Self { store, context, node: node.to_owned() }
     }
 
     /// All objects of a resource, then every change. A bookmark closes the present objects.
     pub(crate) fn watch(&self, plural: &str) -> Result<WatchStream, ApiError> {
         self.store.watch(&core(plural), &WatchOptions { bookmarks: true, ..WatchOptions::default() })
+    }
+
+    /// The own Node, then every change of it.
+    pub(crate) fn watch_own_node(&self) -> Result<WatchStream, ApiError> {
+        let field_selector = Some(format!("metadata.name={}", self.node));
+        self.store.watch(&core("nodes"), &WatchOptions { field_selector, ..WatchOptions::default() })
+    }
+
+    /// The node's addresses as its Node has them; none while there is no such object.
+    pub(crate) async fn node_addresses(&self) -> Result<Vec<IpAddr>, ApiError> {
+        match self.store.get(&ObjectKey::new(core("nodes"), "", &self.node)).await {
+            Ok(node) => Ok(node_addresses(&node)),
+            Err(error) if error.reason == Reason::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
 
     /// The ConfigMaps and Secrets that a pod refers to, as far as they exist.
@@ -128,6 +145,20 @@ impl NodeApi {
 
 fn pod_key(identity: &PodIdentity) -> ObjectKey {
     ObjectKey::new(core("pods"), identity.namespace.clone(), identity.name.clone())
+}
+
+/// A Node's addresses for its pods: the first internal one, and the first one of the other family (kubelet's `GetNodeHostIPs`).
+pub(crate) fn node_addresses(node: &Value) -> Vec<IpAddr> {
+    let all = node.pointer("/status/addresses").and_then(Value::as_array).into_iter().flatten();
+    let internal = all.filter(|address| address["type"] == "InternalIP");
+    let parsed = internal.filter_map(|address| address["address"].as_str()?.parse::<IpAddr>().ok());
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in parsed {
+        if addresses.iter().all(|known| known.is_ipv4() != address.is_ipv4()) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 /// An object's uid.

@@ -52,8 +52,6 @@ const PULLS_AT_ONCE: usize = 2;
 pub struct PodRunnerConfig {
     /// This node's name; pods with this `spec.nodeName` are run.
     pub node_name: String,
-    /// The node's addresses, for `status.hostIPs`.
-    pub node_ips: Vec<IpAddr>,
     /// The runtime's socket.
     pub cri_socket: PathBuf,
     /// The cgroup below which all pods are, in the runtime's hierarchy (cgroupfs driver).

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -43,6 +44,7 @@ pub(crate) fn start(shared: Arc<Shared>, relists: mpsc::Receiver<Relist>, shutdo
         listed: false,
         relisted: false,
         present: BTreeSet::new(),
+        node_addresses: Vec::new(),
     };
     shutdown.spawn(runner.run(relists));
 }
@@ -73,10 +75,13 @@ struct Runner {
     present: BTreeSet<String>,
     /// The runtime was listed after the store: its orphans are known.
     relisted: bool,
+    /// The node's addresses that the workers were told to look at.
+    node_addresses: Vec<IpAddr>,
 }
 
 /// The watches that the runner lives on.
 struct Watches {
+    own_node: WatchStream,
     pods: WatchStream,
     config_maps: WatchStream,
     secrets: WatchStream,
@@ -100,7 +105,12 @@ impl Runner {
 
     fn watches(&self) -> Result<Watches, ApiError> {
         let api = &self.shared.api;
-        Ok(Watches { pods: api.watch("pods")?, config_maps: api.watch("configmaps")?, secrets: api.watch("secrets")? })
+        Ok(Watches {
+            own_node: api.watch_own_node()?,
+            pods: api.watch("pods")?,
+            config_maps: api.watch("configmaps")?,
+            secrets: api.watch("secrets")?,
+        })
     }
 
     async fn follow(&mut self, relists: &mut mpsc::Receiver<Relist>) -> Result<(), ApiError> {
@@ -108,6 +118,10 @@ impl Runner {
         self.present.clear();
         loop {
             tokio::select! {
+                event = watches.own_node.next() => match event {
+                    Some(event) => self.node_event(&event?),
+                    None => return Ok(()),
+                },
                 event = watches.pods.next() => match event {
                     Some(event) => self.pod_event(&event?),
                     None => return Ok(()),
@@ -132,6 +146,18 @@ impl Runner {
                 }
                 () = self.stopping.cancelled() => return Ok(()),
             }
+        }
+    }
+
+    /// Pods say the addresses of their node.
+    fn node_event(&mut self, event: &WatchEvent) {
+        let addresses = super::api::node_addresses(&event.object);
+        if event.kind == EventKind::Deleted || addresses == self.node_addresses {
+            return;
+        }
+        self.node_addresses = addresses;
+        for handle in self.pods.values() {
+            handle.poke.look();
         }
     }
 

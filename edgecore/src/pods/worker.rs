@@ -131,6 +131,8 @@ pub(crate) struct Worker {
     counted: BTreeSet<String>,
     /// The sandbox whose addresses are known, and they.
     pub(crate) addresses: Option<(String, Vec<IpAddr>)>,
+    /// The node's addresses, as far as they are known.
+    host_ips: Vec<IpAddr>,
     /// The status as it was written last.
     pub(crate) status: PodStatus,
     start_time: Timestamp,
@@ -172,6 +174,7 @@ impl Worker {
             messages: BTreeMap::new(),
             counted: BTreeSet::new(),
             addresses: None,
+            host_ips: Vec::new(),
             status,
             start_time,
             phase,
@@ -248,6 +251,7 @@ impl Worker {
     async fn step(&mut self, pod: &Arc<Pod>) -> Result<Step, RuntimeError> {
         let actual = self.reader.read(&self.shared.runtime, &self.identity.uid).await?;
         self.note_ends(&actual);
+        self.update_host_ips().await;
         self.update_addresses(pod, &actual).await?;
         let over = matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"));
         let plan = plan(pod, &actual);
@@ -316,16 +320,26 @@ impl Worker {
         self.counted = counted;
     }
 
+    async fn update_host_ips(&mut self) {
+        match self.shared.api.node_addresses().await {
+            // A Node that is deleted for a moment takes the addresses from nobody.
+            Ok(addresses) if addresses.is_empty() => {}
+            Ok(addresses) => self.host_ips = addresses,
+            Err(error) => tracing::warn!(pod = %self.name(), %error, "the node's addresses could not be read"),
+        }
+    }
+
     async fn update_addresses(&mut self, pod: &Pod, actual: &Actual) -> Result<(), RuntimeError> {
         let Some(live) = actual.live_sandbox() else {
             self.addresses = None;
             return Ok(());
         };
-        if self.addresses.as_ref().is_some_and(|(id, _)| *id == live.id) {
+        let host_network = pod.spec.as_ref().is_some_and(is_host_network);
+        if !host_network && self.addresses.as_ref().is_some_and(|(id, _)| *id == live.id) {
             return Ok(());
         }
-        let ips = if pod.spec.as_ref().is_some_and(is_host_network) {
-            self.shared.config.node_ips.clone()
+        let ips = if host_network {
+            self.host_ips.clone()
         } else {
             sandbox::addresses(&self.shared.runtime.sandbox_status(&live.id).await?)
         };
@@ -340,8 +354,7 @@ impl Worker {
 
     /// What the pod knows about itself.
     pub(crate) fn own_fields<'a>(&'a self, pod: &'a Pod) -> OwnFields<'a> {
-        let host_ips = &self.shared.config.node_ips;
-        OwnFields { pod, pod_ips: self.pod_ips(), host_ips, machine: self.shared.machine }
+        OwnFields { pod, pod_ips: self.pod_ips(), host_ips: &self.host_ips, machine: self.shared.machine }
     }
 
     /// Writes the status if it changed. Returns false if it could not be written.
@@ -358,7 +371,7 @@ impl Worker {
             waiting: &self.waiting,
             messages: &self.messages,
             pod_ips: self.pod_ips(),
-            host_ips: &self.shared.config.node_ips,
+            host_ips: &self.host_ips,
             start_time: self.start_time,
             runtime_name: version.as_ref().map_or("containerd", |v| v.name.as_str()),
             now: timestamp_now(),
@@ -407,7 +420,7 @@ impl Worker {
         work: impl FnOnce(&Pod, &PodFolder, &Inputs, &OwnFields<'_>) -> T + Send + 'static,
     ) -> T {
         let (pod, folder) = (Arc::clone(pod), self.folder.clone());
-        let (ips, host_ips) = (self.pod_ips().to_vec(), self.shared.config.node_ips.clone());
+        let (ips, host_ips) = (self.pod_ips().to_vec(), self.host_ips.clone());
         let machine = self.shared.machine;
         let done = tokio::task::spawn_blocking(move || {
             let own = OwnFields { pod: &pod, pod_ips: &ips, host_ips: &host_ips, machine };

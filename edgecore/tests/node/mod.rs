@@ -11,7 +11,7 @@ use std::{
 
 use edgecore::pods::{PodRunner, PodRunnerConfig};
 use edgemesh_api::{ObjectKey, ResourceName};
-use edgemesh_apiserver::{ListOptions, Mode, ReplicaChange, StoreOptions, store::Store};
+use edgemesh_apiserver::{Identity, ListOptions, Mode, ReplicaChange, RequestContext, StoreOptions, store::Store};
 use edgemesh_telemetry::drain::Shutdown;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 pub const NODE: &str = "edge-t";
 pub const POD_RANGE: &str = "10.88.7.0/24";
 pub const POD_RANGE6: &str = "fd00:88:0:7::/64";
+pub const NODE_ADDRESSES: [&str; 2] = ["192.168.88.7", "fd00:aa::7"];
 /// Long enough for two slow cores that others use, too.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -190,7 +191,7 @@ fn remove_cgroup(folder: &Path) {
     let _ = fs::remove_dir(folder);
 }
 
-fn run(words: &[&str]) -> String {
+pub fn run(words: &[&str]) -> String {
     let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
     assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -230,12 +231,8 @@ impl Node {
             run(&[&["ctr"], words.as_slice()].concat());
         }
         let mut node = Self { files, store, containerd, shutdown: Shutdown::default(), runner: None, version: 0 };
-        let spec = json!({"podCIDR": POD_RANGE, "podCIDRs": [POD_RANGE, POD_RANGE6]});
-        node.apply(
-            "nodes",
-            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE, "uid": "n-1"}, "spec": spec}),
-        )
-        .await;
+        node.apply_node("n-1", [POD_RANGE, POD_RANGE6]).await;
+        node.set_addresses(&NODE_ADDRESSES).await;
         node.start_runner();
         node
     }
@@ -243,7 +240,6 @@ impl Node {
     fn start_runner(&mut self) {
         let config = PodRunnerConfig {
             node_name: NODE.to_owned(),
-            node_ips: vec![IpAddr::from([192, 168, 88, 7])],
             cri_socket: self.files.path("containerd.sock"),
             cgroup_root: self.files.cgroup_root(),
             pods_dir: self.files.path("pods"),
@@ -327,6 +323,25 @@ impl Node {
     pub async fn forget(&mut self, plural: &str, name: &str) {
         let key = ObjectKey::new(ResourceName::new("", "v1", plural), "shop", name);
         self.store.apply_replica(vec![ReplicaChange::Delete { key, uid: None }]).await.unwrap();
+    }
+
+    /// The cloud has the own Node with these pod ranges.
+    pub async fn apply_node(&mut self, uid: &str, ranges: [&str; 2]) {
+        let spec = json!({"podCIDR": ranges[0], "podCIDRs": ranges});
+        self.apply(
+            "nodes",
+            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE, "uid": uid}, "spec": spec}),
+        )
+        .await;
+    }
+
+    /// The node says its addresses, as edgecore does when it has found them.
+    pub async fn set_addresses(&self, addresses: &[&str]) {
+        let key = ObjectKey::new(ResourceName::new("", "v1", "nodes"), "", NODE);
+        let mut node = (*self.store.get(&key).await.unwrap()).clone();
+        let addresses: Vec<_> = addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
+        node["status"]["addresses"] = json!(addresses);
+        self.store.update_status(&key, node, &RequestContext::new(Identity::node(NODE))).await.unwrap();
     }
 
     pub async fn apply_pod(&mut self, name: &str, uid: &str, spec: Value) {
