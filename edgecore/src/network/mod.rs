@@ -83,7 +83,7 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
     let options =
         WatchOptions { field_selector: Some(format!("metadata.name={}", config.node_name)), ..WatchOptions::default() };
     let mut events = store.watch(&ResourceName::new("", "v1", "nodes"), &options)?;
-    let (mut of_node, mut ranges) = (Vec::new(), Vec::new());
+    let (mut of_node, mut said) = (Vec::new(), Vec::new());
     let mut wait = CHECK_INTERVAL;
     loop {
         tokio::select! {
@@ -95,12 +95,17 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
                     if event.kind == EventKind::Deleted || found.is_empty() || found == of_node {
                         continue;
                     }
-                    ranges = usable(&found);
                     of_node = found;
                 }
                 None => return Ok(()),
             },
             () = tokio::time::sleep(wait) => {}
+        }
+        // Looked at each time: IPv6 may be switched on or off while the node runs.
+        let (ranges, problems) = usable(&of_node, has_ipv6());
+        if problems != said {
+            problems.iter().for_each(|problem| tracing::warn!("{problem}"));
+            said = problems;
         }
         if ranges.is_empty() {
             continue;
@@ -115,28 +120,35 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
     }
 }
 
-/// The pod ranges of a Node, as it has them.
+/// The pod ranges of a Node, each once as it has them.
 fn ranges_of(node: &Value) -> Vec<String> {
     let several = node.pointer("/spec/podCIDRs").and_then(Value::as_array).into_iter().flatten();
-    let texts = several.chain(node.pointer("/spec/podCIDR")).filter_map(Value::as_str).filter(|text| !text.is_empty());
-    texts.map(str::to_owned).collect()
+    let mut ranges: Vec<String> = Vec::new();
+    for text in several.chain(node.pointer("/spec/podCIDR")).filter_map(Value::as_str) {
+        if !text.is_empty() && ranges.iter().all(|known| known != text) {
+            ranges.push(text.to_owned());
+        }
+    }
+    ranges
 }
 
-/// Those that pods can be given here, IPv4 first: at most one of each family.
-fn usable(of_node: &[String]) -> Vec<Cidr> {
-    let mut ranges: Vec<Cidr> = Vec::new();
+/// Those that pods can be given here, IPv4 first: at most one of each family. Beside them what is wrong with the others.
+fn usable(of_node: &[String], has_ipv6: bool) -> (Vec<Cidr>, Vec<String>) {
+    let (mut ranges, mut problems): (Vec<Cidr>, _) = (Vec::new(), Vec::new());
     for text in of_node {
         match cni::parse_node_range(text) {
             Ok(range) if ranges.iter().any(|known| known.network().is_ipv4() == range.network().is_ipv4()) => {}
-            Ok(range) if range.network().is_ipv6() && !has_ipv6() => {
-                tracing::warn!(%range, "IPv6 is off on this node: its pods get IPv4 addresses only");
+            Ok(range) if range.network().is_ipv6() && !has_ipv6 => {
+                problems.push(format!(
+                    "IPv6 is off on this node, which has the pod range {range}: its pods get IPv4 addresses only"
+                ));
             }
             Ok(range) => ranges.push(range),
-            Err(error) => tracing::warn!(%error, "a pod range of this Node is passed over"),
+            Err(error) => problems.push(format!("a pod range of this Node is passed over: {error}")),
         }
     }
     ranges.sort_by_key(|range| range.network().is_ipv6());
-    ranges
+    (ranges, problems)
 }
 
 fn listed(ranges: &[Cidr]) -> String {
@@ -213,14 +225,17 @@ mod tests {
 
     #[test]
     fn a_node_has_one_range_of_each_family_and_ipv4_comes_first() {
-        let ranges = |spec: Value| listed(&usable(&ranges_of(&json!({"spec": spec}))));
-        assert_eq!(ranges(json!({"podCIDR": "10.244.1.0/24"})), "10.244.1.0/24");
+        let usable = |spec: Value, has_ipv6| {
+            let (ranges, problems) = usable(&ranges_of(&json!({"spec": spec})), has_ipv6);
+            (listed(&ranges), problems.len())
+        };
+        assert_eq!(usable(json!({"podCIDR": "10.244.1.0/24"}), true), ("10.244.1.0/24".to_owned(), 0));
         // The API takes it, as Kubernetes does.
-        assert_eq!(ranges(json!({"podCIDR": "10.244.1.7/24"})), "10.244.1.0/24");
+        assert_eq!(usable(json!({"podCIDR": "10.244.1.7/24"}), true), ("10.244.1.0/24".to_owned(), 0));
         let both =
             json!({"podCIDR": "fd00:1::/64", "podCIDRs": ["fd00:1::/64", "10.244.1.0/24", "10.244.2.0/24", "x"]});
-        let expected = if has_ipv6() { "10.244.1.0/24, fd00:1::/64" } else { "10.244.1.0/24" };
-        assert_eq!(ranges(both), expected);
-        assert_eq!(ranges(json!({"podCIDR": ""})), "");
+        assert_eq!(usable(both.clone(), true), ("10.244.1.0/24, fd00:1::/64".to_owned(), 1));
+        assert_eq!(usable(both, false), ("10.244.1.0/24".to_owned(), 2));
+        assert_eq!(usable(json!({"podCIDR": ""}), true), (String::new(), 0));
     }
 }
