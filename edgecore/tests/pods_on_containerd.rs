@@ -170,6 +170,39 @@ fn pods_have_the_addresses_of_their_node_and_follow_them() {
 }
 
 #[test]
+fn pods_move_to_the_pod_range_that_their_node_got_instead_of_its_former_one() {
+    on_node(|mut node| async {
+        let server = json!({"name": "server", "image": "edgemesh.dev/demo:1"});
+        node.apply_pod("stays", "u-stays", json!({"containers": [shell("c", FOREVER)]})).await;
+        node.wait_ready("stays").await;
+        node.apply_node("n-2", ["10.88.9.0/24", "fd00:88:0:9::/64"]).await;
+        node.apply_pod("new", "u-new", json!({"containers": [server]})).await;
+        let moved = |pod: &Value| {
+            let ips = addresses(pod, "podIPs");
+            node::is_ready(pod)
+                && ips.len() == 2
+                && ips.iter().all(|ip| ip.starts_with("10.88.9.") || ip.starts_with("fd00:88:0:9:"))
+        };
+        for name in ["new", "stays"] {
+            let pod = node.wait(name, "in the new range", moved).await;
+            println!("{name}: {}", pod["status"]["podIPs"]);
+            if name == "new" {
+                connect(pod["status"]["podIP"].as_str().unwrap()).await;
+            }
+        }
+        // What the bridge keeps of the old range would take the traffic to the node that has it now.
+        let bridge = || run(&["ip", "-o", "address", "show", "dev", "edgemesh0"]);
+        node.until("the bridge is in the new range alone", || {
+            let addresses = bridge();
+            ["10.88.9.1/24", "fd00:88:0:9::1/64"].iter().all(|own| addresses.contains(own))
+                && !["10.88.7.", "fd00:88:0:7:"].iter().any(|former| addresses.contains(former))
+        })
+        .await;
+        node
+    });
+}
+
+#[test]
 fn containers_that_end_follow_the_restart_policy_with_growing_waits() {
     on_node(|mut node| async {
         node.apply_pod(

@@ -12,7 +12,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::cni::NETWORK;
+use edgemesh_api::cidr::Cidr;
+
+use super::{cni::NETWORK, is_outside};
 
 /// A pod's file with its addresses, one a line.
 const FILE: &str = "address";
@@ -67,6 +69,12 @@ impl Addresses {
             fs::write(self.ipam.join(NEWEST), &text)?;
         }
         fs::write(pod.join(FILE), text)
+    }
+
+    /// Whether the plugin gave this address out of a range that is no longer the node's: `ranges` are those that it has now. The
+    /// plugin has a file for each address in use.
+    pub fn is_stray(&self, address: IpAddr, ranges: &[Cidr]) -> bool {
+        is_outside(address, ranges) && self.ipam.join(NETWORK).join(address.to_string()).exists()
     }
 
     fn highest(&self, is_family: fn(&IpAddr) -> bool) -> io::Result<Option<IpAddr>> {
@@ -130,6 +138,28 @@ mod tests {
         assert_eq!(next_after(), ["10.244.2.3", "fd00::3"]);
         addresses.prepare(&pods.join("new")).unwrap();
         assert_eq!(next_after(), ["10.244.2.11", "fd00::b"]);
+    }
+
+    #[test]
+    fn an_address_is_stray_when_the_plugin_gave_it_and_the_node_has_another_range_of_its_family() {
+        let dir = tempfile::tempdir().unwrap();
+        let addresses = Addresses::new(&dir.path().join("ipam"), &dir.path().join("pods"));
+        fs::create_dir_all(dir.path().join("ipam").join(NETWORK)).unwrap();
+        for given in ["10.244.2.4", "fd00:2::4"] {
+            fs::write(dir.path().join("ipam").join(NETWORK).join(given), "sandbox").unwrap();
+        }
+        let range = |text| Cidr::parse(text).unwrap();
+        for (address, ranges, stray) in [
+            ("10.244.2.4", vec![range("10.244.2.0/24")], false),
+            ("10.244.2.4", vec![range("10.244.3.0/24")], true),
+            ("fd00:2::4", vec![range("10.244.3.0/24"), range("fd00:3::/64")], true),
+            // IPv6 may be off for now, and another plugin may give addresses of its own.
+            ("fd00:2::4", vec![range("10.244.2.0/24")], false),
+            ("10.99.0.1", vec![range("10.244.2.0/24")], false),
+            ("10.244.2.4", vec![], false),
+        ] {
+            assert_eq!(addresses.is_stray(address.parse().unwrap(), &ranges), stray, "{address} {ranges:?}");
+        }
     }
 
     #[test]

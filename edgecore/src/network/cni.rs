@@ -66,6 +66,8 @@ pub fn conflist(config: &CniConfig) -> Value {
         "type": "bridge",
         "bridge": BRIDGE,
         "isGateway": true,
+        // A Node that registers again may get another range than the bridge has its address from.
+        "forceAddress": true,
         // Traffic out of the cluster is masqueraded by edgecore's own rules, which know the cluster's ranges.
         "ipMasq": false,
         // A pod may reach itself through a host port.
@@ -87,11 +89,22 @@ pub fn conflist(config: &CniConfig) -> Value {
     json!({"cniVersion": CNI_VERSION, "name": NETWORK, "plugins": plugins})
 }
 
-/// Writes the configuration, unless the folder holds one of somebody else or ours is right. Returns whether it was written.
+/// Whose configuration is in the folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// Somebody else's: nothing was written.
+    Foreign,
+    /// Ours, and it was right.
+    Own,
+    /// Ours, written just now.
+    Written,
+}
+
+/// Writes the configuration, unless the folder holds one of somebody else or ours is right.
 ///
 /// # Errors
 /// When the folder can't be read or written.
-pub fn write_if_none(folder: &Path, config: &CniConfig) -> Result<bool, NetworkError> {
+pub fn write_if_none(folder: &Path, config: &CniConfig) -> Result<Found, NetworkError> {
     let error = |path: &Path| {
         let path = path.to_owned();
         move |source| NetworkError::File { path, source }
@@ -102,19 +115,19 @@ pub fn write_if_none(folder: &Path, config: &CniConfig) -> Result<bool, NetworkE
         let name = name.to_string_lossy();
         let is_configuration = [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end));
         if is_configuration && name != FILE_NAME {
-            return Ok(false);
+            return Ok(Found::Foreign);
         }
     }
     let path = folder.join(FILE_NAME);
     let text = format!("{:#}\n", conflist(config));
     if fs::read_to_string(&path).is_ok_and(|present| present == text) {
-        return Ok(false);
+        return Ok(Found::Own);
     }
     // Not a name that a runtime would read before it's complete.
     let partial = folder.join(".edgemesh.partial");
     fs::write(&partial, text).map_err(error(&partial))?;
     fs::rename(&partial, &path).map_err(error(&path))?;
-    Ok(true)
+    Ok(Found::Written)
 }
 
 #[cfg(test)]
@@ -155,12 +168,13 @@ mod tests {
     #[test]
     fn a_foreign_configuration_is_respected_and_an_own_one_is_renewed() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(write_if_none(folder.path(), &config("10.244.3.0/24")).unwrap());
-        assert!(!write_if_none(folder.path(), &config("10.244.3.0/24")).unwrap());
-        assert!(write_if_none(folder.path(), &config("10.244.4.0/24")).unwrap());
+        let write = |range| write_if_none(folder.path(), &config(range)).unwrap();
+        assert_eq!(write("10.244.3.0/24"), Found::Written);
+        assert_eq!(write("10.244.3.0/24"), Found::Own);
+        assert_eq!(write("10.244.4.0/24"), Found::Written);
         assert!(fs::read_to_string(folder.path().join(FILE_NAME)).unwrap().contains("10.244.4.0/24"));
         fs::write(folder.path().join("05-other.conf"), "{}").unwrap();
-        assert!(!write_if_none(folder.path(), &config("10.244.5.0/24")).unwrap());
+        assert_eq!(write("10.244.5.0/24"), Found::Foreign);
     }
 
     #[test]

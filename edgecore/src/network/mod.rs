@@ -1,19 +1,21 @@
 //! The network of the node's pods: CNI configuration where there is none, forwarding and masquerading.
 
 pub mod addresses;
+pub mod bridge;
 pub mod cni;
 pub mod link_address;
 pub mod masquerade;
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use edgemesh_api::{ResourceName, cidr::Cidr};
 use edgemesh_apiserver::{ApiError, EventKind, WatchOptions, store::Store};
 use edgemesh_telemetry::drain::Shutdown;
 use futures::StreamExt;
 use serde_json::Value;
+use tokio::sync::watch;
 
-use self::cni::CniConfig;
+use self::cni::{CniConfig, Found};
 
 /// How long is waited before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -34,6 +36,9 @@ pub enum NetworkError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The bridge's addresses can't be seen or changed.
+    #[error("the bridge {bridge}: {0}", bridge = cni::BRIDGE)]
+    Bridge(String),
     /// `nft` failed.
     #[error("nft: {0}")]
     Nft(String),
@@ -56,20 +61,23 @@ pub struct NetworkConfig {
     pub mtu: Option<u32>,
 }
 
-/// Starts the task that follows this node's `spec.podCIDRs` and keeps its network set up.
-pub fn start(config: NetworkConfig, store: Store, shutdown: &Shutdown) {
+/// Starts the task that follows this node's `spec.podCIDRs` and keeps its network set up. Tells from which ranges new pods get
+/// their addresses: none before that is known, and while the configuration is somebody else's.
+pub fn start(config: NetworkConfig, store: Store, shutdown: &Shutdown) -> watch::Receiver<Vec<Cidr>> {
+    let (in_force, receiver) = watch::channel(Vec::new());
     let stopping = shutdown.stopping().clone();
     shutdown.spawn(async move {
         tokio::select! {
-            () = follow(config, store) => {}
+            () = follow(config, store, in_force) => {}
             () = stopping.cancelled() => {}
         }
     });
+    receiver
 }
 
-async fn follow(config: NetworkConfig, store: Store) {
+async fn follow(config: NetworkConfig, store: Store, in_force: watch::Sender<Vec<Cidr>>) {
     loop {
-        let error = match watch(&config, &store).await {
+        let error = match watch(&config, &store, &in_force).await {
             Ok(()) => continue,
             Err(error) => error,
         };
@@ -79,7 +87,7 @@ async fn follow(config: NetworkConfig, store: Store) {
 }
 
 /// Follows the own Node until the watch ends.
-async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
+async fn watch(config: &NetworkConfig, store: &Store, in_force: &watch::Sender<Vec<Cidr>>) -> Result<(), ApiError> {
     let options =
         WatchOptions { field_selector: Some(format!("metadata.name={}", config.node_name)), ..WatchOptions::default() };
     let mut events = store.watch(&ResourceName::new("", "v1", "nodes"), &options)?;
@@ -110,7 +118,7 @@ async fn watch(config: &NetworkConfig, store: &Store) -> Result<(), ApiError> {
         if ranges.is_empty() {
             continue;
         }
-        wait = match apply(config, &ranges).await {
+        wait = match apply(config, &ranges, in_force).await {
             Ok(()) => CHECK_INTERVAL,
             Err(error) => {
                 tracing::warn!(%error, ranges = listed(&ranges), "the pod network could not be set up");
@@ -159,11 +167,19 @@ fn has_ipv6() -> bool {
     std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|value| value.trim() == "0")
 }
 
-/// Sets everything up for pod ranges; what is right already stays.
-///
-/// # Errors
-/// When a file can't be written or `nft` fails.
-pub async fn apply(config: &NetworkConfig, pod_ranges: &[Cidr]) -> Result<(), NetworkError> {
+/// Whether an address is outside of the range of its family. Where there is no such range it could be anywhere.
+fn is_outside(address: IpAddr, ranges: &[Cidr]) -> bool {
+    let of_family = |range: &&Cidr| range.network().is_ipv4() == address.is_ipv4();
+    ranges.iter().any(|range| of_family(&range)) && !ranges.iter().any(|range| range.contains(address))
+}
+
+/// Sets everything up for pod ranges; what is right already stays. `in_force` gets the ranges as soon as new pods get addresses
+/// from them.
+async fn apply(
+    config: &NetworkConfig,
+    pod_ranges: &[Cidr],
+    in_force: &watch::Sender<Vec<Cidr>>,
+) -> Result<(), NetworkError> {
     let cni = CniConfig {
         ranges: pod_ranges.to_vec(),
         ipam_dir: config.ipam_dir.clone(),
@@ -174,11 +190,19 @@ pub async fn apply(config: &NetworkConfig, pod_ranges: &[Cidr]) -> Result<(), Ne
     for range in pod_ranges {
         if range.network().is_ipv4() { forward("/proc/sys/net/ipv4/ip_forward")? } else { forward6()? }
     }
-    if cni::write_if_none(&config.cni_conf_dir, &cni)? {
+    let found = cni::write_if_none(&config.cni_conf_dir, &cni)?;
+    if found == Found::Written {
         let folder = config.cni_conf_dir.display();
         tracing::info!(ranges = listed(pod_ranges), %folder, "wrote the CNI configuration");
     }
-    masquerade::apply(pod_ranges, &config.cluster_ranges).await
+    let own_ranges = if found == Found::Foreign { Vec::new() } else { cni.ranges };
+    in_force.send_if_modified(|known| {
+        let changed = *known != own_ranges;
+        known.clone_from(&own_ranges);
+        changed
+    });
+    let bridge = bridge::leave_former_ranges(&own_ranges).await;
+    masquerade::apply(pod_ranges, &config.cluster_ranges).await.and(bridge)
 }
 
 /// Pods' packets are forwarded by the node. The setting belongs to this network namespace.

@@ -85,6 +85,13 @@ impl Actual {
         self.sandboxes.first().filter(|sandbox| sandbox.ready)
     }
 
+    /// The live sandbox is as good as dead: another takes its place.
+    pub(crate) fn give_up_sandbox(&mut self) {
+        if let Some(newest) = self.sandboxes.first_mut() {
+            newest.ready = false;
+        }
+    }
+
     /// The newest run of a container.
     pub(crate) fn newest(&self, container: &str) -> Option<&Run> {
         self.runs.get(container)?.first()

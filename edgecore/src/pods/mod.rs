@@ -142,7 +142,7 @@ impl PodRunner {
         let events = events::Events::start(api.clone(), &config.node_name, metrics.clone(), shutdown);
         let ipam_dir = config.pods_dir.with_file_name("ipam");
         let addresses = Addresses::new(&ipam_dir, &config.pods_dir);
-        network::start(
+        let pod_ranges = network::start(
             NetworkConfig {
                 node_name: config.node_name.clone(),
                 cni_conf_dir: config.cni_conf_dir.clone(),
@@ -158,6 +158,7 @@ impl PodRunner {
         let shared = Arc::new(worker::Shared {
             machine: resources::Machine::read(),
             addresses,
+            pod_ranges,
             sandbox_slots: Semaphore::new(SANDBOXES_AT_ONCE),
             pull_slots: Semaphore::new(PULLS_AT_ONCE),
             runtime: runtime.clone(),

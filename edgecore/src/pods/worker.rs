@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use edgemesh_api::cidr::Cidr;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{Notify, Semaphore, watch};
@@ -28,7 +29,7 @@ use super::{
     inputs::{Inputs, OwnFields},
     logs,
     metrics::{PhaseGuard, PodMetrics},
-    plan::plan,
+    plan,
     resources::Machine,
     sandbox::{self, PodIdentity},
     status::{self, Observed, Waiting},
@@ -58,6 +59,8 @@ pub(crate) struct Shared {
     pub(crate) machine: Machine,
     pub(crate) conditions: watch::Receiver<NodeConditions>,
     pub(crate) addresses: Addresses,
+    /// The ranges that pods get addresses from, as far as edgecore decides that.
+    pub(crate) pod_ranges: watch::Receiver<Vec<Cidr>>,
     pub(crate) sandbox_slots: Semaphore,
     pub(crate) pull_slots: Semaphore,
 }
@@ -122,6 +125,7 @@ pub(crate) struct Worker {
     pub(crate) folder: PodFolder,
     pub(crate) desired: watch::Receiver<Desired>,
     poke: Arc<Poke>,
+    pod_ranges: watch::Receiver<Vec<Cidr>>,
     pub(crate) reader: ActualReader,
     pub(crate) backoff: Backoff,
     pub(crate) waiting: BTreeMap<String, Waiting>,
@@ -164,6 +168,7 @@ impl Worker {
         phase.set(status.phase.as_deref().unwrap_or("Pending"));
         Self {
             folder: PodFolder::new(&shared.config.pods_dir, &identity.uid),
+            pod_ranges: shared.pod_ranges.clone(),
             shared,
             identity,
             desired,
@@ -212,6 +217,7 @@ impl Worker {
                     return false;
                 },
                 () = self.poke.notify.notified() => {}
+                Ok(()) = self.pod_ranges.changed() => {}
                 () = tokio::time::sleep(wait) => {}
                 () = stopping.cancelled() => return false,
             }
@@ -249,18 +255,22 @@ impl Worker {
     }
 
     async fn step(&mut self, pod: &Arc<Pod>) -> Result<Step, RuntimeError> {
-        let actual = self.reader.read(&self.shared.runtime, &self.identity.uid).await?;
+        let mut actual = self.reader.read(&self.shared.runtime, &self.identity.uid).await?;
         self.note_ends(&actual);
         self.update_host_ips().await;
         self.update_addresses(pod, &actual).await?;
         let over = matches!(self.status.phase.as_deref(), Some("Succeeded" | "Failed"));
-        let plan = plan(pod, &actual);
+        let mut plan = plan::plan(pod, &actual);
         // First what was is written down: ended runs go with their sandbox.
         let mut written = self.report(pod, &actual).await;
         if over || plan.finished {
             self.waiting.clear();
             written &= self.report(pod, &actual).await;
             return self.close_sandboxes(&actual).await.map(|()| Step::Wait(if written { RESYNC } else { RETRY }));
+        }
+        if self.is_stray() {
+            actual.give_up_sandbox();
+            plan = plan::plan(pod, &actual);
         }
         self.refresh_volumes(pod).await;
         if let Some(attempt) = plan.create_sandbox {
@@ -350,6 +360,12 @@ impl Worker {
     /// The pod's addresses, as far as they are known.
     pub(crate) fn pod_ips(&self) -> &[IpAddr] {
         self.addresses.as_ref().map(|(_, ips)| ips.as_slice()).unwrap_or_default()
+    }
+
+    /// Whether the node has another pod range by now than when the pod got its addresses: nothing leads to them any more.
+    fn is_stray(&self) -> bool {
+        let ranges = self.pod_ranges.borrow();
+        self.pod_ips().iter().any(|address| self.shared.addresses.is_stray(*address, &ranges))
     }
 
     /// What the pod knows about itself.
