@@ -137,6 +137,22 @@ async fn an_applied_deployment_and_service_become_spread_pods_and_ready_endpoint
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_registers_again_has_the_pod_range_that_it_had() {
+    let cluster = Cluster::start().await;
+    let nodes: Api<Node> = Api::all(cluster.client.clone());
+    let register = async |name: &str| {
+        create(&nodes, json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})).await;
+        eventually("the node has a pod range", || async { nodes.get(name).await.ok()?.spec?.pod_cidrs }).await
+    };
+    let former = register("a").await;
+    register("b").await;
+    nodes.delete("a", &DeleteParams::default()).await.unwrap();
+    assert_ne!(register("c").await, former, "it would be of no use to the node that returns");
+    assert_eq!(register("a").await, former);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rolling_update_keeps_its_limits_and_makes_each_pod_once() {
     let cluster = Cluster::start().await;
     for node in ["a", "b"] {

@@ -1,7 +1,8 @@
-//! Pod ranges for Nodes: each new Node gets a block of each of the cluster's pod ranges, for as long as it exists.
+//! Pod ranges for Nodes: each new Node gets a block of each of the cluster's pod ranges, for as long as it exists. One that
+//! registers again under its name gets its former blocks, as long as no other Node needed them: so its pods keep their addresses.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     fmt,
     str::FromStr,
     sync::Arc,
@@ -30,6 +31,8 @@ const CONTROLLER: &str = "node-ipam";
 const NODE_PREFIX: u8 = 24;
 /// The same for IPv6.
 const NODE_PREFIX6: u8 = 64;
+/// Of how many Nodes that are gone the blocks are remembered: the latest.
+const REMEMBERED: usize = 1024;
 /// How often a Node is tried again when the range is exhausted.
 const EXHAUSTED_RETRY: Duration = Duration::from_secs(30);
 
@@ -57,6 +60,11 @@ impl PodRange {
         (0..count).filter_map(move |number| Cidr::new(self.0.nth(number << size)?, prefix))
     }
 
+    /// Whether a node can be given exactly this.
+    fn has_block(self, block: &Cidr) -> bool {
+        block.prefix() == self.node_prefix() && self.0.contains(block.network())
+    }
+
     /// The first free block; `taken` may contain ranges of any size.
     fn first_free(self, taken: &BTreeSet<Cidr>) -> Option<Cidr> {
         self.blocks().find(|block| taken.iter().all(|range| !range.overlaps(block)))
@@ -79,10 +87,49 @@ impl fmt::Display for PodRange {
     }
 }
 
+/// What this process knows beside the Nodes that exist.
+#[derive(Debug, Default)]
+struct Ledger {
+    /// What it gave out, by node uid: the cache may not show it yet.
+    given: HashMap<String, Vec<Cidr>>,
+    /// What Nodes had that are gone, by name, the latest last.
+    former: VecDeque<(String, BTreeSet<Cidr>)>,
+}
+
+impl Ledger {
+    fn gone(&mut self, name: String, blocks: BTreeSet<Cidr>) {
+        self.former.retain(|(known, _)| *known != name);
+        self.former.push_back((name, blocks));
+        if self.former.len() > REMEMBERED {
+            self.former.pop_front();
+        }
+    }
+
+    /// A block of each range for a Node: its former one, else one that nobody had, else any that is free.
+    ///
+    /// # Errors
+    /// The range that is full.
+    fn choose(&self, name: &str, ranges: &[PodRange], taken: &BTreeSet<Cidr>) -> Result<Vec<Cidr>, PodRange> {
+        let own = self.former.iter().filter(|(known, _)| known == name).flat_map(|(_, blocks)| blocks);
+        let own: Vec<Cidr> = own.copied().filter(|block| taken.iter().all(|range| !range.overlaps(block))).collect();
+        let avoided: BTreeSet<Cidr> =
+            taken.iter().chain(self.former.iter().flat_map(|(_, blocks)| blocks)).copied().collect();
+        let one = |range: &PodRange| {
+            let former = own.iter().copied().find(|block| range.has_block(block));
+            former.or_else(|| range.first_free(&avoided)).or_else(|| range.first_free(taken)).ok_or(*range)
+        };
+        ranges.iter().map(one).collect()
+    }
+}
+
 pub(crate) fn start(context: &Arc<Context>) -> Vec<JoinHandle<()>> {
     let queue: Arc<WorkQueue<Name>> = worker::queue(context, CONTROLLER);
-    let target = Arc::clone(&queue);
-    context.nodes.on_change(move |_, new| {
+    let ledger: Arc<Mutex<Ledger>> = Arc::default();
+    let (target, known) = (Arc::clone(&queue), Arc::clone(&ledger));
+    context.nodes.on_change(move |old, new| {
+        if let Some(old) = old.filter(|old| new.is_none_or(|new| new.uid() != old.uid()) && !ranges(old).is_empty()) {
+            known.lock().gone(old.name_any(), ranges(old));
+        }
         if let Some(node) = new.filter(|node| ranges(node).is_empty()) {
             target.add(Name::of(&**node));
         }
@@ -92,11 +139,9 @@ pub(crate) fn start(context: &Arc<Context>) -> Vec<JoinHandle<()>> {
         async move { context.nodes.synced().await }
     };
     let shared = Arc::clone(context);
-    // What this process gave out, by node uid: the cache may not show it yet.
-    let given: Arc<Mutex<HashMap<String, Vec<Cidr>>>> = Arc::default();
     let reconcile = move |name: Name| {
-        let (context, given) = (Arc::clone(&shared), Arc::clone(&given));
-        async move { reconcile(&context, &given, &name).await }
+        let (context, ledger) = (Arc::clone(&shared), Arc::clone(&ledger));
+        async move { reconcile(&context, &ledger, &name).await }
     };
     // One worker: two nodes can't be offered the same block.
     vec![worker::run(context, CONTROLLER, queue, 1, synced, reconcile)]
@@ -108,18 +153,19 @@ fn ranges(node: &Node) -> BTreeSet<Cidr> {
     listed.iter().chain(spec.and_then(|spec| spec.pod_cidr.as_ref())).filter_map(|range| Cidr::parse(range)).collect()
 }
 
-async fn reconcile(context: &Context, given: &Mutex<HashMap<String, Vec<Cidr>>>, name: &Name) -> Result<Next, Failure> {
+async fn reconcile(context: &Context, ledger: &Mutex<Ledger>, name: &Name) -> Result<Next, Failure> {
     let Some(node) = context.nodes.get(name).filter(|node| ranges(node).is_empty()) else {
         return Ok(Next::OnChange);
     };
     let nodes = context.nodes.all();
     let uid = node.uid().unwrap_or_default();
     let blocks = {
-        let mut given = given.lock();
-        given.retain(|uid, _| nodes.iter().any(|node| node.uid().as_ref() == Some(uid)));
-        let taken = nodes.iter().flat_map(|node| ranges(node)).chain(given.values().flatten().copied()).collect();
-        let free = |range: &PodRange| range.first_free(&taken).ok_or(*range);
-        given.get(&uid).cloned().map_or_else(|| context.config.pod_ranges.iter().map(free).collect(), Ok)
+        let mut ledger = ledger.lock();
+        ledger.given.retain(|uid, _| nodes.iter().any(|node| node.uid().as_ref() == Some(uid)));
+        let given = ledger.given.values().flatten().copied();
+        let taken = nodes.iter().flat_map(|node| ranges(node)).chain(given).collect();
+        let choose = || ledger.choose(&name.name, &context.config.pod_ranges, &taken);
+        ledger.given.get(&uid).cloned().map_or_else(choose, Ok)
     };
     let blocks: Vec<Cidr> = match blocks {
         Ok(blocks) => blocks,
@@ -130,7 +176,7 @@ async fn reconcile(context: &Context, given: &Mutex<HashMap<String, Vec<Cidr>>>,
             return Ok(Next::After(EXHAUSTED_RETRY));
         }
     };
-    given.lock().insert(uid.clone(), blocks.clone());
+    ledger.lock().given.insert(uid.clone(), blocks.clone());
     let patch = json!({
         "metadata": {"uid": uid, "resourceVersion": node.metadata.resource_version},
         "spec": {"podCIDR": blocks.first(), "podCIDRs": blocks},
@@ -169,6 +215,30 @@ mod tests {
             taken.remove(&cidr(blocks[1]));
             assert_eq!(range.first_free(&taken), Some(cidr(blocks[1])));
         }
+    }
+
+    #[test]
+    fn a_node_that_returns_gets_its_former_block_unless_another_needed_it() {
+        let ranges: Vec<PodRange> = ["10.0.0.0/22", "fd00::/48"].map(|range| range.parse().unwrap()).into();
+        let mut ledger = Ledger::default();
+        let block = |number| [format!("10.0.{number}.0/24"), format!("fd00:0:0:{number}::/64")].map(|text| cidr(&text));
+        let mut taken = BTreeSet::from(block(1));
+        ledger.gone("a".to_owned(), block(0).into());
+        ledger.gone("b".to_owned(), block(2).into());
+        assert_eq!(ledger.choose("a", &ranges, &taken), Ok(block(0).into()));
+        assert_eq!(ledger.choose("b", &ranges, &taken), Ok(block(2).into()));
+        assert_eq!(ledger.choose("new", &ranges, &taken), Ok(block(3).into()));
+        taken.extend(block(3));
+        // No other is left.
+        assert_eq!(ledger.choose("newer", &ranges, &taken).unwrap()[0], block(0)[0]);
+        taken.extend(block(0));
+        assert_eq!(ledger.choose("a", &ranges, &taken).unwrap()[0], block(2)[0]);
+        taken.extend(block(2));
+        assert_eq!(ledger.choose("b", &ranges, &taken), Err(ranges[0]));
+        for number in 0..REMEMBERED {
+            ledger.gone(number.to_string(), BTreeSet::new());
+        }
+        assert_eq!(ledger.former.len(), REMEMBERED);
     }
 
     #[test]
