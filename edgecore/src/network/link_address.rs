@@ -38,7 +38,8 @@ pub fn of(address: Ipv4Addr) -> [u8; 6] {
     [0x0a, 0x58, a, b, c, d]
 }
 
-/// Gives the sandbox's interface the link address of its IP address. The neighbours are told by the kernel.
+/// Gives the sandbox's interface the link address of its IP address. The kernel tells the neighbours by ARP, because the network
+/// plugin sets `arp_notify`. It tells none by IPv6 (`ndisc_notify` is 0): from the pod's sandbox before they have this address already.
 ///
 /// # Errors
 /// When the namespace can't be entered, or the kernel refuses. The sandbox works then, too, with the address that it has.
