@@ -96,9 +96,11 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
     let asker = dns.serve(shutdown).context("DNS threads")?;
     if config.routes {
         enable_forwarding();
+        let metrics = RouteMetrics::new(&mut registry.write());
+        shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
+    } else {
+        shutdown.spawn(routes.leave());
     }
-    let metrics = RouteMetrics::new(&mut registry.write());
-    shutdown.spawn(routes.keep(Arc::clone(&config), Arc::clone(&catalog), metrics, shutdown.clone()));
 
     let metrics = IslandMetrics::new(&mut registry.write());
     let pods = client.clone();

@@ -35,8 +35,6 @@ pub const PROTOCOL: RouteProtocol = RouteProtocol::Other(176);
 const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Routes vanish with a link that goes down: look again that often.
 const RESYNC: Duration = Duration::from_secs(10);
-/// Metric of a route that is used when the one with a preferred source address is not there.
-const BEHIND_PREFERRED: u32 = 1;
 /// Index of the loopback interface: the kernel gives each network namespace its own as the first.
 const LOOPBACK: u32 = 1;
 /// The routing table that says which addresses are this host's own (`RT_TABLE_LOCAL` of linux/rtnetlink.h).
@@ -110,28 +108,16 @@ impl HostRoutes {
     /// # Errors
     /// When the kernel refuses.
     pub async fn deliver_locally(&self, range: Ipv4Range) -> Result<(), RouteError> {
-        let route = local_route4(range.base(), range.prefix()).priority(BEHIND_PREFERRED).build();
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .table_id(LOCAL_TABLE.into())
+            .kind(RouteType::Local)
+            .scope(RouteScope::Host)
+            .protocol(PROTOCOL)
+            .destination_prefix(range.base(), range.prefix())
+            .output_interface(LOOPBACK)
+            .build();
         let source = |source| RouteError::Local { range: range.to_string(), source: Box::new(source) };
         self.0.route().add(route).replace().execute().await.map_err(source)
-    }
-
-    /// Has processes of this host call the addresses of the range from one of the host's own, and not from the address that they call
-    /// as the kernel would: the agent, and through it servers, see who calls. DNS is left alone, whose clients are nobody in particular.
-    ///
-    /// The kernel removes the route together with that address. Then that of [`HostRoutes::deliver_locally`] is there.
-    async fn call_from(&self, range: Ipv4Range, source: Ipv4Addr) -> Result<(), RouteError> {
-        let failed = |source| RouteError::Local { range: range.to_string(), source: Box::new(source) };
-        let is_there = |route: &RouteMessage| {
-            destination(route) == Cidr::new(range.base().into(), range.prefix())
-                && route.attributes.contains(&RouteAttribute::PrefSource(RouteAddress::Inet(source)))
-        };
-        if self.existing(LOCAL_TABLE).await?.iter().any(is_there) {
-            return Ok(());
-        }
-        let dns = local_route4(range.dns_address(), 32).build();
-        self.0.route().add(dns).replace().execute().await.map_err(failed)?;
-        let route = local_route4(range.base(), range.prefix()).pref_source(source).build();
-        self.0.route().add(route).replace().execute().await.map_err(failed)
     }
 
     /// As [`HostRoutes::deliver_locally`], for IPv6.
@@ -191,7 +177,15 @@ impl HostRoutes {
         let mut outcome = Err(rtnetlink::Error::RequestFailed);
         for source in sources {
             let IpAddr::V4(source) = source else { continue };
-            let route = local_route4(address, range.prefix()).pref_source(*source).build();
+            let route = RouteMessageBuilder::<Ipv4Addr>::new()
+                .table_id(LOCAL_TABLE.into())
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .protocol(PROTOCOL)
+                .destination_prefix(address, range.prefix())
+                .pref_source(*source)
+                .output_interface(LOOPBACK)
+                .build();
             outcome = self.0.route().add(route).replace().execute().await;
             if outcome.is_ok() {
                 break;
@@ -285,8 +279,14 @@ impl HostRoutes {
         Ok(())
     }
 
-    /// Keeps the routes to pod ranges equal to the catalog until shutdown, or removes them where none are to be kept; and has
-    /// processes of this host call through the agent from the node's address.
+    /// Removes the routes to pod ranges that an earlier agent left.
+    pub async fn leave(self) {
+        if let Err(error) = self.sync(&PodRoutes::new()).await {
+            tracing::warn!(%error, "routes to pods that shall not be kept can't be removed");
+        }
+    }
+
+    /// Keeps the routes to pod ranges equal to the catalog until shutdown.
     pub async fn keep(
         self,
         config: Arc<Config>,
@@ -301,15 +301,7 @@ impl HostRoutes {
             generations.mark_unchanged();
             if catalog.is_synced() {
                 let snapshot = catalog.snapshot();
-                let viewpoint = config.viewpoint(&snapshot);
-                let wanted = if config.routes { wanted(&snapshot, &viewpoint) } else { PodRoutes::new() };
-                let own = snapshot.node(&viewpoint.node).and_then(|node| node.addresses.iter().find(|ip| ip.is_ipv4()));
-                if let Some(&IpAddr::V4(own)) = own
-                    && let Err(error) = self.call_from(config.node_local_cidr, own).await
-                {
-                    // The host doesn't have that address, or not now.
-                    tracing::debug!(%own, %error, "no address for calls of host processes");
-                }
+                let wanted = wanted(&snapshot, &config.viewpoint(&snapshot));
                 if !ipv6_told && wanted.keys().any(|range| range.network().is_ipv6()) && !is_on(FORWARDING6) {
                     ipv6_told = true;
                     // A host that forwards takes no more router advertisements (RFC 4861, 6.2.7): not ours to decide.
@@ -399,16 +391,6 @@ pub fn enable_forwarding() {
 
 fn is_on(setting: &str) -> bool {
     std::fs::read_to_string(setting).is_ok_and(|value| value.trim() == "1")
-}
-
-fn local_route4(address: Ipv4Addr, prefix: u8) -> RouteMessageBuilder<Ipv4Addr> {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .table_id(LOCAL_TABLE.into())
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .protocol(PROTOCOL)
-        .destination_prefix(address, prefix)
-        .output_interface(LOOPBACK)
 }
 
 fn local_route6(address: Ipv6Addr, prefix: u8) -> RouteMessage {

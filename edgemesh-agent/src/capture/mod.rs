@@ -149,9 +149,8 @@ fn choose(config: &Config, sockets: Vec<PodSockets>) -> Means {
 /// The ranges that are the host's own for another purpose.
 fn node_local(config: &Config) -> Vec<Cidr> {
     let (v4, v6) = (config.node_local_cidr, config.node_local_cidr6);
-    let dns = Cidr::new(v4.dns_address().into(), 32);
     let v4 = Cidr::new(v4.base().into(), v4.prefix());
-    v4.into_iter().chain(dns).chain(Cidr::new(v6.base().into(), Ipv6Range::PREFIX)).collect()
+    v4.into_iter().chain(Cidr::new(v6.base().into(), Ipv6Range::PREFIX)).collect()
 }
 
 /// Ends the capture of everything.

@@ -251,36 +251,6 @@ fn a_capture_that_somebody_else_removed_is_there_again() {
 }
 
 #[test]
-fn host_processes_call_through_the_agent_from_the_address_of_the_node() {
-    let service = json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "far", "namespace": "default"},
-        "spec": {"clusterIP": "10.96.0.40", "clusterIPs": ["10.96.0.40"], "ports": [
-            {"name": "tcp", "port": 80, "protocol": "TCP"}, {"name": "udp", "port": 53, "protocol": "UDP"}]},
-    });
-    let slice = json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": {"name": "far-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "far"}},
-        "ports": [{"name": "tcp", "port": 8080, "protocol": "TCP"}, {"name": "udp", "port": 5353, "protocol": "UDP"}],
-        "endpoints": [{"addresses": [POD_B[0]], "nodeName": "b", "conditions": {"ready": true}}],
-    });
-    let sites = Sites::start(&[service, slice], |config| config.datapath = DatapathMode::Ebpf);
-    serve(&sites);
-    let host = &sites.a.host;
-    until("the other site", || call(host, to("10.96.0.40", 80), 1).is_ok_and(|answer| answer == "pod b 1"));
-    let calls_from = || host.run(|| TcpStream::connect(to("10.96.0.40", 80)).unwrap().local_addr().unwrap().ip());
-    until("the node's address", || calls_from() == to("192.0.2.1", 0).ip());
-    assert_eq!(ask(host, to("10.96.0.40", 53), 1000).unwrap(), (1000, to("10.96.0.40", 53)));
-    assert_eq!(addresses_of(host, CLUSTER_DNS, "far.default.svc.cluster.local.", RecordType::A), ["10.96.0.40"]);
-    let pod = sites.a.pod.run(|| TcpStream::connect(to("10.96.0.40", 80)).unwrap().local_addr().unwrap().ip());
-    assert_eq!(pod, to(POD_A[0], 0).ip());
-    // The kernel removes routes with their preferred address: as a cable does that is pulled. The pod must not notice.
-    host.run(|| crate::sandbox::ip("address del 192.0.2.1/24 dev wan-a"));
-    assert!(sites.a.pod.run(|| TcpStream::connect(to("10.96.0.40", 80))).is_ok(), "the agent takes its call");
-    host.run(|| crate::sandbox::ip("address add 192.0.2.1/24 dev wan-a"));
-    until("the node's address once more", || calls_from() == to("192.0.2.1", 0).ip());
-}
-
-#[test]
 fn an_ipv6_service_is_reached_through_the_tunnel() {
     let service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "six", "namespace": "default"},
