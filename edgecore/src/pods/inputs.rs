@@ -7,7 +7,7 @@ use std::{
 
 use k8s_openapi::api::core::v1::{ConfigMap, Container, Pod, ResourceFieldSelector, Secret};
 
-use super::{quantity, resources, resources::Machine};
+use super::{dns::is_host_network, quantity, resources, resources::Machine};
 
 /// Why a container can't be configured now; it's tried again when what it misses appears.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +18,8 @@ pub(crate) enum InputError {
     MissingKey { kind: &'static str, namespace: String, name: String, key: String },
     #[error("the value of key {key} in {kind} {name} is not text")]
     NotText { kind: &'static str, name: String, key: String },
+    #[error("{0}: the node has no address yet")]
+    NoAddress(String),
     #[error("unsupported fieldPath {0:?}")]
     Field(String),
     #[error("unsupported resource {0:?}")]
@@ -93,6 +95,15 @@ impl OwnFields<'_> {
             return Ok(meta.annotations.as_ref().and_then(|a| a.get(key)).cloned().unwrap_or_default());
         }
         let joined = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        // What a container is started with stays: it waits for the node's addresses, as a kubelet has it.
+        let lacks = match path {
+            "status.hostIP" | "status.hostIPs" => self.host_ips.is_empty(),
+            "status.podIP" | "status.podIPs" => self.pod_ips.is_empty() && spec.is_some_and(is_host_network),
+            _ => false,
+        };
+        if lacks {
+            return Err(InputError::NoAddress(path.to_owned()));
+        }
         let text = match path {
             "metadata.name" => meta.name.clone(),
             "metadata.namespace" => meta.namespace.clone(),
@@ -206,6 +217,14 @@ mod tests {
         ] {
             assert_eq!(fields.field(path).unwrap(), expected, "{path}");
         }
+        let none = OwnFields { pod: &pod, pod_ips: &ips, host_ips: &[], machine };
+        for path in ["status.hostIP", "status.hostIPs"] {
+            assert_eq!(none.field(path), Err(InputError::NoAddress(path.to_owned())));
+        }
+        let mut of_host = pod.clone();
+        of_host.spec.as_mut().unwrap().host_network = Some(true);
+        let none = OwnFields { pod: &of_host, pod_ips: &[], host_ips: &[], machine };
+        assert!(none.field("status.podIP").is_err() && none.field("metadata.name").is_ok());
         assert_eq!(fields.field("spec.nope"), Err(InputError::Field("spec.nope".to_owned())));
         let resource = |resource: &str, divisor: Option<&str>| {
             let selector =

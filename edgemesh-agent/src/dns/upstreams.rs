@@ -193,16 +193,20 @@ impl Upstreams {
                 (upstream, result)
             }
         };
-        if usable.is_empty() {
+        // Where all are dead, those on trial are asked at once: none of them gets another chance soon.
+        let (attempts, at_once) = if usable.is_empty() {
             usable = tried;
-        } else if !tried.is_empty() {
-            self.listen_on(tried.into_iter().map(attempt).collect());
-        }
+            (usable.len(), usable.len())
+        } else {
+            if !tried.is_empty() {
+                self.listen_on(tried.into_iter().map(attempt).collect());
+            }
+            (LEAST_ATTEMPTS, 1)
+        };
         let again = usable.iter().filter(|upstream| upstream.may_lose()).cycle();
-        let again = again.take(LEAST_ATTEMPTS.saturating_sub(usable.len()));
+        let again = again.take(attempts.saturating_sub(usable.len()));
         let mut queue: VecDeque<&Arc<Upstream>> = usable.iter().chain(again).copied().collect();
-        let mut asked = FuturesUnordered::new();
-        asked.push(attempt(queue.pop_front()?));
+        let mut asked: FuturesUnordered<_> = queue.drain(..at_once).map(attempt).collect();
         let mut deadline = pin!(tokio::time::sleep(DEADLINE));
         let mut probes = pin!(async {
             tokio::time::sleep(PROBE_AFTER).await;

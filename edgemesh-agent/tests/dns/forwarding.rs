@@ -214,6 +214,25 @@ async fn a_server_that_answers_no_probes_is_found_alive_by_the_questions_of_clie
 }
 
 #[tokio::test]
+async fn a_server_that_answers_no_probes_is_found_alive_behind_one_that_is_gone() {
+    let site = RawUpstream::start(|query| {
+        let name = query.queries[0].name.to_string();
+        (name != "." && name != "lost.example.").then(|| address_for(query, "192.0.2.1"))
+    })
+    .await;
+    let gone = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let dns = Dns::start(&[], &[gone.local_addr().unwrap(), site.address]);
+    assert_eq!(code(&dns.ask("lost.example.", RecordType::A).await), ResponseCode::ServFail);
+    let mut number = 0;
+    eventually("the other is asked", || {
+        number += 1;
+        let (dns, name) = (&dns, format!("n{number}.example."));
+        async move { code(&dns.ask(&name, RecordType::A).await) == ResponseCode::NoError }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_first_server_that_answers_no_probes_comes_first_again() {
     let site = RawUpstream::start(|query| {
         let name = query.queries[0].name.to_string();
