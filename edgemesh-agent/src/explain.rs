@@ -12,7 +12,7 @@ use edgemesh_mesh::{
     Call, Catalog, CatalogStore, Reach, Tier, Viewpoint,
     choice::{Explained, Explanation, IpFamily, PassedOver, Rule},
     health::EndpointKey,
-    model::{Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution},
+    model::{Endpoint, Protocol, Service, ServiceKind, ServiceName, ServicePort, TrafficDistribution},
 };
 use edgemesh_telemetry::{AdminRoutes, PageError, Parameters};
 use edgemesh_tunnel::Path;
@@ -258,18 +258,17 @@ impl Explainer {
         let now = Instant::now();
         let health = self.overlay.health();
         // Ejections are of connections that go through the agent; that an endpoint is silent is part of the catalog.
-        let explained = Chosen::of(service, |call| match target == "listener" {
+        let chosen = Chosen::of(service, |call| match target == "listener" {
             true => health.explain(viewpoint, catalog, port, call, now),
             false => viewpoint.explain(catalog, port, call, &PassedOver::new()),
         });
         let ejected: HashMap<_, _> =
             health.ejected(now).into_iter().map(|ejected| (ejected.endpoint, ejected)).collect();
-        let (nearest, count, all) = (explained.tier, explained.count, explained.endpoints.len());
-        let endpoints = explained.endpoints.iter().take(MAX_ENDPOINTS).map(|explained| {
+        let endpoints = chosen.endpoints.iter().take(MAX_ENDPOINTS).map(|explained| {
             let endpoint = &explained.endpoint;
             let ejected = ejected.get(&EndpointKey::of(endpoint, port.protocol));
             let why = match explained.removed {
-                Some(rule) => why(rule, explained, service, nearest),
+                Some(rule) => why(rule, explained, service, chosen.tier_beside(endpoint)),
                 None => "chosen".to_owned(),
             };
             let node = endpoint.node.as_ref().and_then(|name| catalog.node(name));
@@ -310,8 +309,8 @@ impl Explainer {
         }
         json!({
             "name": port.name, "protocol": port.protocol, "port": port.port, "nodePort": port.node_port,
-            "target": target, "tier": nearest, "chosen": count,
-            "addresses": addresses, "endpoints": endpoints, "omitted": all.saturating_sub(MAX_ENDPOINTS),
+            "target": target, "tier": chosen.tier, "chosen": chosen.count,
+            "addresses": addresses, "endpoints": endpoints, "omitted": chosen.endpoints.len().saturating_sub(MAX_ENDPOINTS),
         })
     }
 }
@@ -322,8 +321,10 @@ struct Chosen {
     endpoints: Vec<Explained>,
     /// How many are.
     count: usize,
-    /// How near those are, if there are any.
+    /// How near those are, if there are any: of the first family that has some.
     tier: Option<Tier>,
+    /// The same by family.
+    tiers: Vec<(Option<IpFamily>, Tier)>,
 }
 
 impl Chosen {
@@ -334,10 +335,12 @@ impl Chosen {
         if families.is_empty() {
             families.push(None);
         }
-        let (mut endpoints, mut tier) = (Vec::<Explained>::new(), None);
+        let (mut endpoints, mut tiers) = (Vec::<Explained>::new(), Vec::new());
         for family in families {
             let Explanation { endpoints: explained, candidates } = explain(Call { family, ..Call::default() });
-            tier = tier.or((!candidates.endpoints.is_empty()).then_some(candidates.tier));
+            if !candidates.endpoints.is_empty() {
+                tiers.push((family, candidates.tier));
+            }
             if endpoints.is_empty() {
                 endpoints = explained;
                 continue;
@@ -348,7 +351,13 @@ impl Chosen {
         }
         endpoints.sort_by_key(|explained| explained.removed.is_some());
         let count = endpoints.iter().filter(|explained| explained.removed.is_none()).count();
-        Self { endpoints, count, tier }
+        Self { endpoints, count, tier: tiers.first().map(|(_, tier)| *tier), tiers }
+    }
+
+    /// How near the chosen endpoints are of which another one could have been.
+    fn tier_beside(&self, other: &Endpoint) -> Option<Tier> {
+        let beside = |family: &Option<IpFamily>| family.is_none_or(|family| family == other.address.into());
+        self.tiers.iter().find(|(family, _)| beside(family)).map(|(_, tier)| *tier)
     }
 }
 
@@ -519,6 +528,8 @@ mod tests {
             .map(|explained| (explained.endpoint.address.to_string(), explained.removed))
             .collect();
         assert_eq!(shown.last().unwrap(), &("10.244.2.5".to_owned(), Some(Rule::Tier)), "{shown:?}");
+        let beside = |at: usize| chosen.tier_beside(&chosen.endpoints[at].endpoint);
+        assert_eq!((beside(3), beside(2)), (Some(Tier::Node), Some(Tier::Remote)), "{shown:?}");
     }
 
     #[test]

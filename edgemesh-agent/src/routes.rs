@@ -88,7 +88,7 @@ impl HostRoutes {
     /// # Errors
     /// When the socket can't be opened.
     pub fn open(shutdown: &Shutdown) -> Result<Self, RouteError> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let (connection, handle) = connection()?;
         shutdown.spawn(connection);
         Ok(Self(handle))
     }
@@ -98,7 +98,7 @@ impl HostRoutes {
     /// # Errors
     /// When the socket can't be opened.
     pub fn open_beyond_drain() -> Result<Self, RouteError> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let (connection, handle) = connection()?;
         tokio::spawn(connection);
         Ok(Self(handle))
     }
@@ -335,6 +335,13 @@ impl HostRoutes {
             tokio::time::sleep(DEBOUNCE).await;
         }
     }
+}
+
+fn connection() -> std::io::Result<(impl Future<Output = ()> + Send + 'static, Handle)> {
+    // Only so does the kernel list one table alone (Linux 4.20): others can hold a route for each Service.
+    let (connection, handle, _) =
+        rtnetlink::new_connection_with_strict_check().or_else(|_| rtnetlink::new_connection())?;
+    Ok((connection, handle))
 }
 
 /// The routes that a node needs: to the pod ranges of all other nodes of its network.

@@ -165,7 +165,7 @@ fn endpoint(endpoint: &Value) -> Vec<String> {
 
 /// Whether calls to every port that was asked about have somewhere to go.
 pub(crate) fn every_port_has_an_endpoint(page: &Value) -> bool {
-    list(&page["ports"]).all(|port| port["chosen"] != 0)
+    list(&page["ports"]).all(|port| port["chosen"].as_u64().is_some_and(|chosen| chosen != 0))
 }
 
 #[cfg(test)]

@@ -280,7 +280,12 @@ impl Worker {
                             self.captured = all;
                             self.written = Some(Instant::now());
                         }
-                        Err(error) => refused.extend(new.into_iter().map(|range| (range, error.to_string()))),
+                        Err(error) => {
+                            // Without the table nothing is captured, and the routes must go.
+                            let lost = if is_gone() { std::mem::take(&mut self.captured) } else { BTreeSet::new() };
+                            let lost = lost.into_iter().filter(|range| wanted.contains(range));
+                            refused.extend(new.into_iter().chain(lost).map(|range| (range, error.to_string())));
+                        }
                     }
                 }
             }

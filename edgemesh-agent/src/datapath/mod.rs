@@ -124,7 +124,13 @@ impl Datapath {
         // one can be the host's for other purposes.
         let untracked = listeners.iter().filter(|listener| is_node_local(listener.ip()));
         let untracked = untracked.filter(|_| programs.is_some() && config.dns.untracked).copied().collect();
-        tokio::spawn(nftables::keep_dns_untracked(untracked, metrics.clone(), shutdown.clone()));
+        let rules_gone = Arc::<AtomicBool>::default();
+        tokio::spawn(nftables::keep_dns_untracked(
+            untracked,
+            Arc::clone(&rules_gone),
+            metrics.clone(),
+            shutdown.clone(),
+        ));
         let is_ours = move |backend: SocketAddr| listeners.contains(&backend) || is_node_local(backend.ip());
         let mut sweepers: Vec<Box<dyn Sweep>> = Vec::new();
         if let Some(sweeper) = programs.as_mut().and_then(Programs::take_sweeper) {
@@ -160,6 +166,7 @@ impl Datapath {
             plan: Arc::new(RwLock::new(adopted)),
             planner: Planner::default(),
             older_removed: false,
+            rules_gone,
             metrics,
             state: Arc::clone(&state),
             config,
@@ -222,6 +229,8 @@ struct Worker {
     planner: Planner,
     /// Whether programs of other versions are gone.
     older_removed: bool,
+    /// Whether no rules of an earlier agent translate what programs do now.
+    rules_gone: Arc<AtomicBool>,
     metrics: DatapathMetrics,
     state: Arc<ArcSwap<State>>,
     config: Arc<Config>,
@@ -297,7 +306,8 @@ impl Worker {
                 }
                 () = tokio::time::sleep(pause_after(self.outside_failures)), if self.outside_failures > 0 => {}
                 () = tokio::time::sleep(HOST_ADDRESSES), if self.has_external => {}
-                () = tokio::time::sleep_until(look_at), if rules_lead.load(Ordering::Relaxed) => {}
+                // Where they can't be written that is tried again by itself.
+                () = tokio::time::sleep_until(look_at), if self.outside_failures == 0 && rules_lead.load(Ordering::Relaxed) => {}
                 () = shutdown.forced().cancelled() => return,
             }
             tokio::time::sleep(DEBOUNCE).await;
@@ -383,6 +393,7 @@ impl Worker {
             Some(programs) => {
                 programs.remove_older();
                 nftables::remove_routes();
+                self.rules_gone.store(self.outside_failures == 0, Ordering::Relaxed);
             }
             None => {
                 if let Err(error) = Programs::uninstall(&self.config.cgroup, &self.config.bpffs) {

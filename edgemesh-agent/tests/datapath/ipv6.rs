@@ -11,7 +11,7 @@ use std::{
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol::{Tcp, Udp};
 
-use crate::sandbox::{Datapath, Mode, Sandbox, in_both_modes, set, tcp_server, udp_server};
+use crate::sandbox::{Datapath, Mode, Sandbox, close_other_ports, in_both_modes, set, tcp_server, udp_server};
 
 in_both_modes! {
     a_tcp_connection_to_an_ipv6_service_reaches_every_pod_and_its_peer_is_the_service,
@@ -105,6 +105,7 @@ fn udp_answers_come_from_the_ipv6_service_address(mode: Mode) {
     assert_eq!(connected.peer_addr().unwrap(), service);
     datapath.assert_counted(Counter::UdpDatagrams, 10);
     datapath.assert_counted(Counter::UdpConnects, 1);
+    close_other_ports(&mut datapath, VIP);
     set(&mut datapath, Udp, VIP, Some(&[]));
     assert_eq!(socket.send_to(b"?", VIP).unwrap_err().kind(), ErrorKind::HostUnreachable);
 }

@@ -193,6 +193,32 @@ fn udp_that_was_sent_before_a_service_was_there_reaches_it_once_it_is() {
 }
 
 #[test]
+fn udp_that_was_sent_while_somebody_had_removed_the_table_reaches_its_service_once_it_is_back() {
+    let _node = node();
+    let [pod5, pod6] = pods([5, 6]);
+    ip("route add 10.96.0.0/16 via 192.168.1.12");
+    let mut rules = rules(Mode::Nftables);
+    serve(&mut rules, Udp, VIP, Some(&["10.244.1.5:8080"]));
+    nft("flush ruleset");
+    // A firewall that begins anew has connections tracked.
+    nft("table inet firewall { chain input { type filter hook forward priority filter; ct state invalid drop; }; }");
+    let socket = pod6.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        socket.send_to(b"?", VIP).unwrap();
+        socket
+    });
+    rules.look();
+    rules.apply(Changes::default(), &is_local).unwrap();
+    let from = pod6.run(move || {
+        socket.send_to(b"?", VIP).unwrap();
+        socket.recv_from(&mut [0; 64]).unwrap().1
+    });
+    assert_eq!(from, at(VIP));
+    drop(pod5);
+}
+
+#[test]
 fn udp_flows_move_on_from_an_endpoint_that_is_gone_and_direct_ones_stay() {
     let sandbox = node();
     let [pod5, pod6, pod7] = pods([5, 6, 7]);

@@ -250,6 +250,14 @@ pub(crate) fn set(datapath: &mut impl Apply, protocol: Protocol, frontend: &str,
     datapath.apply_change(&Change { frontend, target: target.as_ref() });
 }
 
+/// Makes an address a Service's as a whole, as cluster addresses are: its other ports are refused.
+pub(crate) fn close_other_ports(datapath: &mut impl Apply, frontend: &str) {
+    let address = SocketAddr::new(at(frontend).ip(), 0).to_string();
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        set(datapath, protocol, &address, Some(&[]));
+    }
+}
+
 /// A TCP server in the namespace that writes its own address to each connection and closes it.
 pub(crate) fn tcp_server(address: &str) -> SocketAddr {
     let listener = TcpListener::bind(address).unwrap();

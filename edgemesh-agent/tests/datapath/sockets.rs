@@ -17,7 +17,7 @@ use edgemesh_agent::datapath::{
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol::{Tcp, Udp};
 
-use crate::sandbox::{Mode, Sandbox, at, in_both_modes, in_pod, set, tcp_server, udp_server};
+use crate::sandbox::{Mode, Sandbox, at, close_other_ports, in_both_modes, in_pod, set, tcp_server, udp_server};
 
 in_both_modes! {
     a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service,
@@ -155,6 +155,7 @@ fn udp_answers_come_from_the_service_address(mode: Mode) {
 fn a_service_without_endpoints_is_unreachable_at_once(mode: Mode) {
     let sandbox = Sandbox::new(&[]);
     let mut datapath = sandbox.datapath(mode);
+    close_other_ports(&mut datapath, VIP);
     set(&mut datapath, Tcp, VIP, Some(&[]));
     set(&mut datapath, Udp, VIP, Some(&[]));
     let started = Instant::now();

@@ -60,6 +60,8 @@ pub struct Rules {
     scope: Scope,
     kernel: Kernel,
     table: Table,
+    /// Somebody else removed the table.
+    was_lost: bool,
     programmed: HashMap<(Place, Frontend), Programmed>,
     /// Chains that were made on demand.
     chains: HashSet<Chain>,
@@ -132,6 +134,7 @@ impl Rules {
             scope,
             kernel: Kernel::default(),
             table: Table::Unknown,
+            was_lost: false,
             programmed: HashMap::new(),
             chains: HashSet::new(),
             local: HashMap::new(),
@@ -146,12 +149,12 @@ impl Rules {
     /// # Errors
     /// When they can't be removed.
     pub fn uninstall() -> Result<(), NftError> {
-        // Tables translate as long as they are there; routes alone do nothing.
+        // What can be removed is: each of them alone would be in the way of something.
         let mut kernel = Kernel::default();
-        let tables = kernel.tables(ruleset::NAME)?;
-        kernel.remove(&tables)?;
-        untracked::remove()?;
-        Ok(routes::remove_all()?)
+        let tables = kernel.tables(ruleset::NAME).and_then(|tables| kernel.remove(&tables));
+        let untracked = untracked::remove();
+        let routes = routes::remove_all().map_err(NftError::from);
+        tables.and(untracked).and(routes)
     }
 
     /// Whether an agent left a table here that serves.
@@ -178,7 +181,7 @@ impl Rules {
         match (self.table, table_is_present(TABLE)) {
             (Table::Kept, Ok(false)) => {
                 tracing::warn!(table = TABLE, "somebody else removed the table; it is written anew");
-                self.table = Table::Unknown;
+                (self.table, self.was_lost) = (Table::Unknown, true);
             }
             (_, Ok(_)) => {}
             (_, Err(error)) => tracing::debug!(%error, "it can't be told whether the table is still there"),
@@ -256,7 +259,16 @@ impl Rules {
             return Ok(0);
         }
         let count = changed.len();
-        let forgotten = self.forgotten_flows(&changed);
+        let mut forgotten = self.forgotten_flows(&changed);
+        if self.was_lost {
+            // What was sent while there was no table went untranslated.
+            forgotten.0.extend(
+                self.programmed
+                    .iter()
+                    .filter(|(key, programmed)| leads_udp(key, programmed))
+                    .map(|(key, _)| key.1.address),
+            );
+        }
         let kept = self.table == Table::Kept;
         let (mut next, mut structure, mut found) = (Next::default(), String::new(), Vec::new());
         if kept {
@@ -300,7 +312,7 @@ impl Rules {
         if taken_over && let Err(error) = self.forget_counts_of_others() {
             tracing::warn!(%error, "what was counted at frontends that are gone can't be forgotten");
         }
-        self.table = Table::Kept;
+        (self.table, self.was_lost) = (Table::Kept, false);
         if !self.scope.inside && self.programmed.is_empty() {
             self.kernel.remove(&[TABLE.to_owned()])?;
             self.chains.clear();
@@ -327,7 +339,7 @@ impl Rules {
         let taken_over = found.iter().position(|table| table == TABLE).map(|at| found.swap_remove(at));
         if let Err(error) = write(structure) {
             // The table is not what it was thought to be: another program can have changed it, or removed it.
-            self.table = Table::Unknown;
+            (self.table, self.was_lost) = (Table::Unknown, true);
             if taken_over.is_none() || error.is_shortage() {
                 return Err(error);
             }
@@ -412,12 +424,9 @@ impl Rules {
 
     /// UDP frontends that begin to lead somewhere: what was sent there before left flows that would never be translated.
     fn forgotten_flows(&self, changed: &[((Place, Frontend), Option<Programmed>)]) -> Untranslated {
-        let leads =
-            |programmed: &Programmed| programmed.target.target().is_some_and(|target| !target.backends().is_empty());
         let begins = |(key, target): &&((Place, Frontend), Option<Programmed>)| {
-            key.1.protocol == Protocol::Udp
-                && target.as_ref().is_some_and(leads)
-                && !self.programmed.get(key).is_some_and(leads)
+            target.as_ref().is_some_and(|target| leads_udp(key, target))
+                && !self.programmed.get(key).is_some_and(|before| leads_udp(key, before))
         };
         Untranslated(changed.iter().filter(begins).map(|(key, _)| key.1.address).collect())
     }
@@ -508,6 +517,12 @@ impl Next {
         transaction.add(std::mem::take(&mut self.add));
         transaction
     }
+}
+
+/// Whether a frontend sends datagrams somewhere.
+fn leads_udp(key: &(Place, Frontend), programmed: &Programmed) -> bool {
+    let leads = || programmed.target.target().is_some_and(|target| !target.backends().is_empty());
+    key.1.protocol == Protocol::Udp && leads()
 }
 
 /// The elements that count for a frontend.

@@ -1,7 +1,16 @@
 //! Cluster DNS without connection tracking. Where the host tracks connections, each question would keep an entry for half a
 //! minute (`nf_conntrack_udp_timeout`): the questions of busy pods fill a small node's table, and then nothing new connects there.
 
-use std::{fmt::Write as _, fs, net::SocketAddr, time::Duration};
+use std::{
+    fmt::Write as _,
+    fs,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use edgemesh_telemetry::Shutdown;
 
@@ -25,10 +34,22 @@ const TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 /// Keeps what is sent to these listeners, and what they answer, untracked from when the host tracks anything, until the shutdown is
 /// forced. The rules stay then. Without listeners, what an earlier agent left is removed.
 ///
-/// Packets to and from them must not be translated on this host, which needs connection tracking.
-pub(in super::super) async fn keep(listeners: Vec<SocketAddr>, metrics: DatapathMetrics, shutdown: Shutdown) {
+/// Packets to and from them must not be translated on this host, which needs connection tracking: `may_begin` says that they
+/// are not any more, as rules of an earlier agent can do.
+pub(in super::super) async fn keep(
+    listeners: Vec<SocketAddr>,
+    may_begin: Arc<AtomicBool>,
+    metrics: DatapathMetrics,
+    shutdown: Shutdown,
+) {
     let mut look = Look { listeners, written: false, failed: false };
     loop {
+        if !look.listeners.is_empty() && !may_begin.load(Ordering::Relaxed) {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => continue,
+                () = shutdown.forced().cancelled() => return,
+            }
+        }
         let round = tokio::task::spawn_blocking(move || {
             let in_force = look.round();
             (look, in_force)
@@ -45,7 +66,7 @@ pub(in super::super) async fn keep(listeners: Vec<SocketAddr>, metrics: Datapath
             return;
         }
         tokio::select! {
-            () = tokio::time::sleep(if look.failed { RETRY } else { LOOK }) => {}
+            () = tokio::time::sleep(if look.failed && !look.listeners.is_empty() { RETRY } else { LOOK }) => {}
             () = shutdown.forced().cancelled() => return,
         }
     }
@@ -69,7 +90,7 @@ impl Look {
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.failed, true) {
-                    tracing::warn!(%error, "questions to cluster DNS take places in the host's connection tracking; trying again");
+                    tracing::warn!(table = DNS_TABLE, %error, "can't be written or removed; trying again");
                 }
                 false
             }
