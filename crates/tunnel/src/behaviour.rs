@@ -25,6 +25,10 @@ const CONNECTION_WINDOW: u32 = 64 << 20;
 const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(4);
 /// … and given up after this time.
 const QUIC_IDLE_MILLISECONDS: u32 = 12_000;
+/// How often the same peer says again who it is. Only the first time counts; each is a stream, which keeps an unused connection open.
+const IDENTIFY_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// Connections with one peer.
+const MAX_CONNECTIONS: u32 = 16;
 /// Time to set a connection up, handshakes included.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(6);
 /// A relay of ours carries whatever its nodes have to say. Zero would not mean unlimited everywhere in libp2p, so these are
@@ -92,9 +96,10 @@ fn overlay(
     let own = key.public().to_peer_id();
     let limits = connection_limits::ConnectionLimits::default()
         .with_max_pending_incoming(Some(1024))
-        .with_max_established_per_peer(Some(16));
+        .with_max_established_per_peer(Some(MAX_CONNECTIONS));
     let identify = identify::Config::new("/edgemesh/1".into(), key.public())
         .with_agent_version(format!("edgemesh/{}", env!("CARGO_PKG_VERSION")))
+        .with_interval(IDENTIFY_INTERVAL)
         // Addresses come from MeshNodes only.
         .with_hide_listen_addrs(true)
         .with_cache_size(0);

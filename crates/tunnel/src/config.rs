@@ -24,9 +24,10 @@ pub struct TunnelConfig {
     pub relay_server: bool,
     /// Whether relayed connections are upgraded to direct ones by hole punching (DCUtR).
     pub hole_punching: bool,
-    /// When a peer that is reached through a relay is tried again by the better ways, first; each further pause is twice as long, up to
-    /// ten minutes.
+    /// When a peer that is reached through a relay is tried again by the better ways, first; each further pause is twice as long.
     pub upgrade_pause: Duration,
+    /// The longest of these pauses.
+    pub longest_upgrade_pause: Duration,
     /// Overall limit for [`crate::Tunnel::open`].
     pub open_deadline: Duration,
     /// Connections that carry no stream are closed after this time, except those to relays.
@@ -53,6 +54,7 @@ impl TunnelConfig {
             relay_server: false,
             hole_punching: true,
             upgrade_pause: Duration::from_secs(15),
+            longest_upgrade_pause: Duration::from_secs(600),
             open_deadline: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(600),
             max_inbound_streams: 16 * 1024,

@@ -27,7 +27,7 @@ pub(crate) struct Connection {
     /// Bytes that streams received over it: a connection that receives is alive, whatever its pings say.
     pub(crate) received: AtomicU64,
     /// `received` at the last failed ping.
-    pub(crate) received_at_failure: AtomicU64,
+    received_at_failure: AtomicU64,
 }
 
 /// How a connection goes. The better one orders first.
@@ -77,6 +77,10 @@ impl Route {
 }
 
 impl Connection {
+    pub(crate) fn new(id: ConnectionId, peer: PeerId, route: Route, opener: mpsc::Sender<OpenRequest>) -> Self {
+        Self { id, peer, route, opener, received: AtomicU64::new(0), received_at_failure: AtomicU64::new(0) }
+    }
+
     /// Whether streams received anything since the last failed ping; remembers the state for the next one.
     pub(crate) fn received_since_failure(&self) -> bool {
         let now = self.received.load(Ordering::Relaxed);
@@ -113,18 +117,42 @@ impl Connections {
     /// The connection for a new stream: direct before relayed, QUIC before TCP, and of equals the newest, which after a
     /// change of network is the one that still lives.
     pub(crate) fn best(&self, peer: &PeerId) -> Option<Arc<Connection>> {
-        self.by_peer
-            .read()
-            .get(peer)?
-            .iter()
-            .filter(|connection| !connection.opener.is_closed())
-            .min_by_key(|connection| (rank(connection.route), std::cmp::Reverse(connection.id)))
-            .cloned()
+        best_of(self.by_peer.read().get(peer)?).cloned()
+    }
+
+    /// Takes out the relayed connections with a peer that no stream uses and that none will: there is a better one, or a newer one.
+    pub(crate) fn take_superseded(&self, peer: &PeerId) -> Vec<ConnectionId> {
+        let mut by_peer = self.by_peer.write();
+        let Some(list) = by_peer.get_mut(peer) else { return Vec::new() };
+        let Some(best) = best_of(list).map(|connection| connection.id) else { return Vec::new() };
+        // Whoever uses one, or is about to, has it from here.
+        let superseded = |connection: &mut Arc<Connection>| {
+            connection.route.is_relayed() && connection.id != best && Arc::strong_count(connection) == 1
+        };
+        list.extract_if(.., superseded).map(|connection| connection.id).collect()
+    }
+
+    /// How many relayed connections there are with a peer.
+    pub(crate) fn relayed(&self, peer: &PeerId) -> usize {
+        let by_peer = self.by_peer.read();
+        by_peer.get(peer).into_iter().flatten().filter(|connection| connection.route.is_relayed()).count()
+    }
+
+    /// The peers with which there are several connections.
+    pub(crate) fn peers_with_several(&self) -> Vec<PeerId> {
+        let by_peer = self.by_peer.read();
+        by_peer.iter().filter(|(_, list)| list.len() > 1).map(|(peer, _)| *peer).collect()
     }
 
     pub(crate) fn is_direct(&self, peer: &PeerId) -> bool {
         self.best(peer).is_some_and(|connection| !connection.route.is_relayed())
     }
+}
+
+fn best_of(list: &[Arc<Connection>]) -> Option<&Arc<Connection>> {
+    list.iter()
+        .filter(|connection| !connection.opener.is_closed())
+        .min_by_key(|connection| (rank(connection.route), std::cmp::Reverse(connection.id)))
 }
 
 fn rank(route: Route) -> u8 {
@@ -150,25 +178,42 @@ mod tests {
         assert_eq!(Route::of_address(&relayed), Route::Relayed(Some(relay)));
     }
 
+    /// Connections with a peer, and what keeps them open.
+    fn table(peer: PeerId, routes: &[(usize, Route)]) -> (Connections, Vec<mpsc::Receiver<OpenRequest>>) {
+        let table = Connections::default();
+        let open = routes.iter().map(|(id, route)| {
+            let (opener, requests) = mpsc::channel(1);
+            table.add(Arc::new(Connection::new(ConnectionId::new_unchecked(*id), peer, *route, opener)));
+            requests
+        });
+        let open = open.collect();
+        (table, open)
+    }
+
     #[test]
     fn a_direct_connection_is_preferred_to_a_relayed_one() {
-        let table = Connections::default();
         let peer = PeerId::random();
-        let mut keep = Vec::new();
-        for (id, route) in [(1, Route::Relayed(None)), (2, Route::Tcp), (3, Route::Relayed(None))] {
-            let (opener, requests) = mpsc::channel(1);
-            keep.push(requests);
-            table.add(Arc::new(Connection {
-                id: ConnectionId::new_unchecked(id),
-                peer,
-                route,
-                opener,
-                received: AtomicU64::new(0),
-                received_at_failure: AtomicU64::new(0),
-            }));
-        }
+        let (table, _open) = table(peer, &[(1, Route::Relayed(None)), (2, Route::Tcp), (3, Route::Relayed(None))]);
         assert_eq!(table.best(&peer).unwrap().route, Route::Tcp);
         table.remove(&peer, ConnectionId::new_unchecked(2));
         assert_eq!(table.best(&peer).unwrap().id, ConnectionId::new_unchecked(3));
+    }
+
+    #[test]
+    fn relayed_connections_that_nothing_uses_give_way_to_better_and_newer_ones() {
+        let peer = PeerId::random();
+        let ids = |all: &[usize]| all.iter().map(|id| ConnectionId::new_unchecked(*id)).collect::<Vec<_>>();
+        let relayed = [1, 2, 3, 4].map(|id| (id, Route::Relayed(None)));
+        let (table, _open) = table(peer, &relayed);
+        let used = table.get(&peer, ConnectionId::new_unchecked(2));
+        assert_eq!(table.take_superseded(&peer), ids(&[1, 3]));
+        assert!(table.take_superseded(&peer).is_empty());
+        assert_eq!((table.relayed(&peer), table.peers_with_several()), (2, vec![peer]));
+        let (opener, _direct) = mpsc::channel(1);
+        table.add(Arc::new(Connection::new(ConnectionId::new_unchecked(5), peer, Route::Tcp, opener)));
+        assert_eq!(table.take_superseded(&peer), ids(&[4]));
+        drop(used);
+        assert_eq!(table.take_superseded(&peer), ids(&[2]));
+        assert!(table.is_direct(&peer));
     }
 }

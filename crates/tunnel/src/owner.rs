@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use edgemesh_telemetry::Shutdown;
 use futures::StreamExt as _;
 use libp2p::{
-    Multiaddr, PeerId, Swarm, dcutr, identify,
+    Multiaddr, PeerId, Swarm, allow_block_list, dcutr, identify,
     multiaddr::Protocol,
     ping, relay,
     swarm::{DialError, ListenError, SwarmEvent, dial_opts::DialOpts, dial_opts::PeerCondition},
@@ -35,8 +35,11 @@ use crate::{
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// Time for closing connections in order.
 const GOODBYE: Duration = Duration::from_millis(500);
-/// The owner wakes at least this often.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// How often relayed connections are looked for whose last stream has ended after a direct one had taken their place.
+const SWEEP_PAUSE: Duration = Duration::from_secs(10);
+/// No more relayed connections are made for the sake of hole punching while streams hold so many with the peer: direct ones must find
+/// room below the limit of all.
+const MAX_RELAYED: usize = 8;
 
 /// A request to the owner.
 pub(crate) enum Command {
@@ -62,6 +65,7 @@ pub(crate) struct Owner {
     reservations: Reservations,
     upgrades: Upgrades,
     hole_punching: bool,
+    next_sweep: Instant,
 }
 
 /// The parts of an owner that its maker provides.
@@ -101,8 +105,9 @@ impl Owner {
             directory: Arc::default(),
             plans: HashMap::new(),
             reservations: Reservations::default(),
-            upgrades: Upgrades::new(config.upgrade_pause),
+            upgrades: Upgrades::new(config.upgrade_pause, config.longest_upgrade_pause),
             hole_punching: config.hole_punching,
+            next_sweep: Instant::now() + SWEEP_PAUSE,
         })
     }
 
@@ -198,7 +203,13 @@ impl Owner {
             self.advance_upgrades(now);
         }
         self.advance_plans(now);
-        let mut wake = now + if stopping { DRAIN_CHECK } else { LONGEST_SLEEP };
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP_PAUSE;
+            for peer in self.connections.peers_with_several() {
+                self.close_replaced(&peer);
+            }
+        }
+        let mut wake = if stopping { now + DRAIN_CHECK } else { self.next_sweep };
         for at in self.plans.values().filter_map(DialPlan::next_stage_at) {
             wake = wake.min(at);
         }
@@ -232,18 +243,34 @@ impl Owner {
     }
 
     /// Dials peers that are reached through a relay once more. A further relayed connection is made for the sake of the hole
-    /// punching that begins with it; those that no stream uses any more close by themselves.
+    /// punching that begins with it, and takes the place of the one before.
     fn advance_upgrades(&mut self, now: Instant) {
         for peer in self.upgrades.due(now) {
             let known = self.directory.get(&peer).cloned();
-            match (known, self.connections.best(&peer)) {
-                (Some(known), Some(connection)) if connection.route.is_relayed() => {
+            match known {
+                Some(known) if self.connections.best(&peer).is_some_and(|best| best.route.is_relayed()) => {
                     self.metrics.upgrade_retries.inc();
-                    let circuits = self.hole_punching;
+                    self.close_superseded(&peer);
+                    let circuits = self.hole_punching && self.connections.relayed(&peer) < MAX_RELAYED;
                     self.plan(&known, circuits);
                 }
                 _ => self.upgrades.forget(&peer),
             }
+        }
+    }
+
+    /// Closes relayed connections that nothing uses, if there is a direct one. Not as soon as there is a newer relayed one: both sides may
+    /// make one at once, and each take that of the other for the newer.
+    fn close_replaced(&mut self, peer: &PeerId) {
+        if self.connections.is_direct(peer) {
+            self.close_superseded(peer);
+        }
+    }
+
+    /// Closes what `Connections::take_superseded` finds: the hole punching keeps such connections open, even after it has succeeded.
+    fn close_superseded(&mut self, peer: &PeerId) {
+        for connection in self.connections.take_superseded(peer) {
+            self.swarm.close_connection(connection);
         }
     }
 
@@ -288,6 +315,7 @@ impl Owner {
                 } else if endpoint.is_dialer() {
                     self.upgrades.relayed(peer_id, now);
                 }
+                self.close_replaced(&peer_id);
             }
             SwarmEvent::ConnectionClosed { peer_id, endpoint, num_established, cause, .. } => {
                 let path = Route::of(&endpoint).path(|relay| self.directory.node_of(relay));
@@ -305,7 +333,9 @@ impl Owner {
                 }
             }
             SwarmEvent::IncomingConnectionError { send_back_addr, error, peer_id, .. } => {
-                if matches!(error, ListenError::Denied { .. }) {
+                if let ListenError::Denied { cause } = &error
+                    && cause.downcast_ref::<allow_block_list::NotAllowed>().is_some()
+                {
                     self.metrics.strangers.inc();
                 }
                 tracing::debug!(from = %send_back_addr, peer = ?peer_id, %error, "refused an incoming connection");

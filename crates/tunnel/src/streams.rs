@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, atomic::AtomicU64},
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -81,14 +81,8 @@ impl NetworkBehaviour for Streams {
         match event {
             FromSwarm::ConnectionEstablished(ConnectionEstablished { peer_id, connection_id, endpoint, .. }) => {
                 if let Some(opener) = self.unconfirmed.remove(&connection_id) {
-                    self.connections.add(Arc::new(Connection {
-                        id: connection_id,
-                        peer: peer_id,
-                        route: Route::of(endpoint),
-                        opener,
-                        received: AtomicU64::new(0),
-                        received_at_failure: AtomicU64::new(0),
-                    }));
+                    let route = Route::of(endpoint);
+                    self.connections.add(Arc::new(Connection::new(connection_id, peer_id, route, opener)));
                 }
             }
             FromSwarm::ConnectionClosed(closed) => {

@@ -6,9 +6,6 @@ use std::{collections::HashMap, time::Duration};
 use libp2p::PeerId;
 use tokio::time::Instant;
 
-/// Pauses double up to this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(600);
-
 #[derive(Debug, Clone, Copy)]
 struct Attempt {
     at: Instant,
@@ -19,12 +16,14 @@ struct Attempt {
 #[derive(Debug)]
 pub(crate) struct Upgrades {
     first_pause: Duration,
+    longest_pause: Duration,
     attempts: HashMap<PeerId, Attempt>,
 }
 
 impl Upgrades {
-    pub(crate) fn new(first_pause: Duration) -> Self {
-        Self { first_pause, attempts: HashMap::new() }
+    /// Pauses double from the first one up to the longest.
+    pub(crate) fn new(first_pause: Duration, longest_pause: Duration) -> Self {
+        Self { first_pause, longest_pause, attempts: HashMap::new() }
     }
 
     /// A relayed connection was made. One that an attempt made itself changes nothing.
@@ -40,9 +39,10 @@ impl Upgrades {
 
     /// The peers to be tried now; each comes again after its next pause.
     pub(crate) fn due(&mut self, now: Instant) -> Vec<PeerId> {
+        let longest = self.longest_pause;
         let due = self.attempts.iter_mut().filter(|(_, attempt)| attempt.at <= now);
         due.map(|(peer, attempt)| {
-            attempt.pause = (attempt.pause * 2).min(LONGEST_PAUSE);
+            attempt.pause = (attempt.pause * 2).min(longest);
             attempt.at = now + attempt.pause;
             *peer
         })
@@ -62,7 +62,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pauses_grow_until_the_peer_is_reached_directly() {
         let (peer, begin, second) = (PeerId::random(), Instant::now(), Duration::from_secs(1));
-        let mut upgrades = Upgrades::new(15 * second);
+        let mut upgrades = Upgrades::new(15 * second, 600 * second);
         upgrades.relayed(peer, begin);
         let mut pauses = Vec::new();
         let mut now = begin;

@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use edgemesh_tunnel::{Carried, Path, TunnelPeer};
+use edgemesh_tunnel::{Carried, Path, TunnelConfig, TunnelPeer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::rig::{Endpoint, echo, header, round_trip, udp_echo, within};
+
+const RELAYED: &str = "edgemesh_tunnel_connections{path=\"relay\"}";
 
 struct Site {
     relay: Endpoint,
@@ -19,13 +21,17 @@ async fn hidden(endpoint: &Endpoint) -> TunnelPeer {
 }
 
 async fn site(hole_punching: bool) -> Site {
+    site_with(|_, config| {
+        config.hole_punching = hole_punching;
+        config.upgrade_pause = Duration::from_millis(200);
+    })
+    .await
+}
+
+/// With settings that `change` makes for `a` and `b`.
+async fn site_with(change: impl Fn(&str, &mut TunnelConfig)) -> Site {
     let relay = Endpoint::start("relay", |config| config.relay_server = true);
-    let [a, b] = ["a", "b"].map(|name| {
-        Endpoint::start(name, |config| {
-            config.hole_punching = hole_punching;
-            config.upgrade_pause = Duration::from_millis(200);
-        })
-    });
+    let [a, b] = ["a", "b"].map(|name| Endpoint::start(name, |config| change(name, config)));
     let relay_peer = relay.peer(2).await;
     relay.tunnel.set_peers(&[hidden(&a).await, hidden(&b).await]);
     a.tunnel.set_peers(&[relay_peer.clone(), hidden(&b).await]);
@@ -148,7 +154,7 @@ async fn a_peer_that_was_reached_through_a_relay_is_reached_directly_as_soon_as_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relayed_connection_is_upgraded_to_a_direct_one() {
+async fn a_relayed_connection_is_upgraded_to_a_direct_one_and_closed() {
     let site = site(true).await;
     let server = echo().await;
     round_trip(&site.a.tunnel, "b", server, "hello").await;
@@ -159,4 +165,50 @@ async fn a_relayed_connection_is_upgraded_to_a_direct_one() {
     })
     .await;
     assert_ne!(round_trip(&site.a.tunnel, "b", server, "hello").await, "relay");
+    within("the relayed connections to be closed", async {
+        while site.a.metric(RELAYED) + site.b.metric(RELAYED) > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+/// No hole is ever punched, since one of the two doesn't know how, while the other goes on trying.
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_that_fail_leave_no_connections_behind_and_room_for_a_direct_one() {
+    const STEP: Duration = Duration::from_millis(20);
+    let site = site_with(|name, config| {
+        config.hole_punching = name == "a";
+        config.upgrade_pause = STEP;
+        config.longest_upgrade_pause = STEP;
+    })
+    .await;
+    let server = echo().await;
+    let mut used = site.a.tunnel.open("b", &header(Carried::Tcp, server)).await.unwrap();
+    assert_eq!(used.path().label(), "relay");
+    within("attempts, more than there may be connections", async {
+        while site.a.metric("edgemesh_tunnel_upgrade_retries_total") < 40 {
+            tokio::time::sleep(STEP).await;
+        }
+    })
+    .await;
+    // The one that is used, the newest, and the next.
+    within("the others to be closed", async {
+        while site.a.metric(RELAYED).max(site.b.metric(RELAYED)) > 3 {
+            tokio::time::sleep(STEP).await;
+        }
+    })
+    .await;
+    used.write_all(b"still").await.unwrap();
+    within("the answer", used.read_exact(&mut [0; 5])).await.unwrap();
+    site.a.tunnel.set_peers(&[site.relay.peer(2).await, site.b.peer(2).await]);
+    within("the direct path", async {
+        while site.a.tunnel.path("b").label() != "quic" {
+            tokio::time::sleep(STEP).await;
+        }
+    })
+    .await;
+    used.write_all(b"there").await.unwrap();
+    within("the answer", used.read_exact(&mut [0; 5])).await.unwrap();
+    assert_eq!(site.b.metric("edgemesh_tunnel_strangers_refused_total"), 0);
 }
