@@ -3,7 +3,7 @@
 use edgemesh_tunnel::{Carried, Path, RefusalReason, StreamHeader, TunnelError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::rig::{Endpoint, counter, echo, header, round_trip, service, udp_echo, within};
+use crate::rig::{Endpoint, counter, echo, flood, header, round_trip, service, udp_echo, within};
 
 async fn pair() -> (Endpoint, Endpoint) {
     let (a, b) = (Endpoint::start("a", |_| {}), Endpoint::start("b", |_| {}));
@@ -163,6 +163,33 @@ async fn many_streams_at_once_share_one_connection() {
     });
     within("all", futures::future::join_all(trips)).await;
     assert_eq!(a.metric("edgemesh_tunnel_connections{path=\"quic\"}"), 1);
+}
+
+/// What a QUIC stream holds unread counts against its whole connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_stop_reading_hold_up_nobody_else() {
+    const STUCK: u64 = 32;
+    let (a, b) = pair().await;
+    let server = flood().await;
+    let mut stuck = Vec::new();
+    for _ in 0..STUCK {
+        let stream = within("open", a.tunnel.open("b", &header(Carried::Tcp, server))).await.unwrap();
+        assert_eq!(stream.path().label(), "quic");
+        stuck.push(stream);
+    }
+    let sent = || b.metric("edgemesh_tunnel_bytes_total{path=\"quic\",direction=\"sent\"}");
+    within("each to be sent what it may hold", async {
+        while sent() < STUCK * (3 << 20) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    for _ in 0..3 {
+        assert_eq!(round_trip(&a.tunnel, "b", echo().await, "still there").await, "quic");
+    }
+    // They get on when they read again.
+    let mut more = vec![0; 8 << 20];
+    within("more", stuck[0].read_exact(&mut more)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

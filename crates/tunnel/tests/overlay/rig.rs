@@ -199,6 +199,18 @@ pub(crate) async fn counter() -> SocketAddr {
     address
 }
 
+/// A TCP server that sends without an end.
+pub(crate) async fn flood() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut connection, _)) = listener.accept().await {
+            tokio::spawn(async move { while connection.write_all(&[7; 64 * 1024]).await.is_ok() {} });
+        }
+    });
+    address
+}
+
 /// A UDP server that sends back what it gets.
 pub(crate) async fn udp_echo() -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
