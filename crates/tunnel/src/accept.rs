@@ -53,6 +53,15 @@ impl Accept for RefuseAll {
     }
 }
 
+/// Stands in for the daemon while all its places are taken.
+pub(crate) struct RefuseBusy;
+
+impl Accept for RefuseBusy {
+    fn accept<'a>(&'a self, _: &'a PeerName, _: &'a StreamHeader) -> BoxFuture<'a, Result<Session, Refusal>> {
+        Box::pin(async { Err(Refusal::new(RefusalReason::Busy, "the node has no place for another stream")) })
+    }
+}
+
 /// Serves one inbound stream to its end.
 pub(crate) async fn serve(
     mut stream: TunnelStream,

@@ -16,14 +16,14 @@ use tokio::{
 };
 
 use crate::{
-    accept::{self, Accept},
+    accept::{self, Accept, RefuseBusy},
     addresses::OwnAddresses,
     behaviour::{Overlay, OverlayEvent},
     config::TunnelConfig,
     connections::{Connections, Route},
     dial::{Connected, DialPlan},
     directory::{Directory, KnownPeer},
-    error::StartError,
+    error::{RefusalReason, StartError},
     metrics::Metrics,
     reservations::Reservations,
     stream::TunnelStream,
@@ -33,6 +33,8 @@ use crate::{
 
 /// How often a draining owner looks whether the last stream has ended.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
+/// Streams at a time that are told that there is no place for them; further ones are dropped.
+const MAX_REFUSED: usize = 256;
 /// Time for closing connections in order.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// How often relayed connections are looked for whose last stream has ended after a direct one had taken their place.
@@ -57,6 +59,7 @@ pub(crate) struct Owner {
     pub(crate) published: watch::Sender<Vec<String>>,
     pub(crate) acceptor: Arc<dyn Accept>,
     pub(crate) inbound_places: Arc<Semaphore>,
+    refusal_places: Arc<Semaphore>,
     pub(crate) metrics: Metrics,
     pub(crate) shutdown: Shutdown,
     pub(crate) relay_server: bool,
@@ -99,6 +102,7 @@ impl Owner {
             published: parts.published,
             acceptor: parts.acceptor,
             inbound_places: Arc::new(Semaphore::new(config.max_inbound_streams)),
+            refusal_places: Arc::new(Semaphore::new(MAX_REFUSED)),
             metrics: parts.metrics,
             shutdown: parts.shutdown,
             relay_server: config.relay_server,
@@ -406,14 +410,16 @@ impl Owner {
 
     fn on_inbound(&mut self, Inbound { connection, stream }: Inbound) {
         let Some(peer) = self.directory.get(&connection.peer).map(|peer| peer.name.clone()) else { return };
-        let Ok(place) = self.inbound_places.clone().try_acquire_owned() else {
-            self.metrics.refused("busy");
-            return;
+        let (place, acceptor): (_, Arc<dyn Accept>) = match self.inbound_places.clone().try_acquire_owned() {
+            Ok(place) => (place, self.acceptor.clone()),
+            Err(_) => match self.refusal_places.clone().try_acquire_owned() {
+                Ok(place) => (place, Arc::new(RefuseBusy)),
+                Err(_) => return self.metrics.refused(RefusalReason::Busy.label()),
+            },
         };
         let path = connection.route.path(|relay| self.directory.node_of(relay));
         let stream = TunnelStream::new(stream, connection, path, &self.metrics);
-        let serving =
-            accept::serve(stream, peer, self.acceptor.clone(), self.metrics.clone(), self.shutdown.stopping().clone());
+        let serving = accept::serve(stream, peer, acceptor, self.metrics.clone(), self.shutdown.stopping().clone());
         self.shutdown.spawn(async move {
             serving.await;
             drop(place);

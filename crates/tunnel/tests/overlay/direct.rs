@@ -193,6 +193,27 @@ async fn clients_that_stop_reading_hold_up_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_has_no_place_for_another_stream_says_so() {
+    let a = Endpoint::start("a", |_| {});
+    let b = Endpoint::start("b", |config| config.max_inbound_streams = 1);
+    a.tunnel.set_peers(&[b.peer(2).await]);
+    b.tunnel.set_peers(&[a.peer(2).await]);
+    let server = echo().await;
+    let first = within("open", a.tunnel.open("b", &header(Carried::Tcp, server))).await.unwrap();
+    let error = within("open", a.tunnel.open("b", &header(Carried::Tcp, server))).await.unwrap_err();
+    let TunnelError::Refused { refusal, .. } = &error else { panic!("{error}") };
+    assert_eq!(refusal.reason, RefusalReason::Busy);
+    assert_eq!(b.metric("edgemesh_tunnel_streams_refused_total{reason=\"busy\"}"), 1, "it is asked once");
+    drop(first);
+    within("the place to be free", async {
+        while a.tunnel.open("b", &header(Carried::Tcp, server)).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn garbage_on_the_listening_ports_changes_nothing() {
     let (a, b) = pair().await;
     for address in b.peer(2).await.addresses {
