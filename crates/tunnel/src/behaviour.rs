@@ -14,9 +14,9 @@ use libp2p::{
 
 use crate::{config::TunnelConfig, connections::Connections, error::StartError, liveness::Liveness, streams::Streams};
 
-/// Streams at a time in one connection. Yamux wants 256 KiB of its 1 GiB window for each; QUIC keeps some hundred bytes for
-/// each that may be opened.
-const MAX_STREAMS: usize = 4096;
+/// Streams at a time in one connection; with QUIC, those of each side. Yamux wants 256 KiB of its 1 GiB window for each; QUIC keeps
+/// some hundred bytes for each that may be opened.
+pub(crate) const MAX_STREAMS: usize = 4096;
 /// Unread data that one stream may hold at the receiver. Enough for 1 Gbit/s at 30 ms.
 const STREAM_WINDOW: u32 = 4 << 20;
 /// The same for a whole QUIC connection: so many streams may be full before the others stand still. What a stream holds is given back

@@ -9,10 +9,39 @@ use std::{
 };
 
 use libp2p::{Multiaddr, PeerId, Stream, core::ConnectedPoint, multiaddr::Protocol, swarm::ConnectionId};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::peer::{DirectTransport, Path};
+use crate::{
+    behaviour::MAX_STREAMS,
+    peer::{DirectTransport, Path},
+    wire::Carried,
+};
+
+/// Left free of each connection's streams: for libp2p's own, and for those that have ended at one of the two sides only.
+const SPARE: usize = 128;
+/// With QUIC the streams of each side have a limit of their own.
+const OVER_QUIC: Opened = Opened::at_most(MAX_STREAMS - SPARE);
+/// With Yamux those of both sides count together, and one too many ends the connection with all the others.
+const OVER_YAMUX: Opened = Opened::at_most(MAX_STREAMS / 2 - SPARE);
+
+/// UDP flows that can go to a node at a time, whichever way it is reached.
+pub const MAX_FLOWS: usize = OVER_YAMUX.flows;
+
+/// Numbers of streams that one side has opened on a connection.
+#[derive(Debug, Clone, Copy, Default)]
+struct Opened {
+    all: usize,
+    /// Those of UDP flows.
+    flows: usize,
+}
+
+impl Opened {
+    /// Limits for both: flows, which stay until they have been idle for long, leave a fifth to connections.
+    const fn at_most(all: usize) -> Self {
+        Self { all, flows: all / 5 * 4 }
+    }
+}
 
 /// Asks a connection for a new stream.
 pub(crate) type OpenRequest = oneshot::Sender<Result<Stream, String>>;
@@ -24,6 +53,7 @@ pub(crate) struct Connection {
     pub(crate) peer: PeerId,
     pub(crate) route: Route,
     pub(crate) opener: mpsc::Sender<OpenRequest>,
+    opened: Mutex<Opened>,
     /// Bytes that streams received over it: a connection that receives is alive, whatever its pings say.
     pub(crate) received: AtomicU64,
     /// `received` at the last failed ping.
@@ -78,13 +108,53 @@ impl Route {
 
 impl Connection {
     pub(crate) fn new(id: ConnectionId, peer: PeerId, route: Route, opener: mpsc::Sender<OpenRequest>) -> Self {
-        Self { id, peer, route, opener, received: AtomicU64::new(0), received_at_failure: AtomicU64::new(0) }
+        Self {
+            id,
+            peer,
+            route,
+            opener,
+            opened: Mutex::default(),
+            received: AtomicU64::new(0),
+            received_at_failure: AtomicU64::new(0),
+        }
+    }
+
+    /// A place for another stream of this side; none if it has opened as many as it may.
+    pub(crate) fn place(self: &Arc<Self>, carried: Carried) -> Option<Place> {
+        let most = match self.route {
+            Route::Quic => OVER_QUIC,
+            Route::Tcp | Route::Relayed(_) => OVER_YAMUX,
+        };
+        let flow = usize::from(carried == Carried::Udp);
+        let mut opened = self.opened.lock();
+        if opened.all >= most.all || opened.flows + flow > most.flows {
+            return None;
+        }
+        opened.all += 1;
+        opened.flows += flow;
+        Some(Place { connection: self.clone(), flow })
     }
 
     /// Whether streams received anything since the last failed ping; remembers the state for the next one.
     pub(crate) fn received_since_failure(&self) -> bool {
         let now = self.received.load(Ordering::Relaxed);
         self.received_at_failure.swap(now, Ordering::Relaxed) != now
+    }
+}
+
+/// Counts a stream of this side, from before it is opened until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    connection: Arc<Connection>,
+    /// 1 for a UDP flow.
+    flow: usize,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut opened = self.connection.opened.lock();
+        opened.all -= 1;
+        opened.flows -= self.flow;
     }
 }
 
@@ -197,6 +267,23 @@ mod tests {
         assert_eq!(table.best(&peer).unwrap().route, Route::Tcp);
         table.remove(&peer, ConnectionId::new_unchecked(2));
         assert_eq!(table.best(&peer).unwrap().id, ConnectionId::new_unchecked(3));
+    }
+
+    #[test]
+    fn no_more_streams_are_opened_than_the_connection_carries_and_flows_leave_room() {
+        for (route, all, flows) in [(Route::Quic, 3968, 3172), (Route::Tcp, 1920, MAX_FLOWS)] {
+            let peer = PeerId::random();
+            let (table, _open) = table(peer, &[(1, route)]);
+            let connection = table.best(&peer).unwrap();
+            let taken = |carried| -> Vec<Place> { std::iter::from_fn(|| connection.place(carried)).collect() };
+            let mut udp = taken(Carried::Udp);
+            let tcp = taken(Carried::Tcp);
+            assert_eq!((udp.len(), tcp.len()), (flows, all - flows), "{route:?}");
+            drop(tcp);
+            assert!(connection.place(Carried::Udp).is_none());
+            udp.pop();
+            assert!(connection.place(Carried::Udp).is_some());
+        }
     }
 
     #[test]

@@ -19,6 +19,12 @@ pub enum TunnelError {
         /// What failed, by address.
         detail: String,
     },
+    /// This side has as many streams open to it as one connection carries.
+    #[error("there are too many streams to node {node}")]
+    Busy {
+        /// The node asked for.
+        node: String,
+    },
     /// The node answered, and refuses this stream.
     #[error("node {node} refused the stream: {refusal}")]
     Refused {
@@ -57,6 +63,7 @@ impl TunnelError {
         match self {
             Self::UnknownNode { .. } => "unknown_node",
             Self::Unreachable { .. } => "unreachable",
+            Self::Busy { .. } => "busy",
             Self::Refused { .. } => "refused",
             Self::Timeout { .. } => "timeout",
             Self::Lost { .. } => "lost",

@@ -24,6 +24,7 @@ mod wire;
 
 pub use accept::{Accept, RefuseAll, Session};
 pub use config::TunnelConfig;
+pub use connections::MAX_FLOWS;
 pub use error::{Refusal, RefusalReason, StartError, TunnelError};
 pub use libp2p::{Multiaddr, PeerId};
 pub use peer::{DirectTransport, Path, PeerName, TunnelPeer};

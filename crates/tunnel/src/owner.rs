@@ -418,7 +418,7 @@ impl Owner {
             },
         };
         let path = connection.route.path(|relay| self.directory.node_of(relay));
-        let stream = TunnelStream::new(stream, connection, path, &self.metrics);
+        let stream = TunnelStream::new(stream, connection, None, path, &self.metrics);
         let serving = accept::serve(stream, peer, acceptor, self.metrics.clone(), self.shutdown.stopping().clone());
         self.shutdown.spawn(async move {
             serving.await;

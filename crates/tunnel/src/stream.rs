@@ -14,7 +14,7 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use crate::{
     blocks::Blocks,
-    connections::Connection,
+    connections::{Connection, Place},
     metrics::{Metrics, StreamBytes},
     peer::Path,
 };
@@ -31,6 +31,8 @@ pub struct TunnelStream {
     path: Path,
     bytes: StreamBytes,
     _open: OpenStream,
+    /// None if the other side opened it.
+    _place: Option<Place>,
 }
 
 /// Counts the stream as open until it is dropped.
@@ -44,7 +46,13 @@ impl Drop for OpenStream {
 }
 
 impl TunnelStream {
-    pub(crate) fn new(stream: libp2p::Stream, connection: Arc<Connection>, path: Path, metrics: &Metrics) -> Self {
+    pub(crate) fn new(
+        stream: libp2p::Stream,
+        connection: Arc<Connection>,
+        place: Option<Place>,
+        path: Path,
+        metrics: &Metrics,
+    ) -> Self {
         metrics.streams.inc();
         Self {
             inner: Blocks::new(stream.compat()),
@@ -52,6 +60,7 @@ impl TunnelStream {
             bytes: metrics.stream_bytes(&path),
             path,
             _open: OpenStream(metrics.streams.clone()),
+            _place: place,
         }
     }
 

@@ -16,7 +16,7 @@ use crate::{
     accept::Accept,
     behaviour,
     config::TunnelConfig,
-    connections::{Connection, Connections},
+    connections::{Connection, Connections, Place},
     directory::{CurrentDirectory, Directory},
     error::{StartError, TunnelError},
     identity,
@@ -155,7 +155,10 @@ impl Tunnel {
                 self.connect(node, peer, deadline).await?;
                 continue;
             };
-            match self.open_on(node, connection, &frame, deadline).await {
+            let Some(place) = connection.place(header.protocol) else {
+                return Err(TunnelError::Busy { node: node.to_owned() });
+            };
+            match self.open_on(node, connection, place, &frame, deadline).await {
                 Err(error @ TunnelError::Lost { .. }) => lost = Some(error),
                 result => return result,
             }
@@ -184,6 +187,7 @@ impl Tunnel {
         &self,
         node: &str,
         connection: Arc<Connection>,
+        place: Place,
         frame: &[u8],
         deadline: Instant,
     ) -> Result<TunnelStream, TunnelError> {
@@ -195,7 +199,7 @@ impl Tunnel {
             let gone = || lost(std::io::ErrorKind::ConnectionReset.into());
             connection.opener.send(request).await.map_err(|_| gone())?;
             let stream = opened.await.map_err(|_| gone())?.map_err(|error| lost(std::io::Error::other(error)))?;
-            let mut stream = TunnelStream::new(stream, connection.clone(), path, &self.shared.metrics);
+            let mut stream = TunnelStream::new(stream, connection.clone(), Some(place), path, &self.shared.metrics);
             stream.write_all(frame).await.map_err(lost)?;
             stream.flush().await.map_err(lost)?;
             match wire::read_answer(&mut stream).await.map_err(lost)? {

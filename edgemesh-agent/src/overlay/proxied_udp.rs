@@ -16,6 +16,7 @@ use edgemesh_mesh::{
     l4::udp::{DatagramSink, Delivery, FlowEnded, FlowLimits, FlowTable, Traffic, socket::receive_whole},
     model::Protocol,
 };
+use edgemesh_tunnel::MAX_FLOWS;
 use futures::future::BoxFuture;
 use nix::{
     cmsg_space,
@@ -38,9 +39,6 @@ use super::{
 
 /// Socket buffers; the kernel may grant less.
 const BUFFER: usize = 4 << 20;
-/// Flows at a time. Below the tunnel's limit of streams, so that flows to one node leave room for connections.
-const MAX_FLOWS: usize = 2048;
-
 /// The bound socket.
 pub(super) struct ProxiedUdp {
     socket: Arc<UdpSocket>,
@@ -79,6 +77,7 @@ impl ProxiedUdp {
 
     /// Serves until it is dropped; the flows end with it.
     pub(super) async fn run(self) {
+        // No more than the tunnel carries to one node, so that idle ones make room before it refuses any.
         let limits = FlowLimits { flows: MAX_FLOWS, idle: self.parts.udp_idle, ..FlowLimits::default() };
         let table = FlowTable::new(limits);
         let mut changes = self.parts.dialer.changes();

@@ -148,6 +148,8 @@ enum Blame {
     Endpoint,
     /// The whole node that it is on.
     Node,
+    /// Nobody, but nothing more gets to the node: it is this process that may open no more streams to it.
+    Way,
     /// Neither: this process lacks something, or the attempt was cut short.
     Nothing,
 }
@@ -170,6 +172,7 @@ impl From<TunnelError> for Failure {
             | TunnelError::Unreachable { .. }
             | TunnelError::Timeout { .. }
             | TunnelError::Lost { .. } => Blame::Node,
+            TunnelError::Busy { .. } => Blame::Way,
             TunnelError::HeaderTooLong(_) | TunnelError::Stopped => Blame::Nothing,
         };
         Self { cause: error.to_string(), blame }
@@ -371,13 +374,16 @@ impl Dialer {
             };
             tried.insert(key.address);
             avoided.insert(key.address);
-            if failure.blame != Blame::Nothing {
+            let blamed = matches!(failure.blame, Blame::Endpoint | Blame::Node);
+            if blamed {
                 self.eject(port, key, began, &failure.cause);
             }
-            if failure.blame == Blame::Node {
+            if matches!(failure.blame, Blame::Node | Blame::Way) {
                 // The others there are no better: those of other nodes first.
                 for address in self.reached_by(port, &reach) {
-                    self.eject(port, EndpointKey { address, protocol: port.protocol }, began, &failure.cause);
+                    if blamed {
+                        self.eject(port, EndpointKey { address, protocol: port.protocol }, began, &failure.cause);
+                    }
                     avoided.insert(address);
                 }
             }

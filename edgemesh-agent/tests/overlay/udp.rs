@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use edgemesh_mesh::model::Protocol;
+use edgemesh_tunnel::{Carried, MAX_FLOWS, StreamHeader, StreamTarget};
 use serde_json::json;
 use tokio::net::UdpSocket;
 
@@ -48,6 +49,37 @@ async fn any_number_of_udp_clients_is_served_and_leaves_tcp_working_and_no_flow_
             && b.metric("edgemesh_tunnel_streams") == 0
     })
     .await;
+}
+
+/// More flows than may go to the node of the endpoint: that says nothing about the endpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flow_that_is_one_too_many_for_the_way_to_a_node_has_no_endpoint_passed_over() {
+    let (a, b) = two_sites().await;
+    let server = udp_server().await;
+    service(&[&a, &b], "dns", "UDP", &[(server, "b")]);
+    let header = StreamHeader {
+        target: StreamTarget::Service { namespace: "default".into(), service: "dns".into(), port_name: "main".into() },
+        protocol: Carried::Udp,
+        endpoint: server,
+        source: "test".into(),
+    };
+    let mut streams = Vec::new();
+    let refused = loop {
+        match within("open", a.overlay.tunnel().open("b", &header)).await {
+            Ok(stream) => streams.push(stream),
+            Err(error) => break error,
+        }
+    };
+    assert!(refused.label() == "busy" && streams.len() >= MAX_FLOWS, "{refused} after {}", streams.len());
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.send_to(b"?", a.listener("dns", Protocol::Udp)).await.unwrap();
+    let failed = "edgemesh_agent_proxied_connections_total{protocol=\"udp\",path=\"none\",result=\"unreachable\"}";
+    until("the flow to fail", || a.metric(failed) == 1).await;
+    assert_eq!(a.metric("edgemesh_agent_proxied_ejections_total"), 0);
+    drop(streams);
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.send_to(b"?", a.listener("dns", Protocol::Udp)).await.unwrap();
+    within("the reply", client.recv(&mut [0; 16])).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

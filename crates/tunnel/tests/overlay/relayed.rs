@@ -212,3 +212,30 @@ async fn attempts_that_fail_leave_no_connections_behind_and_room_for_a_direct_on
     within("the answer", used.read_exact(&mut [0; 5])).await.unwrap();
     assert_eq!(site.b.metric("edgemesh_tunnel_strangers_refused_total"), 0);
 }
+
+/// Streams of clients that come and go without ever ending theirs, as those of UDP flows.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_flow_that_is_one_too_many_is_refused_at_once_and_the_others_stay() {
+    let site = site(false).await;
+    let server = udp_echo().await;
+    let mut flows = Vec::new();
+    let (refused, time) = loop {
+        assert!(flows.len() < 4096, "nothing was refused");
+        let begin = Instant::now();
+        match within("open", site.a.tunnel.open("b", &header(Carried::Udp, server))).await {
+            Ok(stream) => flows.push(stream.into_datagrams()),
+            Err(error) => break (error, begin.elapsed()),
+        }
+    };
+    assert_eq!(refused.label(), "busy", "{refused} after {}", flows.len());
+    assert!(time < site.a.config.open_deadline / 4, "{time:?}");
+    let last = flows.len() - 1;
+    for at in [0, last] {
+        let (sender, receiver) = &mut flows[at];
+        sender.send(b"still there").await.unwrap();
+        assert_eq!(within("the answer", receiver.recv()).await.unwrap().unwrap(), b"still there"[..], "{at}");
+    }
+    assert_eq!(round_trip(&site.a.tunnel, "b", echo().await, "room for connections").await, "relay");
+    flows.pop();
+    assert!(within("open", site.a.tunnel.open("b", &header(Carried::Udp, server))).await.is_ok());
+}
