@@ -378,9 +378,9 @@ impl Candidates {
         self.endpoints.get(key.checked_rem(len)? as usize)
     }
 
-    /// The endpoint of a client (`sessionAffinity: ClientIP`): stays the same while that endpoint stays, whatever
-    /// happens to the others (rendezvous hashing), and is the same on every node. With another `round` it is another choice:
-    /// for a client whose affinity has timed out.
+    /// An endpoint for a client (`sessionAffinity: ClientIP`), the same on every node. One that goes moves its own clients only, but
+    /// one that comes takes its share of all (rendezvous hashing): who is to keep what it has must be remembered. With another
+    /// `round` it is another choice: for a client whose affinity has timed out.
     pub fn pick_for_client(&self, client: IpAddr, round: u64) -> Option<&Arc<Endpoint>> {
         self.endpoints.iter().max_by_key(|endpoint| {
             // Fixed keys, so that every process agrees.

@@ -442,22 +442,20 @@ impl Dialer {
         // address stands for Service addresses of its family.
         let call = Call { family: Some(family), external: true, ..Call::default() };
         let now = Moment::now();
+        let all = || self.choices.of(&catalog, name, family, || viewpoint.candidates_for(&catalog, port, call));
         let candidates = if passed_over.is_empty() && self.health.is_clear() {
-            self.choices.of(&catalog, name, family, || viewpoint.candidates_for(&catalog, port, call))
+            all()
         } else {
             Arc::new(self.health.candidates(&viewpoint, &catalog, port, call, passed_over, now))
         };
         let chosen = match service.client_ip_affinity {
-            Some(timeout) => {
-                let round = self.affinity.round(client.ip(), name, timeout, now);
-                candidates.pick_for_client(client.ip(), round)
-            }
-            None => candidates.pick(rand::random()),
+            Some(timeout) => self.affinity.endpoint(client.ip(), name, timeout, now, &all(), &candidates),
+            None => candidates.pick(rand::random()).cloned(),
         };
         let endpoint = chosen.ok_or(UpstreamError::NoEndpoint)?;
-        let reach = viewpoint.reach(&catalog, endpoint);
+        let reach = viewpoint.reach(&catalog, &endpoint);
         let announcement = service.proxy_protocol.then(|| announcement(service, port, Some(client)));
-        Ok(Chosen { endpoint: endpoint.clone(), reach, spilled: candidates.spilled, announcement })
+        Ok(Chosen { endpoint, reach, spilled: candidates.spilled, announcement })
     }
 
     /// The endpoints of a Service port on the node that is reached in this way.

@@ -11,7 +11,7 @@ use tokio::{
 
 use crate::{
     rig::{Node, service, two_sites, two_sites_behind_a_relay, two_sites_with, until, within},
-    servers::{black_hole, call, greeting_server, nobody, server, server_at, vanish},
+    servers::{black_hole, call, call_from, greeting_server, nobody, server, server_at, vanish},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -214,12 +214,22 @@ async fn a_client_with_affinity_keeps_its_endpoint_whatever_port_it_calls_from()
             "ports": [{"name": "main", "port": 80, "protocol": "TCP"}],
         },
     });
-    a.catalog.apply_service(&serde_json::from_value(sticky).unwrap());
-    a.catalog.publish();
+    let stick = || {
+        a.catalog.apply_service(&serde_json::from_value(sticky.clone()).unwrap());
+        a.catalog.publish();
+    };
+    stick();
     let first = call(&a, "web", b"x").await.unwrap();
     for _ in 0..20 {
         assert_eq!(call(&a, "web", b"x").await.unwrap(), first);
     }
+    // Nor does any client move to an endpoint that comes.
+    let from = |client| call_from([127, 0, 1, client].into(), &a, "web", b"x");
+    let clients = || futures::future::try_join_all((1..=40).map(from));
+    let before = clients().await.unwrap();
+    service(&[&a, &b], "web", "TCP", &[&endpoints[..], &[(server("4").await, "b")]].concat());
+    stick();
+    assert_eq!(clients().await.unwrap(), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

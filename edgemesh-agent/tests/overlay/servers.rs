@@ -1,6 +1,6 @@
 //! The servers behind the Services, and a client.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use edgemesh_mesh::model::Protocol;
 use socket2::{Domain, Socket, Type};
@@ -55,7 +55,14 @@ pub(crate) async fn udp_server() -> SocketAddr {
 
 /// Sends `body`, ends the sending side, and reads the answer to its end.
 pub(crate) async fn call(node: &Node, name: &str, body: &[u8]) -> std::io::Result<String> {
-    let mut connection = TcpStream::connect(node.listener(name, Protocol::Tcp)).await?;
+    call_from(Ipv4Addr::LOCALHOST, node, name, body).await
+}
+
+/// The same from a given address.
+pub(crate) async fn call_from(client: Ipv4Addr, node: &Node, name: &str, body: &[u8]) -> std::io::Result<String> {
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    socket.bind(SocketAddr::from((client, 0)))?;
+    let mut connection = socket.connect(node.listener(name, Protocol::Tcp)).await?;
     connection.write_all(body).await?;
     connection.shutdown().await?;
     let mut answer = String::new();
