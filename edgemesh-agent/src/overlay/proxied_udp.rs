@@ -34,7 +34,7 @@ use super::{
     called::Listening,
     leads::{FlowKey, Leads, Opened, PAUSE},
     proxied::{Parts, prepare},
-    upstream::Standing,
+    upstream::{Standing, UpstreamError},
 };
 
 /// Socket buffers; the kernel may grant less.
@@ -108,6 +108,11 @@ impl ProxiedUdp {
             && self.leads.standing(&self.parts.dialer, &key).is_some_and(|standing| standing != Standing::Ready)
         {
             table.end(&key);
+        }
+        // Strangers' datagrams take no places of flows, and no lines in the log.
+        if table.idle(&key).is_none() && !self.parts.dialer.admits(&called, client) {
+            self.parts.metrics.connection("udp", "none", UpstreamError::Stranger.label());
+            return;
         }
         let opened = Opened::default();
         let (parts, begin) = (self.parts.clone(), Instant::now());

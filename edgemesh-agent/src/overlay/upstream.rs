@@ -250,6 +250,12 @@ impl Dialer {
         }
     }
 
+    /// Whether a client may call this at all.
+    pub(super) fn admits(&self, called: &Called, client: SocketAddr) -> bool {
+        // Whoever is beside this host could make it a gateway into other networks.
+        matches!(called, Called::Service(..)) || self.is_on_node(&self.catalog.snapshot(), client.ip())
+    }
+
     /// Whether an address belongs to a pod of this node or to this host, whose processes call from its addresses.
     fn is_on_node(&self, catalog: &Catalog, ip: IpAddr) -> bool {
         let ranges = catalog.node(&self.standpoint.node).into_iter().flat_map(|node| &node.pod_cidrs);

@@ -195,6 +195,7 @@ fn a_stream_for_an_address_that_is_not_of_its_pods_is_refused_by_the_receiver() 
 
 #[test]
 fn a_machine_beside_the_node_does_not_get_into_other_networks_through_it() {
+    let log = AccessLog::start();
     let sites = Sites::start(&[], |_| {});
     serve(&sites);
     until("the other site", || call(&sites.a.pod, to(POD_B[0], 8080), 1).is_ok_and(|answer| answer == "pod b 1"));
@@ -209,8 +210,21 @@ fn a_machine_beside_the_node_does_not_get_into_other_networks_through_it() {
         std::io::Read::read(&mut &socket, &mut [0; 1])
     });
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    let refused = "edgemesh_agent_pod_calls_connections_total{protocol=\"tcp\",path=\"none\",result=\"stranger\"}";
-    assert_eq!(sites.a.metric(refused), 1);
+    let refused = |protocol| {
+        let labels = format!("{{protocol=\"{protocol}\",path=\"none\",result=\"stranger\"}}");
+        sites.a.metric(&format!("edgemesh_agent_pod_calls_connections_total{labels}"))
+    };
+    assert_eq!(refused("tcp"), 1);
+    sites.a.pod.run(|| {
+        let socket = UdpSocket::bind("172.31.0.9:0").unwrap();
+        for _ in 0..20 {
+            socket.send_to(b"?", to(POD_B[0], 5353)).unwrap();
+        }
+    });
+    until("the datagrams", || refused("udp") == 20);
+    // They have taken no flow.
+    let lines = log.with("result", "stranger");
+    assert!(!lines.is_empty() && lines.iter().all(|line| line["protocol"] == "tcp"), "{lines:?}");
 }
 
 #[test]

@@ -77,6 +77,29 @@ async fn a_udp_flow_leaves_its_line_when_it_has_been_idle() {
     assert_eq!(of_service(&a, "bytes", "logged-udp", "direction=\"to_client\""), 5);
 }
 
+/// A resolver that asks again and again, for example.
+#[tokio::test(flavor = "multi_thread")]
+async fn datagrams_that_go_nowhere_share_a_line_each_second() {
+    let log = AccessLog::start();
+    let (a, b) = two_sites().await;
+    service(&[&a, &b], "logged-nowhere", "UDP", &[]);
+    service(&[&a, &b], "logged-echo", "UDP", &[(udp_server().await, "b")]);
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let begin = std::time::Instant::now();
+    for _ in 0..20 {
+        for _ in 0..50 {
+            client.send_to(b"anybody?", a.listener("logged-nowhere", Protocol::Udp)).await.unwrap();
+        }
+        // All come by one socket: once this is answered, those before it have been taken.
+        client.send_to(b"done", a.listener("logged-echo", Protocol::Udp)).await.unwrap();
+        within("the reply", client.recv(&mut [0; 16])).await.unwrap();
+    }
+    let seconds = begin.elapsed().as_secs() as usize;
+    let lines = lines(log, "logged-nowhere", 1).await;
+    says(&lines[0], &[("result", "no_endpoint"), ("path", "none")]);
+    assert!(lines.len() <= 2 + seconds, "{} lines in {seconds} s", lines.len());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_service_loses_its_series_even_if_a_connection_ends_later() {
     let (a, b) = two_sites().await;

@@ -22,7 +22,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 pub use self::traffic::Traffic;
 
@@ -60,6 +60,9 @@ pub struct FlowLimits {
     pub spared: Duration,
     /// Time to open a flow's remote end.
     pub open: Duration,
+    /// One whose remote end could not be opened keeps its place for this time and swallows what comes, so that not each datagram of
+    /// its client begins another.
+    pub respite: Duration,
 }
 
 impl Default for FlowLimits {
@@ -70,6 +73,7 @@ impl Default for FlowLimits {
             idle: Duration::from_secs(60),
             spared: Duration::from_secs(1),
             open: Duration::from_secs(15),
+            respite: Duration::from_secs(1),
         }
     }
 }
@@ -102,7 +106,7 @@ pub enum FlowEnded {
     NotOpened(io::Error),
     /// An end failed.
     Failed(io::Error),
-    /// The table was closed.
+    /// The table was dropped.
     Stopped,
 }
 
@@ -111,7 +115,6 @@ pub enum FlowEnded {
 pub struct FlowTable<K> {
     limits: FlowLimits,
     shared: Arc<Flows<K>>,
-    tasks: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -135,7 +138,7 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
     /// An empty table.
     pub fn new(limits: FlowLimits) -> Self {
         let shared = Flows { by_key: Mutex::default(), next: AtomicU64::new(0) };
-        Self { limits, shared: Arc::new(shared), tasks: TaskTracker::new(), stop: CancellationToken::new() }
+        Self { limits, shared: Arc::new(shared), stop: CancellationToken::new() }
     }
 
     /// How many flows there are.
@@ -190,16 +193,42 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
 
         let place = Place { key, id, flows: self.shared.clone() };
         let (opening, client, limits, stop) = (open(), client(), self.limits, self.stop.clone());
-        self.tasks.spawn(async move {
+        let run = async move {
+            let stopped = async {
+                tokio::select! {
+                    () = traffic.evicted.cancelled() => FlowEnded::Evicted,
+                    () = stop.cancelled() => FlowEnded::Stopped,
+                }
+            };
+            tokio::pin!(stopped);
             let end = tokio::select! {
                 biased;
-                () = traffic.evicted.cancelled() => FlowEnded::Evicted,
-                end = run(opening, client, datagrams, limits, &traffic) => end,
-                () = stop.cancelled() => FlowEnded::Stopped,
+                end = &mut stopped => end,
+                opened = open_remote(opening, limits.open) => match opened {
+                    Ok(remote) => {
+                        let near = FlowEnd { sink: client, source: Box::new(Queue(datagrams)) };
+                        tokio::select! {
+                            biased;
+                            end = stopped => end,
+                            end = pump(near, remote, limits.idle, &traffic) => end,
+                        }
+                    }
+                    Err(error) => {
+                        drop(client);
+                        ended(FlowEnded::NotOpened(error), &traffic);
+                        tokio::select! {
+                            _ = stopped => {}
+                            _ = timeout(limits.respite, swallow(datagrams)) => {}
+                        }
+                        return drop(place);
+                    }
+                },
             };
             drop(place);
             ended(end, &traffic);
-        });
+        };
+        // It ends with the table at the latest.
+        tokio::spawn(run);
         delivery
     }
 
@@ -213,13 +242,6 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
         if let Some(entry) = self.shared.by_key.lock().remove(key) {
             entry.traffic.evicted.cancel();
         }
-    }
-
-    /// Ends all flows and waits for them.
-    pub async fn close(&self) {
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
     }
 }
 
@@ -269,19 +291,13 @@ impl<K: Eq + Hash> Drop for Place<K> {
     }
 }
 
-async fn run(
-    opening: impl Future<Output = io::Result<FlowEnd>>,
-    client: Box<dyn DatagramSink>,
-    datagrams: mpsc::Receiver<Bytes>,
-    limits: FlowLimits,
-    traffic: &Traffic,
-) -> FlowEnded {
-    let remote = match timeout(limits.open, opening).await {
-        Ok(Ok(remote)) => remote,
-        Ok(Err(error)) => return FlowEnded::NotOpened(error),
-        Err(_) => return FlowEnded::NotOpened(io::ErrorKind::TimedOut.into()),
-    };
-    pump(FlowEnd { sink: client, source: Box::new(Queue(datagrams)) }, remote, limits.idle, traffic).await
+async fn open_remote(opening: impl Future<Output = io::Result<FlowEnd>>, deadline: Duration) -> io::Result<FlowEnd> {
+    timeout(deadline, opening).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Takes datagrams and does nothing with them.
+async fn swallow(mut datagrams: mpsc::Receiver<Bytes>) {
+    while datagrams.recv().await.is_some() {}
 }
 
 struct Queue(mpsc::Receiver<Bytes>);
@@ -374,8 +390,6 @@ mod tests {
             assert_eq!(replies.recv().await.unwrap(), sent);
         }
         assert_eq!(table.len(), 1);
-        table.close().await;
-        assert!(table.is_empty());
     }
 
     #[tokio::test]
@@ -464,31 +478,42 @@ mod tests {
         replies.recv().await.unwrap();
     }
 
-    #[tokio::test]
-    async fn a_flow_that_cannot_be_opened_leaves_no_trace() {
+    #[tokio::test(start_paused = true)]
+    async fn a_flow_that_cannot_be_opened_swallows_datagrams_for_a_while_and_leaves_no_trace() {
         let table = FlowTable::new(FlowLimits { queue: 1, ..FlowLimits::default() });
-        let (client, _replies) = mpsc::channel(8);
+        let (client, mut gone) = mpsc::channel(8);
         let (fail, failing) = oneshot::channel::<()>();
         let (tell, ended) = oneshot::channel();
         let opening = async {
             let _ = failing.await;
             Err(io::ErrorKind::ConnectionRefused.into())
         };
-        let sink = client.clone();
         table.deliver(
             1,
             Bytes::new(),
-            || Box::new(Client(sink)),
+            || Box::new(Client(client)),
             || opening,
             |end, _| {
                 let _ = tell.send(end);
             },
         );
-        let more =
-            table.deliver(1, Bytes::new(), || Box::new(Client(client)), || open(([127, 0, 0, 1], 1).into()), |_, _| {});
-        assert_eq!(more, Delivery::QueueFull);
+        let more = || {
+            let never = || -> std::future::Pending<io::Result<FlowEnd>> { panic!("another flow begins") };
+            table.deliver(1, Bytes::new(), || panic!("another flow begins"), never, |_, _| {})
+        };
+        assert_eq!(more(), Delivery::QueueFull);
         fail.send(()).unwrap();
         assert!(matches!(ended.await.unwrap(), FlowEnded::NotOpened(_)));
-        assert!(table.is_empty());
+        assert!(gone.recv().await.is_none(), "nothing is kept of it");
+        for _ in 0..100 {
+            assert_eq!(more(), Delivery::Queued);
+            tokio::task::yield_now().await;
+        }
+        let emptied = async {
+            while !table.is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(2 * FlowLimits::default().respite, emptied).await.unwrap();
     }
 }
