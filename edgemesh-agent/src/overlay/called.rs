@@ -49,7 +49,8 @@ impl Listening {
     pub(super) fn called(&self, local: SocketAddr, protocol: Protocol) -> Option<Called> {
         match self {
             Self::Services(allocator) => {
-                Some(Called::Service(allocator.service_of(local.ip())?, IpFamily::from(local.ip())))
+                let port = allocator.service_of(local.ip())?;
+                (port.protocol == protocol).then(|| Called::Service(port, IpFamily::from(local.ip())))
             }
             // What is sent to the listener's own address has not been captured.
             Self::Pods => (!local.ip().is_loopback()).then_some(Called::Pod(local, protocol)),

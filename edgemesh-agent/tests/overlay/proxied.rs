@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use crate::{
-    rig::{service, two_sites, within},
+    rig::{service, two_sites, until, within},
     servers::{call, server},
 };
 
@@ -65,6 +65,20 @@ async fn a_service_port_without_endpoints_is_reset() {
     if let Ok(mut connection) = TcpStream::connect(stray).await {
         assert!(within("the reset", connection.read_u8()).await.is_err());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_to_the_address_of_a_udp_port_is_reset_even_if_something_listens_behind_it() {
+    let (a, b) = two_sites().await;
+    service(&[&a, &b], "dns", "UDP", &[(server("not for you").await, "a")]);
+    // The reset may come as early as the connection is made.
+    if let Ok(mut connection) = TcpStream::connect(a.listener("dns", Protocol::Udp)).await {
+        let _ = connection.write_all(b"x").await;
+        let _ = connection.shutdown().await;
+        assert!(within("the reset", connection.read_u8()).await.is_err());
+    }
+    let refused = "edgemesh_agent_proxied_connections_total{protocol=\"tcp\",path=\"none\",result=\"no_service\"}";
+    until("the account", || a.metric(refused) == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
