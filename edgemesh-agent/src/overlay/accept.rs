@@ -11,7 +11,7 @@ use edgemesh_mesh::{
     Catalog, CatalogStore,
     cidr::Cidr,
     l4::{
-        copy::{Copied, CopyEnd, CopyLimits, Side, copy_both},
+        copy::{Copied, CopyEnd, Side, copy_both},
         udp::{Traffic, pump, socket},
     },
     model::{Protocol, Service, ServicePort},
@@ -62,10 +62,10 @@ impl Acceptor {
                     .filter(|(service, _)| service.proxy_protocol)
                     .map(|(service, port)| upstream::announcement(&service, &port, client));
                 let mut endpoint = upstream::dial(header.endpoint, announcement).await.map_err(failed)?;
-                let limits = CopyLimits { idle: None, stop: self.shutdown.forced().clone() };
+                let stop = self.shutdown.forced().clone();
                 Ok(Session::new(move |mut stream| async move {
                     let copied = Copied::default();
-                    let end = copy_both(&mut stream, &mut endpoint, &copied, &limits).await;
+                    let end = copy_both(&mut stream, &mut endpoint, &copied, &stop).await;
                     if let CopyEnd::Broken { error, .. } = &end {
                         tracing::debug!(%error, to = copied.forward(), from = copied.backward(), "a stream broke");
                     }

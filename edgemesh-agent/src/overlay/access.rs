@@ -104,7 +104,6 @@ impl Account {
     pub(super) fn ended(&mut self, end: &CopyEnd) {
         self.result = match end {
             CopyEnd::Closed => "closed",
-            CopyEnd::Idle => "idle",
             CopyEnd::Stopped => "stopped",
             CopyEnd::Broken { .. } => return self.failed("broken"),
         };

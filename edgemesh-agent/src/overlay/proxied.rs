@@ -12,7 +12,7 @@ use std::{
 
 use edgemesh_mesh::{
     cidr::Cidr,
-    l4::copy::{CopyEnd, CopyLimits, Side, copy_both},
+    l4::copy::{CopyEnd, Side, copy_both},
     model::Protocol,
 };
 use edgemesh_telemetry::Shutdown;
@@ -237,17 +237,16 @@ async fn serve(
         }
     };
     let _active = parts.metrics.active(Protocol::Tcp);
-    let limits = CopyLimits { idle: None, stop };
     let copied = &account.copied;
     let end = match upstream {
         Upstream::Direct(mut endpoint) => {
-            let end = copy_both(&mut connection, &mut endpoint, copied, &limits).await;
+            let end = copy_both(&mut connection, &mut endpoint, copied, &stop).await;
             if end.cuts_off(Side::Second) {
                 reset(&endpoint);
             }
             end
         }
-        Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, copied, &limits).await,
+        Upstream::Tunnel(mut stream) => copy_both(&mut connection, &mut stream, copied, &stop).await,
     };
     parts.metrics.tcp_bytes(copied.forward(), copied.backward());
     if end.cuts_off(Side::First) {

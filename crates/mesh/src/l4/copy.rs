@@ -7,13 +7,9 @@ use std::{
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, sleep_until},
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::sync::CancellationToken;
 
 /// A direction starts small, since most connections carry little, and grows when reads fill its buffer.
@@ -40,15 +36,6 @@ impl Copied {
     }
 }
 
-/// When a copy ends though both streams are still open.
-#[derive(Debug, Clone, Default)]
-pub struct CopyLimits {
-    /// After this time without a byte in either direction.
-    pub idle: Option<Duration>,
-    /// When this is cancelled.
-    pub stop: CancellationToken,
-}
-
 /// One of the two streams of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
@@ -63,8 +50,6 @@ pub enum Side {
 pub enum CopyEnd {
     /// Both sides closed.
     Closed,
-    /// Nothing moved for the idle time.
-    Idle,
     /// It was told to stop.
     Stopped,
     /// A stream failed.
@@ -95,7 +80,7 @@ impl CopyEnd {
     pub fn cuts_off(&self, side: Side) -> bool {
         match self {
             Self::Closed => false,
-            Self::Idle | Self::Stopped => true,
+            Self::Stopped => true,
             Self::Broken { side: broken, error } => {
                 side != *broken || !matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
             }
@@ -103,9 +88,9 @@ impl CopyEnd {
     }
 }
 
-/// Copies between two streams until both directions have ended, or either stream fails. The caller should then reset those that
+/// Copies between two streams until both directions have ended, either stream fails, or `stop` is cancelled. The caller should then reset those that
 /// are [cut off](CopyEnd::cuts_off).
-pub async fn copy_both<A, B>(a: &mut A, b: &mut B, copied: &Copied, limits: &CopyLimits) -> CopyEnd
+pub async fn copy_both<A, B>(a: &mut A, b: &mut B, copied: &Copied, stop: &CancellationToken) -> CopyEnd
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
@@ -118,23 +103,7 @@ where
     });
     tokio::select! {
         result = copying => result.err().unwrap_or(CopyEnd::Closed),
-        () = idle(copied, limits.idle) => CopyEnd::Idle,
-        () = limits.stop.cancelled() => CopyEnd::Stopped,
-    }
-}
-
-/// Returns when the counters stood still for the limit.
-async fn idle(copied: &Copied, limit: Option<Duration>) {
-    let Some(limit) = limit else { return std::future::pending().await };
-    let total = || copied.forward() + copied.backward();
-    let mut before = total();
-    loop {
-        sleep_until(Instant::now() + limit).await;
-        let now = total();
-        if now == before {
-            return;
-        }
-        before = now;
+        () = stop.cancelled() => CopyEnd::Stopped,
     }
 }
 
@@ -229,12 +198,12 @@ mod tests {
     type Copying = tokio::task::JoinHandle<(CopyEnd, u64, u64)>;
 
     /// A client and a server with a copy between them.
-    fn proxied(limits: CopyLimits) -> (DuplexStream, DuplexStream, Copying) {
+    fn proxied(stop: CancellationToken) -> (DuplexStream, DuplexStream, Copying) {
         let (client, mut near) = duplex(8 * 1024);
         let (mut far, server) = duplex(8 * 1024);
         let copy = tokio::spawn(async move {
             let copied = Copied::default();
-            let end = copy_both(&mut near, &mut far, &copied, &limits).await;
+            let end = copy_both(&mut near, &mut far, &copied, &stop).await;
             (end, copied.forward(), copied.backward())
         });
         (client, server, copy)
@@ -242,7 +211,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_answer_arrives_after_the_client_closed_its_side() {
-        let (mut client, mut server, copy) = proxied(CopyLimits::default());
+        let (mut client, mut server, copy) = proxied(CancellationToken::new());
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
         let mut question = Vec::new();
@@ -260,7 +229,7 @@ mod tests {
 
     #[tokio::test]
     async fn much_data_in_both_directions_at_once_arrives_whole() {
-        let (client, server, copy) = proxied(CopyLimits::default());
+        let (client, server, copy) = proxied(CancellationToken::new());
         let data: Vec<u8> = (0..3_000_000u32).map(|at| at.to_le_bytes()[at as usize % 4]).collect();
         let exchange = |stream: DuplexStream| {
             let data = data.clone();
@@ -283,30 +252,17 @@ mod tests {
         assert_eq!((forward, backward), (3_000_000, 3_000_000));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_silent_connection_ends_at_the_idle_limit_and_a_busy_one_does_not() {
-        let idle = CopyLimits { idle: Some(Duration::from_secs(60)), ..CopyLimits::default() };
-        let (mut client, mut server, copy) = proxied(idle);
-        for _ in 0..10 {
-            tokio::time::sleep(Duration::from_secs(30)).await;
-            client.write_all(b"x").await.unwrap();
-            server.read_u8().await.unwrap();
-            assert!(!copy.is_finished());
-        }
-        assert!(matches!(copy.await.unwrap().0, CopyEnd::Idle));
-    }
-
     #[tokio::test]
     async fn a_copy_stops_when_it_is_told_to() {
-        let limits = CopyLimits::default();
-        let (_client, _server, copy) = proxied(limits.clone());
-        limits.stop.cancel();
+        let stop = CancellationToken::new();
+        let (_client, _server, copy) = proxied(stop.clone());
+        stop.cancel();
         assert!(matches!(copy.await.unwrap().0, CopyEnd::Stopped));
     }
 
     #[tokio::test]
     async fn a_failing_stream_fails_the_copy() {
-        let (client, server, copy) = proxied(CopyLimits::default());
+        let (client, server, copy) = proxied(CancellationToken::new());
         drop(client);
         drop(server);
         // One side has ended and the other can't be written to, or both have ended: it must not hang.
@@ -342,7 +298,7 @@ mod tests {
     #[tokio::test]
     async fn a_stream_that_its_peer_reset_is_told_from_the_one_that_is_still_open() {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut};
-        let (copied, limits) = (Copied::default(), CopyLimits::default());
+        let (copied, stop) = (Copied::default(), CancellationToken::new());
         for (reads, kind, was_reset) in
             [(false, ConnectionReset, true), (true, BrokenPipe, true), (false, TimedOut, false)]
         {
@@ -351,8 +307,8 @@ mod tests {
                 let (mut peer, mut whole) = duplex(64);
                 peer.write_all(b"to the broken one").await.unwrap();
                 let end = match side {
-                    Side::First => copy_both(&mut broken, &mut whole, &copied, &limits).await,
-                    Side::Second => copy_both(&mut whole, &mut broken, &copied, &limits).await,
+                    Side::First => copy_both(&mut broken, &mut whole, &copied, &stop).await,
+                    Side::Second => copy_both(&mut whole, &mut broken, &copied, &stop).await,
                 };
                 assert_eq!((end.cuts_off(side), end.cuts_off(side.other())), (!was_reset, true), "{end:?}");
             }
