@@ -53,7 +53,7 @@ pub struct StreamHeader {
     pub protocol: Carried,
     /// The chosen endpoint, or the pod's address and port; it must be on the node that accepts the stream.
     pub endpoint: SocketAddr,
-    /// The client as the dialing side knows it, for the log: an address, or a pod.
+    /// The client as the dialing side knows it: for the log, and what a Service that wants the PROXY protocol is told.
     pub source: String,
 }
 
