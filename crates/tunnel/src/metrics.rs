@@ -1,12 +1,17 @@
 //! Counters of the tunnel, by path.
 
-use std::sync::atomic::AtomicU64;
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
+use tokio::time::Instant;
 
 use crate::peer::{DirectTransport, Path};
 
@@ -35,11 +40,42 @@ pub(crate) struct Metrics {
     open_failures: Family<ReasonLabel, Counter>,
     refused: Family<ReasonLabel, Counter>,
     connections: Family<PathLabel, Gauge>,
-    pub(crate) streams: Gauge,
+    pub(crate) streams: OpenStreams,
     pub(crate) strangers: Counter,
     pub(crate) reservations: Gauge,
     pub(crate) upgrades: Counter,
     pub(crate) upgrade_retries: Counter,
+}
+
+/// How many streams are open, and when one ended last.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct OpenStreams {
+    count: Gauge,
+    last_end: Arc<Mutex<Option<Instant>>>,
+}
+
+/// Counts a stream as open until it is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenStream(OpenStreams);
+
+impl OpenStreams {
+    pub(crate) fn begin(&self) -> OpenStream {
+        self.count.inc();
+        OpenStream(self.clone())
+    }
+
+    /// Whether there was none all this time.
+    pub(crate) fn none_for(&self, time: Duration) -> bool {
+        self.count.get() == 0 && self.last_end.lock().is_none_or(|end| end.elapsed() >= time)
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        // Before it is no longer counted.
+        *self.0.last_end.lock() = Some(Instant::now());
+        self.0.count.dec();
+    }
 }
 
 /// The counters of streams on one path.
@@ -59,7 +95,7 @@ impl Metrics {
         registry.register("open_failures", "Streams that could not be opened", metrics.open_failures.clone());
         registry.register("streams_refused", "Streams of other nodes that were refused", metrics.refused.clone());
         registry.register("connections", "Connections to other nodes", metrics.connections.clone());
-        registry.register("streams", "Streams open now", metrics.streams.clone());
+        registry.register("streams", "Streams open now", metrics.streams.count.clone());
         registry.register("strangers_refused", "Connections refused: unknown PeerId", metrics.strangers.clone());
         registry.register("reservations", "Relays that hold a place for this node", metrics.reservations.clone());
         registry.register("upgrades", "Relayed connections upgraded to direct ones", metrics.upgrades.clone());

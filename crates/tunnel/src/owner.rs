@@ -35,6 +35,9 @@ use crate::{
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// Streams at a time that are told that there is no place for them; further ones are dropped.
 const MAX_REFUSED: usize = 256;
+/// How long a draining owner stays when the last stream has ended: what such a stream has sent may still be under way, and a QUIC
+/// connection that is closed discards it.
+const LINGER: Duration = Duration::from_secs(1);
 /// Time for closing connections in order.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// How often relayed connections are looked for whose last stream has ended after a direct one had taken their place.
@@ -120,7 +123,7 @@ impl Owner {
         let stopping = self.shutdown.stopping().clone();
         let mut commands_open = true;
         loop {
-            if stopping.is_cancelled() && self.metrics.streams.get() == 0 {
+            if stopping.is_cancelled() && self.metrics.streams.none_for(LINGER) {
                 break;
             }
             let wake = self.advance(Instant::now(), stopping.is_cancelled());

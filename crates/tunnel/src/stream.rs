@@ -8,14 +8,13 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use crate::{
     blocks::Blocks,
     connections::{Connection, Place},
-    metrics::{Metrics, StreamBytes},
+    metrics::{Metrics, OpenStream, StreamBytes},
     peer::Path,
 };
 
@@ -35,16 +34,6 @@ pub struct TunnelStream {
     _place: Option<Place>,
 }
 
-/// Counts the stream as open until it is dropped.
-#[derive(Debug)]
-struct OpenStream(Gauge);
-
-impl Drop for OpenStream {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
-}
-
 impl TunnelStream {
     pub(crate) fn new(
         stream: libp2p::Stream,
@@ -53,13 +42,12 @@ impl TunnelStream {
         path: Path,
         metrics: &Metrics,
     ) -> Self {
-        metrics.streams.inc();
         Self {
             inner: Blocks::new(stream.compat()),
             connection,
             bytes: metrics.stream_bytes(&path),
             path,
-            _open: OpenStream(metrics.streams.clone()),
+            _open: metrics.streams.begin(),
             _place: place,
         }
     }

@@ -52,7 +52,8 @@ struct Shared {
 
 impl Tunnel {
     /// Loads or makes the identity, listens, and starts the task that owns the connections. Needs a Tokio runtime. The
-    /// tunnel ends with `shutdown`: it stops accepting at once, and stays until its last stream has ended.
+    /// tunnel ends with `shutdown`: it stops accepting at once, and stays until its last stream is gone
+    /// for a second.
     ///
     /// # Errors
     /// When the identity or an address can't be used.

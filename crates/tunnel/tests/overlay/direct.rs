@@ -3,7 +3,7 @@
 use edgemesh_tunnel::{Carried, Path, RefusalReason, StreamHeader, TunnelError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::rig::{Endpoint, counter, echo, flood, header, round_trip, service, udp_echo, within};
+use crate::rig::{DEADLINE, Endpoint, counter, echo, flood, header, round_trip, service, udp_echo, within};
 
 async fn pair() -> (Endpoint, Endpoint) {
     let (a, b) = (Endpoint::start("a", |_| {}), Endpoint::start("b", |_| {}));
@@ -118,6 +118,48 @@ async fn the_answer_arrives_after_the_client_closed_its_side() {
         within("the answer", stream.read_to_string(&mut answer)).await.unwrap();
         assert_eq!(answer, "300000");
     }
+}
+
+/// While the client's node is slow, most of the answer waits for its acknowledgements.
+#[test]
+fn the_answer_arrives_whole_though_its_node_stops_as_soon_as_it_is_sent() {
+    const ANSWER: usize = 256 << 10;
+    let slow = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let fast = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let a = slow.block_on(async { Endpoint::start("a", |_| {}) });
+    let b = fast.block_on(async { Endpoint::start("b", |_| {}) });
+    a.tunnel.set_peers(&[fast.block_on(b.peer(2))]);
+    b.tunnel.set_peers(&[slow.block_on(a.peer(2))]);
+    let listener = fast.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let endpoint = listener.local_addr().unwrap();
+    let asked = fast.spawn(async move {
+        let (mut server, _) = listener.accept().await.unwrap();
+        assert_eq!(server.read(&mut [0; 1]).await.unwrap(), 0);
+        server
+    });
+    let (mut stream, mut server) = slow.block_on(async {
+        let mut stream = a.tunnel.open("b", &header(Carried::Tcp, endpoint)).await.unwrap();
+        stream.shutdown().await.unwrap();
+        (stream, within("the question", asked).await.unwrap())
+    });
+    let shutdown = b.shutdown.clone();
+    let stopping = fast.spawn(async move { shutdown.drain(DEADLINE).await });
+    fast.block_on(async {
+        server.write_all(&[7; ANSWER]).await.unwrap();
+        drop(server);
+        within("the stream to end", async {
+            while b.metric("edgemesh_tunnel_streams") > 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        // Longer than it takes a node without streams to stop.
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    });
+    let mut answer = Vec::new();
+    slow.block_on(async { within("the answer", stream.read_to_end(&mut answer)).await }).unwrap();
+    assert_eq!(answer.len(), ANSWER);
+    assert!(fast.block_on(stopping).unwrap(), "it stops by itself");
 }
 
 #[tokio::test(flavor = "multi_thread")]
