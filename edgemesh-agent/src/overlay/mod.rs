@@ -53,17 +53,12 @@ pub(crate) const COMPONENT: &str = "agent";
 #[derive(Debug, Clone)]
 struct Standpoint {
     node: Arc<str>,
-    /// Overrides the network of the Node's label.
-    network: Option<Arc<str>>,
+    config: Arc<Config>,
 }
 
 impl Standpoint {
     fn viewpoint(&self, catalog: &Catalog) -> Viewpoint {
-        let mut viewpoint = Viewpoint::of(catalog, &self.node);
-        if let Some(network) = &self.network {
-            viewpoint.network = network.clone();
-        }
-        viewpoint
+        self.config.viewpoint(catalog)
     }
 }
 
@@ -122,8 +117,7 @@ impl Overlay {
         registry: &RwLock<Registry>,
         shutdown: &Shutdown,
     ) -> anyhow::Result<Self> {
-        let standpoint =
-            Standpoint { node: config.node_name.as_str().into(), network: config.network.as_deref().map(Into::into) };
+        let standpoint = Standpoint { node: config.node_name.as_str().into(), config: Arc::new(config.clone()) };
         let acceptor = Arc::new(accept::Acceptor::new(standpoint.clone(), catalog.clone(), reports, shutdown.clone()));
         let tunnel_config = tunnel_config(config)?;
         let tunnel = Tunnel::start(&tunnel_config, acceptor, registry, shutdown).context("starting the tunnel")?;
