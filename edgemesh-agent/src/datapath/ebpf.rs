@@ -71,6 +71,9 @@ pub enum EbpfDatapathError {
         /// Why.
         source: std::io::Error,
     },
+    /// The kernel's network namespaces have no cookies, by which programs tell the host's from a pod's.
+    #[error("the kernel has no SO_NETNS_COOKIE (eBPF socket load balancing needs Linux 5.18)")]
+    NoNetnsCookie,
     /// Programs and maps can't be pinned, or their pins not removed.
     #[error("BPF filesystem: {path}: {source}")]
     Pins {
@@ -174,8 +177,10 @@ impl Programs {
 
     fn load(cgroup: PathBuf, pins: Option<Pins>, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
         let folder = File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
-        let host =
-            host::netns_cookie().map_err(|source| EbpfDatapathError::Io { path: "SO_NETNS_COOKIE".into(), source })?;
+        let host = host::netns_cookie().map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOPROTOOPT) => EbpfDatapathError::NoNetnsCookie,
+            _ => EbpfDatapathError::Io { path: "SO_NETNS_COOKIE".into(), source },
+        })?;
         let mut loader = EbpfLoader::new();
         loader.override_global(abi::HOST_NETNS, &host, true);
         for name in [abi::FRONTENDS, abi::FRONTENDS6, abi::CALLS, abi::CALLS6] {

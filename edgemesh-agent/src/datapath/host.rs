@@ -28,7 +28,7 @@ pub(crate) fn addresses() -> HashSet<IpAddr> {
 /// The cookie of the network namespace in which the calling thread is, by which programs know it.
 ///
 /// # Errors
-/// When the kernel, before Linux 5.14, has none.
+/// `ENOPROTOOPT` when the kernel, before Linux 5.14, has none; else when no socket can be opened.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
     let socket = UdpSocket::bind("127.0.0.1:0")?;
     let mut cookie = 0_u64;

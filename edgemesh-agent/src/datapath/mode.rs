@@ -50,7 +50,7 @@ pub(super) fn choose(config: &Config) -> Result<Chosen, DatapathError> {
         DatapathMode::Nftables => nftables(config, "set in the configuration".to_owned())?,
         DatapathMode::Auto => match ebpf(config, "the programs could be loaded".to_owned()) {
             Ok(chosen) => chosen,
-            // Not a lack of the kernel's: falling back would hide a wrong setting.
+            // What the kernel lacks has errors of its own: here falling back would hide a wrong setting.
             Err(error @ EbpfDatapathError::Io { .. }) => return Err(error.into()),
             Err(ebpf) => {
                 let reason = format!("no eBPF: {ebpf}");
