@@ -169,7 +169,24 @@ const fn check(address: [u64; 2], low: u64) -> u64 {
     (mixed ^ mixed >> 29).wrapping_mul(ODD) >> 32
 }
 
-/// A socket, by its cookie, and the backend to which it talks.
+/// To whom a socket was connected last by a Service, as [`crate::Peer`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Peer6 {
+    /// The backend's address.
+    pub backend: SocketAddress6,
+    /// The Service address that it named.
+    pub service: SocketAddress6,
+}
+
+impl Peer6 {
+    /// From the words in a map.
+    pub const fn from_words([b0, b1, b2, s0, s1, s2]: [u64; 6]) -> Self {
+        Self { backend: SocketAddress6::from_words([b0, b1, b2]), service: SocketAddress6::from_words([s0, s1, s2]) }
+    }
+}
+
+/// An unconnected socket, by its cookie, and a backend to which it sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct PeerKey6 {

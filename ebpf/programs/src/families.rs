@@ -1,8 +1,7 @@
 //! IPv4 and IPv6: each with its own maps, so that IPv4 keeps its one-word keys and values.
 
-use aya_ebpf::maps::LruHashMap;
 use edgemesh_ebpf_abi::{
-    Backend, Backend6, Calls, Frontend, FrontendKey, FrontendKey6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    Backend, Backend6, Calls, Frontend, FrontendKey, FrontendKey6, Peer, Peer6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
 };
 
 use crate::maps::{
@@ -40,6 +39,8 @@ pub trait Family {
     fn remember(socket: Socket, backend: Self::Address, service: Self::Address);
     /// Forgets it.
     fn forget(socket: Socket, backend: Self::Address);
+    /// Forgets whatever is remembered of a connected socket, by its cookie.
+    fn forget_closed(cookie: u64);
     /// Whether only processes in the host's own network may be led elsewhere from the address: it is another one in each
     /// network namespace.
     fn is_loopback(service: Self::Address) -> bool;
@@ -84,23 +85,43 @@ impl Family for V4 {
 
     #[inline(always)]
     fn service(socket: Socket, backend: SocketAddress) -> Option<SocketAddress> {
-        // SAFETY: the value is one word, read at once; an entry that is evicted at this moment can at worst show the peer
-        // of another socket to a program that asks for its name.
-        unsafe { peers(socket).get(&PeerKey { cookie: socket.cookie, backend }) }.copied()
+        // SAFETY: an element of a map is memory that lives as long as the program runs, and any words are a value. An entry
+        // that is evicted at this moment can at worst show the peer of another socket to a program that asks for its name.
+        unsafe {
+            if socket.connected {
+                PEERS.get(&socket.cookie).filter(|peer| peer.backend == backend).map(|peer| peer.service)
+            } else {
+                UNCONN_PEERS.get(&PeerKey { cookie: socket.cookie, backend }).copied()
+            }
+        }
     }
 
     #[inline(always)]
     fn remember(socket: Socket, backend: SocketAddress, service: SocketAddress) {
         // Only a full map without anything to evict fails, and then the backend's own address is shown.
-        let _ = peers(socket).insert(&PeerKey { cookie: socket.cookie, backend }, &service, 0);
+        let _ = if socket.connected {
+            PEERS.insert(&socket.cookie, &Peer { backend, service }, 0)
+        } else {
+            UNCONN_PEERS.insert(&PeerKey { cookie: socket.cookie, backend }, &service, 0)
+        };
     }
 
     #[inline(always)]
     fn forget(socket: Socket, backend: SocketAddress) {
-        let key = PeerKey { cookie: socket.cookie, backend };
         // A lookup takes no lock, and nearly always finds nothing.
-        if peers(socket).get_ptr(&key).is_some() {
-            let _ = peers(socket).remove(&key);
+        if Self::service(socket, backend).is_some() {
+            let _ = if socket.connected {
+                PEERS.remove(&socket.cookie)
+            } else {
+                UNCONN_PEERS.remove(&PeerKey { cookie: socket.cookie, backend })
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn forget_closed(cookie: u64) {
+        if PEERS.get_ptr(&cookie).is_some() {
+            let _ = PEERS.remove(&cookie);
         }
     }
 
@@ -108,11 +129,6 @@ impl Family for V4 {
     fn is_loopback(service: SocketAddress) -> bool {
         service.octets()[0] == 127
     }
-}
-
-#[inline(always)]
-fn peers(socket: Socket) -> &'static LruHashMap<PeerKey, SocketAddress> {
-    if socket.connected { &PEERS } else { &UNCONN_PEERS }
 }
 
 #[inline(always)]
@@ -162,19 +178,39 @@ impl Family for V6 {
     #[inline(always)]
     fn service(socket: Socket, backend: SocketAddress6) -> Option<SocketAddress6> {
         // SAFETY: as for IPv4; an entry that is evicted at this moment can show words of two peers.
-        unsafe { peers6(socket).get(&PeerKey6 { cookie: socket.cookie, backend }) }.copied()
+        unsafe {
+            if socket.connected {
+                PEERS6.get(&socket.cookie).filter(|peer| peer.backend == backend).map(|peer| peer.service)
+            } else {
+                UNCONN_PEERS6.get(&PeerKey6 { cookie: socket.cookie, backend }).copied()
+            }
+        }
     }
 
     #[inline(always)]
     fn remember(socket: Socket, backend: SocketAddress6, service: SocketAddress6) {
-        let _ = peers6(socket).insert(&PeerKey6 { cookie: socket.cookie, backend }, &service, 0);
+        let _ = if socket.connected {
+            PEERS6.insert(&socket.cookie, &Peer6 { backend, service }, 0)
+        } else {
+            UNCONN_PEERS6.insert(&PeerKey6 { cookie: socket.cookie, backend }, &service, 0)
+        };
     }
 
     #[inline(always)]
     fn forget(socket: Socket, backend: SocketAddress6) {
-        let key = PeerKey6 { cookie: socket.cookie, backend };
-        if peers6(socket).get_ptr(&key).is_some() {
-            let _ = peers6(socket).remove(&key);
+        if Self::service(socket, backend).is_some() {
+            let _ = if socket.connected {
+                PEERS6.remove(&socket.cookie)
+            } else {
+                UNCONN_PEERS6.remove(&PeerKey6 { cookie: socket.cookie, backend })
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn forget_closed(cookie: u64) {
+        if PEERS6.get_ptr(&cookie).is_some() {
+            let _ = PEERS6.remove(&cookie);
         }
     }
 
@@ -183,11 +219,6 @@ impl Family for V6 {
         // Node ports are not served at `::1`.
         false
     }
-}
-
-#[inline(always)]
-fn peers6(socket: Socket) -> &'static LruHashMap<PeerKey6, SocketAddress6> {
-    if socket.connected { &PEERS6 } else { &UNCONN_PEERS6 }
 }
 
 #[inline(always)]

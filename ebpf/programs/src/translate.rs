@@ -5,13 +5,13 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use edgemesh_ebpf_abi::{Calls, Counter, Frontend, SocketAddress, SocketAddress6, TCP, UDP};
+use edgemesh_ebpf_abi::{Calls, Counter, Frontend, TCP, UDP};
 
 use crate::{
     PROCEED, affinity,
     families::{Family, Socket, V4, V6},
     maps::{HOST_NETNS, count},
-    sockets::{SocketCall, read},
+    sockets::{AF_INET6, SocketCall, read},
 };
 
 /// The kernel ends the call with the error that was set.
@@ -98,25 +98,17 @@ pub fn to_service<C: SocketCall>(call: &C) {
     }
 }
 
-/// Drops what was remembered for a socket that is closed. What unconnected sockets leave is evicted with time.
+/// Drops what was remembered for a socket that is closed, whether or not it has a peer at the end: its connect may have
+/// failed. What unconnected sockets leave is evicted with time.
 #[inline(always)]
 pub fn forget(socket: &SockContext) {
-    // SAFETY: the kernel gives a valid context for the length of the program.
-    let raw = unsafe { &*socket.sock };
-    let port = read(&raw const raw.dst_port);
-    if port == 0 {
-        return;
-    }
     // SAFETY: the helper takes the context of this program type.
     let cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
-    let socket = Socket { cookie, connected: true };
-    let address = read(&raw const raw.dst_ip4);
-    // An IPv6 socket with an IPv4 peer has this field too.
-    if address != 0 {
-        return V4::forget(socket, SocketAddress::from_network(address, port));
+    V4::forget_closed(cookie);
+    // SAFETY: the kernel gives a valid context for the length of the program.
+    if read(unsafe { &raw const (*socket.sock).family }) == AF_INET6 {
+        V6::forget_closed(cookie);
     }
-    let word = |at: usize| read(&raw const raw.dst_ip6[at]);
-    V6::forget(socket, SocketAddress6::from_network([word(0), word(1), word(2), word(3)], port));
 }
 
 #[inline(always)]

@@ -27,8 +27,8 @@ pub struct Counters {
     counters: PerCpuArray<MapData, u64>,
     calls: Batches<<V4 as Family>::Key, [u64; 2]>,
     calls6: Batches<<V6 as Family>::Key, [u64; 2]>,
-    peers: Batches<[u64; 2], u64>,
-    peers6: Batches<[u64; 4], [u64; 3]>,
+    peers: Batches<u64, [u64; 2]>,
+    peers6: Batches<u64, [u64; 6]>,
 }
 
 impl fmt::Debug for Counters {
@@ -58,7 +58,7 @@ impl Counters {
         Ok(values.iter().sum())
     }
 
-    /// How many backends of connected sockets are remembered with their Service addresses. Walks the whole maps.
+    /// How many sockets are remembered that were connected to a backend, with each family one at most. Walks the whole maps.
     ///
     /// # Errors
     /// When a map can't be read.
@@ -97,7 +97,7 @@ fn read_calls<F: Family>(
     })
 }
 
-/// A socket that was sent to a backend.
+/// A socket that was connected to a backend. It may have another peer by now, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Peer {
     /// The socket's cookie.
@@ -110,10 +110,10 @@ pub(super) struct Peer {
 
 /// What the programs remember of connected sockets: another handle on the same maps.
 pub(super) struct Peers {
-    all: Batches<[u64; 2], u64>,
-    all6: Batches<[u64; 4], [u64; 3]>,
-    ipv4: BpfHashMap<MapData, [u64; 2], u64>,
-    ipv6: BpfHashMap<MapData, [u64; 4], [u64; 3]>,
+    all: Batches<u64, [u64; 2]>,
+    all6: Batches<u64, [u64; 6]>,
+    ipv4: BpfHashMap<MapData, u64, [u64; 2]>,
+    ipv6: BpfHashMap<MapData, u64, [u64; 6]>,
 }
 
 impl Peers {
@@ -134,37 +134,37 @@ impl Peers {
     /// # Errors
     /// When not all of it can be read.
     pub(super) fn each(&self, mut found: impl FnMut(Peer)) -> Result<(), EbpfDatapathError> {
-        each(&self.all, abi::PEERS, |[cookie, backend], services| {
-            let address = |bits| {
-                let address = abi::SocketAddress::from_bits(bits);
-                SocketAddr::from((Ipv4Addr::from(address.octets()), address.port()))
-            };
-            let Some(&service) = services.first() else { return };
-            found(Peer { cookie, backend: address(backend), service: address(service) });
-        })?;
-        each(&self.all6, abi::PEERS6, |[cookie, high, low, port], services| {
-            let address = |words| {
-                let address = abi::SocketAddress6::from_words(words);
-                SocketAddr::from((Ipv6Addr::from(address.octets()), address.port()))
-            };
-            let Some(&service) = services.first() else { return };
-            found(Peer { cookie, backend: address([high, low, port]), service: address(service) });
-        })
+        each(&self.all, abi::PEERS, |cookie, peers| found(Peer::of(cookie, peers[0])))?;
+        each(&self.all6, abi::PEERS6, |cookie, peers| found(Peer::of6(cookie, peers[0])))
     }
 
-    /// Forgets a socket.
+    /// Forgets a socket, unless it was connected to another backend meanwhile.
     pub(super) fn forget(&mut self, cookie: u64, backend: SocketAddr) {
+        let known = match backend {
+            SocketAddr::V4(_) => self.ipv4.get(&cookie, 0).map(|peer| Peer::of(cookie, peer)),
+            SocketAddr::V6(_) => self.ipv6.get(&cookie, 0).map(|peer| Peer::of6(cookie, peer)),
+        };
         // What is not there any more was forgotten by the programs.
-        match backend {
-            SocketAddr::V4(backend) => {
-                let address = abi::SocketAddress::new(backend.ip().octets(), backend.port());
-                drop(self.ipv4.remove(&[cookie, address.to_bits()]));
-            }
-            SocketAddr::V6(backend) => {
-                let [high, low, port] = abi::SocketAddress6::new(backend.ip().octets(), backend.port()).to_words();
-                drop(self.ipv6.remove(&[cookie, high, low, port]));
-            }
+        if known.is_ok_and(|known| known.backend == backend) {
+            let _ = match backend {
+                SocketAddr::V4(_) => self.ipv4.remove(&cookie),
+                SocketAddr::V6(_) => self.ipv6.remove(&cookie),
+            };
         }
+    }
+}
+
+impl Peer {
+    fn of(cookie: u64, words: [u64; 2]) -> Self {
+        let address = |address: abi::SocketAddress| (Ipv4Addr::from(address.octets()), address.port()).into();
+        let abi::Peer { backend, service } = abi::Peer::from_words(words);
+        Self { cookie, backend: address(backend), service: address(service) }
+    }
+
+    fn of6(cookie: u64, words: [u64; 6]) -> Self {
+        let address = |address: abi::SocketAddress6| (Ipv6Addr::from(address.octets()), address.port()).into();
+        let abi::Peer6 { backend, service } = abi::Peer6::from_words(words);
+        Self { cookie, backend: address(backend), service: address(service) }
     }
 }
 

@@ -96,7 +96,7 @@ impl Sweeper {
                 swept.failed += 1;
             }
         }
-        // Those that have another peer now, or were closed.
+        // Those that have another peer now.
         for ((cookie, backend), _) in suspects.into_iter().filter(|(_, gone)| *gone == (true, true)) {
             self.peers.forget(cookie, backend);
         }

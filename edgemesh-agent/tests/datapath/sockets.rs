@@ -59,7 +59,7 @@ fn receive(socket: &UdpSocket) -> (String, SocketAddr) {
 }
 
 /// `connect` with `AF_UNSPEC`: the socket has no peer any more.
-fn disconnect(socket: &UdpSocket) {
+fn disconnect(socket: &impl AsRawFd) {
     let address = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
     let length = size_of::<libc::sockaddr>() as libc::socklen_t;
     // SAFETY: the address is valid for the call.
@@ -255,6 +255,38 @@ fn connects_that_fail_leave_nothing_behind() {
     }
     assert_eq!(counters.get(Counter::TcpConnects).unwrap(), 100);
     assert_eq!(counters.remembered_peers().unwrap(), 0);
+}
+
+/// Nor does it when the connect failed before anything was sent, or the socket let its peer go.
+#[test]
+fn sockets_that_have_no_peer_when_they_are_closed_leave_nothing_behind() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "fd00:1::5"]);
+    let (mut programs, counters) = sandbox.programs();
+    for (vip, here, nowhere, any) in [
+        ("10.96.0.20", "10.244.1.5:8080", "203.0.113.9:8080", "0.0.0.0:0"),
+        ("[fd00:96::20]", "[fd00:1::5]:8080", "[2001:db8::9]:8080", "[::]:0"),
+    ] {
+        tcp_server(here);
+        let (near, far) = (format!("{vip}:80"), format!("{vip}:81"));
+        for protocol in [Tcp, Udp] {
+            set(&mut programs, protocol, &near, Some(&[here]));
+            set(&mut programs, protocol, &far, Some(&[nowhere]));
+        }
+        let udp = || UdpSocket::bind(any).unwrap();
+        for _ in 0..50 {
+            assert_eq!(TcpStream::connect(&far).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+            assert_eq!(udp().connect(&far).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+        }
+        let (tcp, udp) = (TcpStream::connect(&near).unwrap(), udp());
+        udp.connect(&near).unwrap();
+        assert_eq!(counters.remembered_peers().unwrap(), 2);
+        disconnect(&tcp);
+        disconnect(&udp);
+        drop((tcp, udp));
+        assert_eq!(counters.remembered_peers().unwrap(), 0, "{vip}");
+    }
+    assert_eq!(counters.get(Counter::TcpConnects).unwrap(), 102);
+    assert_eq!(counters.get(Counter::UdpConnects).unwrap(), 102);
 }
 
 /// Programs that name the name server with each question leave one remembered peer a question.
