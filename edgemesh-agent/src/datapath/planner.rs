@@ -159,6 +159,7 @@ mod tests {
     #[test]
     fn what_changes_leads_to_the_same_as_a_plan_in_full() {
         let store = CatalogStore::new();
+        store.mark_synced();
         apply(&store, "Node", node("a1", "site-a", "192.168.1.11"));
         apply(&store, "Node", node("b1", "site-b", "192.168.2.11"));
         let allocator = Allocator::in_memory(Ipv4Range::default());
