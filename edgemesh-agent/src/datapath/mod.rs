@@ -164,6 +164,7 @@ impl Datapath {
             allocator,
             dns,
             has_external: false,
+            host_addresses: host::KnownAddresses::default(),
         };
         let task = tokio::spawn(worker.run(catalog, shutdown.clone(), readiness));
         Ok(Self { state, about: Arc::new(about), task })
@@ -228,6 +229,7 @@ struct Worker {
     dns: Vec<ClusterDns>,
     /// Whether a Service has `externalIPs`, so that the host's addresses matter.
     has_external: bool,
+    host_addresses: host::KnownAddresses,
 }
 
 impl Worker {
@@ -299,7 +301,8 @@ impl Worker {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
         self.has_external = catalog.services().any(|service| !service.external_ips.is_empty());
-        let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
+        let host_addresses =
+            if self.has_external { self.host_addresses.update(host::addresses()).clone() } else { HashSet::new() };
         let (allocator, dns) = (Arc::clone(&self.allocator), self.dns.clone());
         let surroundings =
             Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: &dns };

@@ -51,7 +51,8 @@ impl Acceptor {
             let viewpoint = self.standpoint.viewpoint(&catalog);
             return self.reports.accept(catalog, &viewpoint, peer);
         }
-        let called = check(&catalog, &self.standpoint.node, peer, header, host::addresses)?;
+        let host_addresses = || host::addresses().unwrap_or_default();
+        let called = check(&catalog, &self.standpoint.node, peer, header, host_addresses)?;
         let failed =
             |error: std::io::Error| Refusal::new(RefusalReason::DialFailed, format!("{}: {error}", header.endpoint));
         match header.protocol {
