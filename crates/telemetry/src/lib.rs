@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod config;
 pub mod daemon;
+mod descriptors;
 pub mod drain;
 mod footprint;
 pub mod logging;

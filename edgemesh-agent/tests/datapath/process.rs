@@ -151,6 +151,19 @@ fn auto_takes_nftables_on_kernels_whose_network_namespaces_have_no_cookies() {
     assert!(page["reason"].as_str().unwrap().starts_with("no eBPF: "), "{}", page["reason"]);
 }
 
+#[test]
+fn the_limit_of_open_descriptors_is_as_high_as_it_may_be() {
+    let sandbox = node();
+    let (data, port) = (tempfile::tempdir().unwrap(), free_port());
+    let agent = command(&sandbox, data.path(), port, "+all", &[]);
+    let mut limited = Command::new("prlimit");
+    limited.arg("--nofile=1024:16384").arg(agent.get_program()).args(agent.get_args());
+    let agent = start(limited, port);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.0.id())).unwrap();
+    let open_files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    assert_eq!(open_files.split_whitespace().collect::<Vec<_>>(), ["16384", "16384", "files"]);
+}
+
 fn uninstall(mut command: Command) {
     command.arg("uninstall");
     assert!(output(command).status.success());
