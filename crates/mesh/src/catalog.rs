@@ -143,6 +143,12 @@ impl Catalog {
         !self.nodes.changed_since(&older.nodes, Arc::ptr_eq).is_empty()
     }
 
+    /// The same in what endpoint choice reads: not where a node's tunnel is reached, which its agent publishes anew at times,
+    /// nor whether it runs a gateway.
+    pub fn places_changed(&self, older: &Self) -> bool {
+        !self.nodes.changed_since(&older.nodes, |new, old| Arc::ptr_eq(new, old) || is_same_place(new, old)).is_empty()
+    }
+
     /// Puts a Service in, or takes it out with `None`; every index follows.
     pub(crate) fn set_service(&mut self, name: &ServiceName, new: Option<Arc<Service>>) {
         let old = self.services.get(name).cloned();
@@ -262,6 +268,16 @@ impl Catalog {
             self.pod_ranges = ranges.into();
         }
     }
+}
+
+fn is_same_place(one: &Node, other: &Node) -> bool {
+    let Node { name, network, zone, addresses, pod_cidrs, ready, gateway: _, peers: _ } = one;
+    *name == other.name
+        && *network == other.network
+        && *zone == other.zone
+        && *addresses == other.addresses
+        && *pod_cidrs == other.pod_cidrs
+        && *ready == other.ready
 }
 
 /// The distinct addresses of a Service's endpoints, sorted.
