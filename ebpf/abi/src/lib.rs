@@ -57,6 +57,11 @@ pub const MAX_PEERS6: u32 = 16_384;
 pub const MAX_UNCONNECTED_PEERS6: u32 = 8_192;
 /// Name of the constant that holds the cookie of the network namespace for whose processes loopback addresses have node ports.
 pub const HOST_NETNS: &str = "HOST_NETNS";
+/// Name of the constant [`SocketAddress`] at which nobody listens, to which pods' UDP sockets are connected that name a port
+/// which a Service lacks.
+pub const NOWHERE: &str = "NOWHERE";
+/// As [`NOWHERE`], the words of a [`SocketAddress6`].
+pub const NOWHERE6: &str = "NOWHERE6";
 /// How many clients are remembered with the backends that they keep; the least used is forgotten first.
 pub const MAX_AFFINITIES: u32 = 8_192;
 /// How many backends a frontend with affinity can have: programs look through all of them.

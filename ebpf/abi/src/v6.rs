@@ -55,6 +55,7 @@ impl SocketAddress6 {
     }
 
     /// From the words in a map.
+    #[inline(always)]
     pub const fn from_words([high, low, port]: [u64; 3]) -> Self {
         Self { address: [high, low], port }
     }

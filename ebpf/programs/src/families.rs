@@ -5,7 +5,7 @@ use edgemesh_ebpf_abi::{
 };
 
 use crate::maps::{
-    BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, PEERS, PEERS6, UNCONN_PEERS, UNCONN_PEERS6, count_call,
+    BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, NOWHERE, NOWHERE6, PEERS, PEERS6, UNCONN_PEERS, UNCONN_PEERS6, count_call,
 };
 
 /// A socket by its cookie.
@@ -29,6 +29,10 @@ pub trait Family {
     fn count_closed(service: Self::Address, protocol: u8);
     /// Whether the address, on some port, is a Service's.
     fn is_service(service: Self::Address, protocol: u8) -> bool;
+    /// Whether the address has port 0, which no Service port has: it stands for those that a Service lacks.
+    fn is_any_port(service: Self::Address) -> bool;
+    /// Where nobody listens.
+    fn nowhere() -> Self::Address;
     /// The backend in a slot; nothing if the slot is of another generation.
     fn backend(slot: u32, generation: u16) -> Option<Self::Address>;
     /// The timeout in seconds in the slot behind the backends; nothing if the slot is of another generation.
@@ -71,6 +75,16 @@ impl Family for V4 {
     #[inline(always)]
     fn is_service(service: SocketAddress, protocol: u8) -> bool {
         FRONTENDS.get_ptr(FrontendKey::new(service, protocol).any_port()).is_some()
+    }
+
+    #[inline(always)]
+    fn is_any_port(service: SocketAddress) -> bool {
+        service.network_port() == 0
+    }
+
+    #[inline(always)]
+    fn nowhere() -> SocketAddress {
+        SocketAddress::from_bits(NOWHERE.load())
     }
 
     #[inline(always)]
@@ -163,6 +177,16 @@ impl Family for V6 {
     #[inline(always)]
     fn is_service(service: SocketAddress6, protocol: u8) -> bool {
         FRONTENDS6.get_ptr(FrontendKey6::new(service, protocol).any_port()).is_some()
+    }
+
+    #[inline(always)]
+    fn is_any_port(service: SocketAddress6) -> bool {
+        service.network_port() == 0
+    }
+
+    #[inline(always)]
+    fn nowhere() -> SocketAddress6 {
+        SocketAddress6::from_words(NOWHERE6.load())
     }
 
     #[inline(always)]

@@ -70,6 +70,14 @@ pub static UNANSWERED: RingBuf = RingBuf::with_byte_size(UNANSWERED_BYTES, 0);
 #[unsafe(no_mangle)]
 pub static HOST_NETNS: Global<u64> = Global::new(0);
 
+/// Where nobody listens, as sockets of pods reach it; set when the programs are loaded.
+#[unsafe(no_mangle)]
+pub static NOWHERE: Global<u64> = Global::new(0);
+
+/// As [`NOWHERE`], for IPv6.
+#[unsafe(no_mangle)]
+pub static NOWHERE6: Global<[u64; 3]> = Global::new([0; 3]);
+
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
 

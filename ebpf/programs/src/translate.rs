@@ -73,6 +73,10 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
             count(Counter::Misses);
             PROCEED
         }
+        Choice::Closed if connect && !tcp => {
+            to_nowhere(call, socket, service);
+            PROCEED
+        }
         Choice::Closed => {
             count(Counter::Refused);
             C::Family::count_closed(service, protocol as u8);
@@ -87,6 +91,19 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
             count(Counter::Inconsistent);
             refuse(EHOSTUNREACH)
         }
+    }
+}
+
+/// Connects a UDP socket to a port that the Service lacks. No host refuses that, and programs find out so which families
+/// work (RFC 6724, section 6, rule 1), whether or not the Service has a UDP port: it must fail where the pod has no route,
+/// and only there. Its datagrams are refused, by the host that nobody listens.
+#[inline(always)]
+fn to_nowhere<C: SocketCall>(call: &C, socket: Socket, service: AddressOf<C>) {
+    // The host itself reaches its node-local addresses without a route.
+    if call.netns() != HOST_NETNS.load() {
+        let nowhere = C::Family::nowhere();
+        C::Family::remember(socket, nowhere, service);
+        call.set_address(nowhere);
     }
 }
 
@@ -124,7 +141,7 @@ fn choose<C: SocketCall>(call: &C, service: AddressOf<C>, protocol: u8, cookie: 
             return Choice::None;
         }
         if frontend.count() == 0 {
-            return Choice::NoBackend;
+            return if C::Family::is_any_port(service) { Choice::Closed } else { Choice::NoBackend };
         }
         // A UDP socket keeps its backend while the set stays the same, for protocols that send more than one datagram.
         let random = if protocol == TCP { random() } else { spread(cookie) };
