@@ -577,8 +577,7 @@ fn pause_after(failures: u32) -> Duration {
 
 /// Whether a backend is an endpoint on the node from which is looked.
 fn is_local(catalog: &Catalog, viewpoint: &Viewpoint, backend: SocketAddr, protocol: Protocol) -> bool {
-    let endpoint = catalog.endpoint_at(backend, protocol);
-    endpoint.and_then(|endpoint| catalog.node_of_endpoint(endpoint)).is_some_and(|node| node == viewpoint.node)
+    catalog.is_endpoint_on(backend, protocol, &viewpoint.node)
 }
 
 fn pod_ranges(catalog: &Catalog, node: &str) -> Vec<Cidr> {

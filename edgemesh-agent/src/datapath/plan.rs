@@ -225,7 +225,9 @@ pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port:
     }
     if candidates.tier <= Tier::Network {
         let address = |endpoint: &Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
-        let backends = candidates.endpoints.iter().map(address).collect();
+        let mut backends: Vec<SocketAddr> = candidates.endpoints.iter().map(address).collect();
+        // Two Node objects can stand for one machine.
+        backends.dedup();
         let affinity = catalog.service_named(&port.service).and_then(|service| service.client_ip_affinity);
         return match affinity {
             Some(timeout) => Target::Sticky(few(backends, &surroundings.viewpoint.node), timeout),
