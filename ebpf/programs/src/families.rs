@@ -1,11 +1,13 @@
 //! IPv4 and IPv6: each with its own maps, so that IPv4 keeps its one-word keys and values.
 
 use edgemesh_ebpf_abi::{
-    Backend, Backend6, Calls, Frontend, FrontendKey, FrontendKey6, Peer, Peer6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    Backend, Backend6, Calls, Frontend, FrontendKey, FrontendKey6, Peer, Peer6, PeerKey, PeerKey6, SocketAddress,
+    SocketAddress6,
 };
 
 use crate::maps::{
-    BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, NOWHERE, NOWHERE6, PEERS, PEERS6, UNCONN_PEERS, UNCONN_PEERS6, count_call,
+    BACKENDS, BACKENDS6, CALLS, CALLS6, FRONTENDS, FRONTENDS6, NOWHERE, NOWHERE6, PEERS, PEERS6, UNCONN_PEERS,
+    UNCONN_PEERS6, count_call,
 };
 
 /// A socket by its cookie.
@@ -58,7 +60,9 @@ impl Family for V4 {
 
     #[inline(always)]
     fn frontend(service: SocketAddress, protocol: u8) -> Option<Frontend> {
-        // SAFETY: the value is one word, read at once; the generation tells if the element was reused meanwhile.
+        // SAFETY: the value is one word, read at once. An element that is given to another frontend between the lookup and the
+        // read shows that one, with slots of its generation: for that a program must be interrupted just there, while its
+        // frontend is written and another one after it. What it can come to then is another Service's backend, for one call.
         unsafe { FRONTENDS.get(&FrontendKey::new(service, protocol)) }.copied()
     }
 

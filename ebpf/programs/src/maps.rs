@@ -6,8 +6,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
 use edgemesh_ebpf_abi::{
-    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_PEERS, MAX_PEERS6, MAX_UNCONNECTED_PEERS, MAX_UNCONNECTED_PEERS6, Peer, Peer6, PeerKey, PeerKey6,
-    SocketAddress, SocketAddress6, UNANSWERED_BYTES,
+    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_PEERS, MAX_PEERS6,
+    MAX_UNCONNECTED_PEERS, MAX_UNCONNECTED_PEERS6, Peer, Peer6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    UNANSWERED_BYTES,
 };
 
 /// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
@@ -55,7 +56,8 @@ pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_
 
 /// What became of calls, by Service address. Addresses that nobody calls have no entry.
 #[map]
-pub static CALLS: PerCpuHashMap<FrontendKey, Calls> = PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
+pub static CALLS: PerCpuHashMap<FrontendKey, Calls> =
+    PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
 
 /// As [`CALLS`], for IPv6.
 #[map]
