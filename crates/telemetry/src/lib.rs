@@ -13,4 +13,4 @@ pub use admin::{Admin, AdminRoutes, PageError, Parameters};
 pub use config::{ConfigError, Problems, Validate};
 pub use daemon::{AdminConfig, LogConfig};
 pub use drain::{DrainToken, Shutdown};
-pub use readiness::{Readiness, ReadinessTask};
+pub use readiness::{Done, Readiness, ReadinessTask};

@@ -37,7 +37,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr, model::Protocol};
-use edgemesh_telemetry::{ReadinessTask, Shutdown};
+use edgemesh_telemetry::{Done, ReadinessTask, Shutdown};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -235,7 +235,7 @@ struct Worker {
 impl Worker {
     async fn run(mut self, catalog: Arc<CatalogStore>, shutdown: Shutdown, readiness: ReadinessTask) {
         let mut generations = catalog.subscribe();
-        let mut readiness = Some(readiness);
+        let (mut readiness, mut is_ready) = (Some(readiness), None);
         let mut retry_at = None;
         loop {
             generations.mark_unchanged();
@@ -258,6 +258,8 @@ impl Worker {
                 Ok((worker, whole)) => (self, is_whole) = (worker, whole),
                 Err(error) => {
                     tracing::error!(%error, "programming failed; what is programmed stays as it is");
+                    // Changes are not seen any more: the node must not look as if they were.
+                    drop(is_ready.map(Done::undo));
                     return;
                 }
             }
@@ -266,7 +268,7 @@ impl Worker {
                 && self.missing.failed == 0
                 && let Some(readiness) = readiness.take()
             {
-                readiness.ready();
+                is_ready = Some(readiness.ready());
             }
             match (self.missing.is_all(), is_whole) {
                 (true, _) => self.failures = 0,
