@@ -150,6 +150,7 @@ impl FrontendKey {
     }
 
     /// The address and port.
+    #[inline(always)]
     pub const fn address(self) -> SocketAddress {
         SocketAddress(self.0 & 0xffff_ffff_ffff)
     }
@@ -298,15 +299,8 @@ impl Backend {
 pub struct Peer {
     /// The backend's address.
     pub backend: SocketAddress,
-    /// The Service address that it named.
-    pub service: SocketAddress,
-}
-
-impl Peer {
-    /// From the words in a map.
-    pub const fn from_words([backend, service]: [u64; 2]) -> Self {
-        Self { backend: SocketAddress::from_bits(backend), service: SocketAddress::from_bits(service) }
-    }
+    /// The Service address that it named, and its protocol.
+    pub service: FrontendKey,
 }
 
 /// An unconnected socket, by its cookie, and a backend to which it sent.

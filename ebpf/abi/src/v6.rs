@@ -89,6 +89,7 @@ impl FrontendKey6 {
     }
 
     /// The address and port.
+    #[inline(always)]
     pub const fn address(self) -> SocketAddress6 {
         SocketAddress6 { address: self.address, port: self.port_and_protocol & 0xffff }
     }
@@ -176,15 +177,8 @@ const fn check(address: [u64; 2], low: u64) -> u64 {
 pub struct Peer6 {
     /// The backend's address.
     pub backend: SocketAddress6,
-    /// The Service address that it named.
-    pub service: SocketAddress6,
-}
-
-impl Peer6 {
-    /// From the words in a map.
-    pub const fn from_words([b0, b1, b2, s0, s1, s2]: [u64; 6]) -> Self {
-        Self { backend: SocketAddress6::from_words([b0, b1, b2]), service: SocketAddress6::from_words([s0, s1, s2]) }
-    }
+    /// The Service address that it named, and its protocol.
+    pub service: FrontendKey6,
 }
 
 /// An unconnected socket, by its cookie, and a backend to which it sent.

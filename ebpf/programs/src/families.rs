@@ -42,7 +42,7 @@ pub trait Family {
     /// The Service address that a socket named when it was sent to a backend.
     fn service(socket: Socket, backend: Self::Address) -> Option<Self::Address>;
     /// Remembers it.
-    fn remember(socket: Socket, backend: Self::Address, service: Self::Address);
+    fn remember(socket: Socket, backend: Self::Address, service: Self::Address, protocol: u8);
     /// Forgets it.
     fn forget(socket: Socket, backend: Self::Address);
     /// Forgets whatever is remembered of a connected socket, by its cookie.
@@ -107,7 +107,7 @@ impl Family for V4 {
         // that is evicted at this moment can at worst show the peer of another socket to a program that asks for its name.
         unsafe {
             if socket.connected {
-                PEERS.get(&socket.cookie).filter(|peer| peer.backend == backend).map(|peer| peer.service)
+                PEERS.get(&socket.cookie).filter(|peer| peer.backend == backend).map(|peer| peer.service.address())
             } else {
                 UNCONN_PEERS.get(&PeerKey { cookie: socket.cookie, backend }).copied()
             }
@@ -115,10 +115,10 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn remember(socket: Socket, backend: SocketAddress, service: SocketAddress) {
+    fn remember(socket: Socket, backend: SocketAddress, service: SocketAddress, protocol: u8) {
         // Only a full map without anything to evict fails, and then the backend's own address is shown.
         let _ = if socket.connected {
-            PEERS.insert(&socket.cookie, &Peer { backend, service }, 0)
+            PEERS.insert(&socket.cookie, &Peer { backend, service: FrontendKey::new(service, protocol) }, 0)
         } else {
             UNCONN_PEERS.insert(&PeerKey { cookie: socket.cookie, backend }, &service, 0)
         };
@@ -208,7 +208,7 @@ impl Family for V6 {
         // SAFETY: as for IPv4; an entry that is evicted at this moment can show words of two peers.
         unsafe {
             if socket.connected {
-                PEERS6.get(&socket.cookie).filter(|peer| peer.backend == backend).map(|peer| peer.service)
+                PEERS6.get(&socket.cookie).filter(|peer| peer.backend == backend).map(|peer| peer.service.address())
             } else {
                 UNCONN_PEERS6.get(&PeerKey6 { cookie: socket.cookie, backend }).copied()
             }
@@ -216,9 +216,9 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn remember(socket: Socket, backend: SocketAddress6, service: SocketAddress6) {
+    fn remember(socket: Socket, backend: SocketAddress6, service: SocketAddress6, protocol: u8) {
         let _ = if socket.connected {
-            PEERS6.insert(&socket.cookie, &Peer6 { backend, service }, 0)
+            PEERS6.insert(&socket.cookie, &Peer6 { backend, service: FrontendKey6::new(service, protocol) }, 0)
         } else {
             UNCONN_PEERS6.insert(&PeerKey6 { cookie: socket.cookie, backend }, &service, 0)
         };

@@ -54,7 +54,7 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
             // Most datagrams of a socket go where the one before went: a lookup is cheaper than an update.
             let new = C::Family::service(socket, backend) != Some(service);
             if new {
-                C::Family::remember(socket, backend, service);
+                C::Family::remember(socket, backend, service, protocol as u8);
             }
             if (connect || new) && !listener {
                 C::Family::count(service, protocol as u8, Calls::SENT);
@@ -102,7 +102,7 @@ fn to_nowhere<C: SocketCall>(call: &C, socket: Socket, service: AddressOf<C>) {
     // The host itself reaches its node-local addresses without a route.
     if call.netns() != HOST_NETNS.load() {
         let nowhere = C::Family::nowhere();
-        C::Family::remember(socket, nowhere, service);
+        C::Family::remember(socket, nowhere, service, UDP);
         call.set_address(nowhere);
     }
 }

@@ -1,11 +1,6 @@
 //! What the programs count and remember.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd as _,
-};
+use std::{collections::HashMap, fmt, net::SocketAddr, os::fd::AsFd as _};
 
 use aya::{
     Ebpf, Pod,
@@ -104,8 +99,8 @@ pub(super) struct Peer {
     pub(super) cookie: u64,
     /// Where it was sent.
     pub(super) backend: SocketAddr,
-    /// The Service address that it named.
-    pub(super) service: SocketAddr,
+    /// The Service address that it named, and its protocol.
+    pub(super) service: Frontend,
 }
 
 /// What the programs remember of connected sockets: another handle on the same maps.
@@ -134,18 +129,22 @@ impl Peers {
     /// # Errors
     /// When not all of it can be read.
     pub(super) fn each(&self, mut found: impl FnMut(Peer)) -> Result<(), EbpfDatapathError> {
-        each(&self.all, abi::PEERS, |cookie, peers| found(Peer::of(cookie, peers[0])))?;
-        each(&self.all6, abi::PEERS6, |cookie, peers| found(Peer::of6(cookie, peers[0])))
+        each(&self.all, abi::PEERS, |cookie, peers| {
+            peers.iter().filter_map(|peer| Peer::of(cookie, *peer)).for_each(&mut found);
+        })?;
+        each(&self.all6, abi::PEERS6, |cookie, peers| {
+            peers.iter().filter_map(|peer| Peer::of6(cookie, *peer)).for_each(&mut found);
+        })
     }
 
     /// Forgets a socket, unless it was connected to another backend meanwhile.
     pub(super) fn forget(&mut self, cookie: u64, backend: SocketAddr) {
         let known = match backend {
-            SocketAddr::V4(_) => self.ipv4.get(&cookie, 0).map(|peer| Peer::of(cookie, peer)),
-            SocketAddr::V6(_) => self.ipv6.get(&cookie, 0).map(|peer| Peer::of6(cookie, peer)),
+            SocketAddr::V4(_) => self.ipv4.get(&cookie, 0).ok().and_then(|peer| Peer::of(cookie, peer)),
+            SocketAddr::V6(_) => self.ipv6.get(&cookie, 0).ok().and_then(|peer| Peer::of6(cookie, peer)),
         };
         // What is not there any more was forgotten by the programs.
-        if known.is_ok_and(|known| known.backend == backend) {
+        if known.is_some_and(|known| known.backend == backend) {
             let _ = match backend {
                 SocketAddr::V4(_) => self.ipv4.remove(&cookie),
                 SocketAddr::V6(_) => self.ipv6.remove(&cookie),
@@ -155,16 +154,16 @@ impl Peers {
 }
 
 impl Peer {
-    fn of(cookie: u64, words: [u64; 2]) -> Self {
-        let address = |address: abi::SocketAddress| (Ipv4Addr::from(address.octets()), address.port()).into();
-        let abi::Peer { backend, service } = abi::Peer::from_words(words);
-        Self { cookie, backend: address(backend), service: address(service) }
+    /// From the words of an [`abi::Peer`].
+    fn of(cookie: u64, [backend, service]: [u64; 2]) -> Option<Self> {
+        let backend = abi::SocketAddress::from_bits(backend);
+        Some(Self { cookie, backend: (backend.octets(), backend.port()).into(), service: V4::frontend(service)? })
     }
 
-    fn of6(cookie: u64, words: [u64; 6]) -> Self {
-        let address = |address: abi::SocketAddress6| (Ipv6Addr::from(address.octets()), address.port()).into();
-        let abi::Peer6 { backend, service } = abi::Peer6::from_words(words);
-        Self { cookie, backend: address(backend), service: address(service) }
+    /// From the words of an [`abi::Peer6`].
+    fn of6(cookie: u64, [high, low, port, service @ ..]: [u64; 6]) -> Option<Self> {
+        let backend = abi::SocketAddress6::from_words([high, low, port]);
+        Some(Self { cookie, backend: (backend.octets(), backend.port()).into(), service: V6::frontend(service)? })
     }
 }
 
