@@ -74,8 +74,10 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
 
     let api_url = config.kubeconfig.is_none().then(|| config.api_url());
     let client = api_client(config.kubeconfig.as_deref(), api_url.as_deref()).await?;
+    let island = Island::new(&config, IslandMetrics::new(&mut registry.write()));
     let discovery = DiscoveryConfig { copy: Some(config.data_dir.join("catalog.json")), services: config.services };
     let catalog = Discovery::start(client.clone(), discovery, shutdown, readiness.task("catalog"));
+    island.show_kept(&catalog);
 
     let mut dns_addresses = vec![config.dns_listen()];
     let mut allocator = Allocator::open(config.node_local_cidr, &config.data_dir.join("node-local.json"))?;
@@ -102,9 +104,7 @@ async fn assemble(config: Arc<Config>, shutdown: &Shutdown) -> anyhow::Result<Bo
         shutdown.spawn(routes.leave());
     }
 
-    let metrics = IslandMetrics::new(&mut registry.write());
     let pods = client.clone();
-    let island = Island::new(&config, metrics);
     let overlay = Overlay::start(
         &config,
         Arc::clone(&catalog),

@@ -2,7 +2,7 @@
 //! "Create an External Load Balancer": preserving the client source IP). It does where an endpoint is ready here.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashSet, VecDeque},
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
@@ -21,7 +21,7 @@ use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    task::{JoinHandle, JoinSet},
+    task::{AbortHandle, JoinHandle, JoinSet},
 };
 
 /// Changes of the catalog that come close together are handled together.
@@ -32,7 +32,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const DEADLINE: Duration = Duration::from_secs(5);
 /// The largest request that is read, in bytes.
 const MAX_REQUEST: usize = 8 << 10;
-/// Requests of one port at one time; more wait.
+/// Requests of one port at one time; the oldest makes room for more. Whoever asks is answered within milliseconds, so it is
+/// one that asks nothing.
 const MAX_REQUESTS: usize = 32;
 
 /// What is answered for a Service.
@@ -146,15 +147,20 @@ async fn bind(port: u16) -> io::Result<TcpListener> {
 
 async fn answer(listener: TcpListener, service: ServiceName, local: Arc<AtomicUsize>) {
     let mut requests = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        while requests.len() >= MAX_REQUESTS {
-            requests.join_next().await;
-        }
-        while requests.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
                 let response = response(&service, local.load(Ordering::Relaxed));
-                requests.spawn(async move { tokio::time::timeout(DEADLINE, respond(stream, response)).await });
+                while requests.try_join_next().is_some() {}
+                by_age.retain(|request| !request.is_finished());
+                if by_age.len() >= MAX_REQUESTS
+                    && let Some(oldest) = by_age.pop_front()
+                {
+                    oldest.abort();
+                }
+                let request = async move { tokio::time::timeout(DEADLINE, respond(stream, response)).await };
+                by_age.push_back(requests.spawn(request));
             }
             // Out of descriptors, for example.
             Err(error) => {

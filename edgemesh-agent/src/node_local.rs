@@ -250,6 +250,8 @@ struct Writer {
     offsets: HashMap<Arc<ServicePortName>, u32>,
     path: Option<PathBuf>,
     dirty: bool,
+    /// For which generation of the catalog addresses were last taken back because none was left.
+    retired_for: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -320,7 +322,7 @@ impl Allocator {
     /// The listener address of a Service port, allotted if it has none yet.
     ///
     /// # Errors
-    /// When no address is left; see [`Allocator::retire`].
+    /// When no address is left; see [`Allocator::retire_once`].
     pub fn listener(&self, name: &ServicePortName) -> Result<SocketAddrV4, AllocatorError> {
         let offset = self.offset(name)?;
         Ok(SocketAddrV4::new(Ipv4Addr::from_bits(self.range.base.to_bits() + offset), PROXIED_PORT))
@@ -352,10 +354,20 @@ impl Allocator {
         self.writer.lock().offsets.len() * 4 >= self.slots.len() * 3
     }
 
-    /// Takes the addresses of all Service ports but `live` back, when less than a quarter of the range is free.
-    pub fn retire(&self, live: &HashSet<ServicePortName>) {
+    /// As [`Allocator::retire`], once for each generation of the catalog: where the Service ports that there are have all
+    /// addresses, it is not worth looking again for each that wants one.
+    pub fn retire_once(&self, generation: u64, live: impl FnOnce() -> HashSet<ServicePortName>) -> bool {
+        if self.writer.lock().retired_for.replace(generation) == Some(generation) {
+            return false;
+        }
+        self.retire(&live())
+    }
+
+    /// Takes the addresses of all Service ports but `live` back, when less than a quarter of the range is free. Returns
+    /// whether it took any.
+    pub fn retire(&self, live: &HashSet<ServicePortName>) -> bool {
         if !self.is_short() {
-            return;
+            return false;
         }
         let mut writer = self.writer.lock();
         let used = writer.offsets.len();
@@ -366,7 +378,9 @@ impl Allocator {
             }
             keep
         });
-        writer.dirty |= writer.offsets.len() != used;
+        let took = writer.offsets.len() != used;
+        writer.dirty |= took;
+        took
     }
 
     /// Writes the file if something changed since the last time. Blocks on the disk.

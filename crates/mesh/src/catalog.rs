@@ -101,9 +101,17 @@ impl Catalog {
 
     /// The endpoint of any Service at an address and port, if the catalog knows one.
     pub fn endpoint_at(&self, address: SocketAddr, protocol: Protocol) -> Option<&Arc<Endpoint>> {
-        self.services_of_endpoint(address.ip()).find_map(|service| {
-            service.ports.iter().filter(|port| port.protocol == protocol).find_map(|port| port.endpoint(address))
-        })
+        self.endpoints_at(address, protocol).next()
+    }
+
+    /// Whether there is an endpoint at an address and port on a node.
+    pub fn is_endpoint_on(&self, address: SocketAddr, protocol: Protocol, node: &str) -> bool {
+        self.endpoints_at(address, protocol).any(|endpoint| self.node_of_endpoint(endpoint).as_deref() == Some(node))
+    }
+
+    fn endpoints_at(&self, address: SocketAddr, protocol: Protocol) -> impl Iterator<Item = &Arc<Endpoint>> {
+        let ports = self.services_of_endpoint(address.ip()).flat_map(|service| &service.ports);
+        ports.filter(move |port| port.protocol == protocol).flat_map(move |port| port.endpoints_at(address))
     }
 
     /// Whether a namespace has at least one Service.
@@ -141,6 +149,12 @@ impl Catalog {
     /// Whether any node differs from an older snapshot of the same store.
     pub fn nodes_changed(&self, older: &Self) -> bool {
         !self.nodes.changed_since(&older.nodes, Arc::ptr_eq).is_empty()
+    }
+
+    /// The same in what endpoint choice reads: not where a node's tunnel is reached, which its agent publishes anew at times,
+    /// nor whether it runs a gateway.
+    pub fn places_changed(&self, older: &Self) -> bool {
+        !self.nodes.changed_since(&older.nodes, |new, old| Arc::ptr_eq(new, old) || is_same_place(new, old)).is_empty()
     }
 
     /// Puts a Service in, or takes it out with `None`; every index follows.
@@ -240,8 +254,16 @@ impl Catalog {
         let old = self.nodes.remove(name);
         if let Some(old) = &old {
             for ip in &old.addresses {
-                if self.node_addresses.get(ip).is_some_and(|owner| owner.name == old.name) {
-                    self.node_addresses.remove(ip);
+                if self.node_addresses.get(ip).is_none_or(|owner| owner.name != old.name) {
+                    continue;
+                }
+                self.node_addresses.remove(ip);
+                // Another node that has it, in another network, is found by it from now on.
+                if new.as_ref().is_none_or(|new| !new.addresses.contains(ip)) {
+                    let others = self.nodes().filter(|node| node.addresses.contains(ip));
+                    if let Some(node) = others.min_by_key(|node| &node.name).cloned() {
+                        self.node_addresses.insert(*ip, node);
+                    }
                 }
             }
         }
@@ -262,6 +284,16 @@ impl Catalog {
             self.pod_ranges = ranges.into();
         }
     }
+}
+
+fn is_same_place(one: &Node, other: &Node) -> bool {
+    let Node { name, network, zone, addresses, pod_cidrs, ready, gateway: _, peers: _ } = one;
+    *name == other.name
+        && *network == other.network
+        && *zone == other.zone
+        && *addresses == other.addresses
+        && *pod_cidrs == other.pod_cidrs
+        && *ready == other.ready
 }
 
 /// The distinct addresses of a Service's endpoints, sorted.
@@ -295,11 +327,17 @@ impl Service {
 }
 
 impl ServicePort {
-    /// The endpoint at an address.
+    /// The endpoint at an address; of several, one that is ready, or at least serves.
     pub fn endpoint(&self, address: SocketAddr) -> Option<&Arc<Endpoint>> {
+        self.endpoints_at(address).iter().max_by_key(|endpoint| (endpoint.ready, endpoint.serving))
+    }
+
+    /// The endpoints at an address: one, or one for each of several nodes.
+    pub fn endpoints_at(&self, address: SocketAddr) -> &[Arc<Endpoint>] {
         let key = (address.ip(), address.port());
-        let at = self.endpoints.binary_search_by_key(&key, |endpoint| (endpoint.address, endpoint.port)).ok()?;
-        self.endpoints.get(at)
+        let start = self.endpoints.partition_point(|endpoint| (endpoint.address, endpoint.port) < key);
+        let here = &self.endpoints[start..];
+        &here[..here.partition_point(|endpoint| (endpoint.address, endpoint.port) == key)]
     }
 }
 

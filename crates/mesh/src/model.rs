@@ -103,7 +103,8 @@ pub struct ServicePort {
     pub node_port: Option<u16>,
     /// `appProtocol`, if any.
     pub app_protocol: Option<Arc<str>>,
-    /// All endpoints, ready or not, in a stable order (by address, then port).
+    /// All endpoints, ready or not, in a stable order (by address, then port, then node). Nodes of two networks may have the
+    /// same address, and so endpoints at it.
     pub endpoints: Vec<Arc<Endpoint>>,
 }
 

@@ -1,6 +1,7 @@
 //! The catalog's store: takes Kubernetes objects in any order and publishes snapshots.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -293,7 +294,8 @@ impl Writer {
         self.interner.prune();
     }
 
-    /// A Service with the endpoints of its slices, merged: each address and port once, the ready one if slices disagree.
+    /// A Service with the endpoints of its slices, merged: each address and port of a node once, the ready one if slices
+    /// disagree.
     fn with_endpoints(&self, service: &Service) -> Service {
         let slices = || self.slices.get(&service.name).into_iter().flat_map(|slices| slices.values());
         let with_ports = |port: &Arc<ServicePort>| {
@@ -333,7 +335,14 @@ impl Writer {
 
 fn merged(endpoints: impl Iterator<Item = Arc<Endpoint>>, by_port: bool) -> Vec<Arc<Endpoint>> {
     let mut all: Vec<Arc<Endpoint>> = endpoints.collect();
-    all.sort_by_key(|e| (e.address, if by_port { e.port } else { 0 }, !e.ready, !e.serving));
-    all.dedup_by_key(|e| (e.address, if by_port { e.port } else { 0 }));
+    let place = |e: &Endpoint| (e.address, if by_port { e.port } else { 0 });
+    // Nodes of two networks may have the same address: what listens there on the one is not what does on the other.
+    let same_node = |one: &Endpoint, other: &Endpoint| !by_port || one.node == other.node;
+    all.sort_by(|one, other| {
+        let by_place = place(one).cmp(&place(other));
+        let by_node = || if by_port { one.node.cmp(&other.node) } else { Ordering::Equal };
+        by_place.then_with(by_node).then_with(|| (!one.ready, !one.serving).cmp(&(!other.ready, !other.serving)))
+    });
+    all.dedup_by(|one, other| place(one) == place(other) && same_node(one, other));
     all
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use edgemesh_mesh::{
-    Catalog, CatalogStore, Observed, debug,
+    Call, Catalog, CatalogStore, Observed, Tier, Viewpoint, debug,
     from_kubernetes::ServiceSelection,
     model::{Endpoint, Protocol, ServiceKind},
 };
@@ -249,6 +249,52 @@ fn nodes_are_found_by_address_and_pod_range_and_carry_their_mesh_node() {
     let catalog = published(&store);
     assert!(catalog.node("edge-a1").unwrap().peers.is_empty());
     assert!(catalog.node_of_address(ip("10.244.2.1")).is_none());
+}
+
+#[test]
+fn nodes_of_two_networks_with_the_same_address_have_endpoints_of_their_own() {
+    let store = CatalogStore::new();
+    let node = |name: &str, network: &str, address: &str| {
+        json!({"kind": "Node", "metadata": {"name": name, "labels": {"edgemesh.dev/network": network}},
+            "status": {"addresses": [{"type": "InternalIP", "address": address}]}})
+    };
+    for (name, network, address) in
+        [("a1", "a", "192.168.1.10"), ("a2", "a", "192.168.1.11"), ("b1", "b", "192.168.1.10"), ("c1", "c", "10.0.0.1")]
+    {
+        apply(&store, node(name, network, address));
+    }
+    apply(&store, service("web", "10.96.0.1", json!([{"name": "http", "port": 80}])));
+    for (number, ready) in [(1, [true, false]), (2, [true, true])] {
+        let endpoints: Vec<Value> = std::iter::zip(["a1", "b1"], ready)
+            .map(|(node, ready)| json!({"addresses": ["192.168.1.10"], "nodeName": node, "conditions": {"ready": ready}}))
+            .collect();
+        apply(&store, slice("web", number, json!([{"name": "http", "port": 8080}]), json!(endpoints)));
+    }
+    let catalog = published(&store);
+    let port = &catalog.service("default", "web").unwrap().ports[0];
+    for (node, tier, expected) in [
+        ("a1", Tier::Node, &["a1"][..]),
+        ("a2", Tier::Network, &["a1"]),
+        ("b1", Tier::Node, &["b1"]),
+        ("c1", Tier::Remote, &["a1", "b1"]),
+    ] {
+        let chosen = Viewpoint::of(&catalog, node).candidates_for(&catalog, port, Call::default());
+        let nodes: Vec<&str> = chosen.endpoints.iter().map(|endpoint| endpoint.node.as_deref().unwrap()).collect();
+        assert_eq!((chosen.tier, nodes.as_slice()), (tier, expected), "{node}");
+    }
+    let at = "192.168.1.10:8080".parse().unwrap();
+    for (node, is_there) in [("a1", true), ("a2", false), ("b1", true)] {
+        assert_eq!(catalog.is_endpoint_on(at, Protocol::Tcp, node), is_there, "{node}");
+    }
+    // Whichever of them is found by the address, the other one is when it is gone.
+    let owner = || published(&store).node_of_address(ip("192.168.1.10")).map(|node| node.name.to_string());
+    apply(&store, node("b1", "b", "192.168.1.12"));
+    assert_eq!(owner().as_deref(), Some("a1"));
+    apply(&store, node("b1", "b", "192.168.1.10"));
+    store.delete_node("a1");
+    assert_eq!(owner().as_deref(), Some("b1"));
+    store.delete_node("b1");
+    assert_eq!(owner(), None);
 }
 
 #[test]

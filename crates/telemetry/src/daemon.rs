@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     config::{self, Validate},
-    drain, footprint,
+    descriptors, drain, footprint,
     logging::{self, LogFormat},
 };
 
@@ -101,6 +101,7 @@ pub fn install_tls_provider() {
 /// Runs a daemon: starts logging, builds it, waits for the signal to stop, and stops it in order.
 pub fn run<B>(log: &LogConfig, build: impl Future<Output = anyhow::Result<B>>, stop: impl AsyncFnOnce(B)) -> ExitCode {
     logging::start(&log.level, log.format);
+    descriptors::raise_limit();
     install_tls_provider();
     let life = async {
         let bound = build.await?;

@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod config;
 pub mod daemon;
+mod descriptors;
 pub mod drain;
 mod footprint;
 pub mod logging;
@@ -12,4 +13,4 @@ pub use admin::{Admin, AdminRoutes, PageError, Parameters};
 pub use config::{ConfigError, Problems, Validate};
 pub use daemon::{AdminConfig, LogConfig};
 pub use drain::{DrainToken, Shutdown};
-pub use readiness::{Readiness, ReadinessTask};
+pub use readiness::{Done, Readiness, ReadinessTask};

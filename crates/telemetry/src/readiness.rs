@@ -54,8 +54,8 @@ pub struct ReadinessTask {
 }
 
 impl ReadinessTask {
-    /// This task is done.
-    pub fn ready(mut self) {
+    /// This task is done, unless what is returned is taken back.
+    pub fn ready(mut self) -> Done {
         self.released = true;
         let left = {
             let mut pending = self.readiness.0.pending.lock();
@@ -64,6 +64,21 @@ impl ReadinessTask {
         };
         tracing::info!(task = self.name, left, "readiness task done");
         self.readiness.0.ready.send_replace(left == 0);
+        Done { readiness: self.readiness.clone(), name: self.name }
+    }
+}
+
+/// A task that is done.
+#[derive(Debug)]
+pub struct Done {
+    readiness: Readiness,
+    name: &'static str,
+}
+
+impl Done {
+    /// It is not done any more: the daemon isn't ready again before the task is released anew.
+    pub fn undo(self) -> ReadinessTask {
+        self.readiness.task(self.name)
     }
 }
 
@@ -88,7 +103,11 @@ mod tests {
         assert_eq!(readiness.pending(), ["two"]);
         drop(two);
         assert_eq!(readiness.pending(), ["two"], "a dropped task must stay pending");
-        readiness.task("two").ready();
+        let done = readiness.task("two").ready();
+        readiness.wait().await;
+        let two = done.undo();
+        assert_eq!(readiness.pending(), ["two"]);
+        two.ready();
         readiness.wait().await;
     }
 }

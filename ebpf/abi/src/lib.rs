@@ -9,17 +9,17 @@ mod v6;
 
 pub use affinity::{Affinity, AffinityKey};
 pub use capture::{CAPTURED, CAPTURED6, CaptureSocket, LISTENERS, MAX_CAPTURED};
-pub use v6::{Backend6, FrontendKey6, PeerKey6, SocketAddress6};
+pub use v6::{Backend6, FrontendKey6, Peer6, PeerKey6, SocketAddress6};
 
 /// Version of what is in the maps: it is raised with every change of a key, a value, a name or a size, so that an agent never
 /// takes over maps that it would misread.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Name of the map `FrontendKey -> Frontend` (hash).
 pub const FRONTENDS: &str = "FRONTENDS";
 /// Name of the map `slot -> Backend` (array).
 pub const BACKENDS: &str = "BACKENDS";
-/// Name of the map `PeerKey -> SocketAddress` (LRU hash) of connected sockets.
+/// Name of the map `cookie -> Peer` (LRU hash) of connected sockets, by the kernel's cookie of the socket.
 pub const PEERS: &str = "PEERS";
 /// Name of the map `PeerKey -> SocketAddress` (LRU hash) of unconnected sockets.
 pub const UNCONNECTED_PEERS: &str = "UNCONN_PEERS";
@@ -27,7 +27,7 @@ pub const UNCONNECTED_PEERS: &str = "UNCONN_PEERS";
 pub const FRONTENDS6: &str = "FRONTENDS6";
 /// Name of the map `slot -> Backend6` (array).
 pub const BACKENDS6: &str = "BACKENDS6";
-/// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash) of connected sockets.
+/// Name of the map `cookie -> Peer6` (LRU hash) of connected sockets.
 pub const PEERS6: &str = "PEERS6";
 /// Name of the map `PeerKey6 -> SocketAddress6` (LRU hash) of unconnected sockets.
 pub const UNCONNECTED_PEERS6: &str = "UNCONN_PEERS6";
@@ -45,8 +45,8 @@ pub const UNANSWERED: &str = "UNANSWERED";
 /// Bytes of that ring buffer: what it has no room for is not told, since more of the same follows.
 pub const UNANSWERED_BYTES: u32 = 1 << 14;
 
-/// How many peers of connected sockets are remembered: as many sockets as can be open at once, since they are forgotten when
-/// they fail to connect or are closed. Of more, the least used is forgotten first.
+/// How many peers of connected sockets are remembered: as many sockets as can be open at once, since each has one, which is
+/// forgotten when it is closed. Of more, the least used is forgotten first.
 pub const MAX_PEERS: u32 = 65_536;
 /// How many peers of unconnected sockets are remembered. Nothing tells when they are no longer needed, and a name server's
 /// clients leave one with each question: the least used is forgotten first.
@@ -57,6 +57,11 @@ pub const MAX_PEERS6: u32 = 16_384;
 pub const MAX_UNCONNECTED_PEERS6: u32 = 8_192;
 /// Name of the constant that holds the cookie of the network namespace for whose processes loopback addresses have node ports.
 pub const HOST_NETNS: &str = "HOST_NETNS";
+/// Name of the constant [`SocketAddress`] at which nobody listens, to which pods' UDP sockets are connected that name a port
+/// which a Service lacks.
+pub const NOWHERE: &str = "NOWHERE";
+/// As [`NOWHERE`], the words of a [`SocketAddress6`].
+pub const NOWHERE6: &str = "NOWHERE6";
 /// How many clients are remembered with the backends that they keep; the least used is forgotten first.
 pub const MAX_AFFINITIES: u32 = 8_192;
 /// How many backends a frontend with affinity can have: programs look through all of them.
@@ -145,6 +150,7 @@ impl FrontendKey {
     }
 
     /// The address and port.
+    #[inline(always)]
     pub const fn address(self) -> SocketAddress {
         SocketAddress(self.0 & 0xffff_ffff_ffff)
     }
@@ -287,7 +293,17 @@ impl Backend {
     }
 }
 
-/// A socket, by its cookie, and the backend to which it talks.
+/// To whom a socket was connected last by a Service. It may have no peer any more, or another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Peer {
+    /// The backend's address.
+    pub backend: SocketAddress,
+    /// The Service address that it named, and its protocol.
+    pub service: FrontendKey,
+}
+
+/// An unconnected socket, by its cookie, and a backend to which it sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct PeerKey {

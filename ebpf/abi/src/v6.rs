@@ -55,6 +55,7 @@ impl SocketAddress6 {
     }
 
     /// From the words in a map.
+    #[inline(always)]
     pub const fn from_words([high, low, port]: [u64; 3]) -> Self {
         Self { address: [high, low], port }
     }
@@ -88,6 +89,7 @@ impl FrontendKey6 {
     }
 
     /// The address and port.
+    #[inline(always)]
     pub const fn address(self) -> SocketAddress6 {
         SocketAddress6 { address: self.address, port: self.port_and_protocol & 0xffff }
     }
@@ -169,7 +171,17 @@ const fn check(address: [u64; 2], low: u64) -> u64 {
     (mixed ^ mixed >> 29).wrapping_mul(ODD) >> 32
 }
 
-/// A socket, by its cookie, and the backend to which it talks.
+/// To whom a socket was connected last by a Service, as [`crate::Peer`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Peer6 {
+    /// The backend's address.
+    pub backend: SocketAddress6,
+    /// The Service address that it named, and its protocol.
+    pub service: FrontendKey6,
+}
+
+/// An unconnected socket, by its cookie, and a backend to which it sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct PeerKey6 {

@@ -6,8 +6,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
 use edgemesh_ebpf_abi::{
-    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_PEERS, MAX_PEERS6, MAX_UNCONNECTED_PEERS, MAX_UNCONNECTED_PEERS6, PeerKey, PeerKey6,
-    SocketAddress, SocketAddress6, UNANSWERED_BYTES,
+    Affinity, AffinityKey, Calls, Counter, Frontend, FrontendKey, FrontendKey6, MAX_AFFINITIES, MAX_PEERS, MAX_PEERS6,
+    MAX_UNCONNECTED_PEERS, MAX_UNCONNECTED_PEERS6, Peer, Peer6, PeerKey, PeerKey6, SocketAddress, SocketAddress6,
+    UNANSWERED_BYTES,
 };
 
 /// Elements are allocated when they are needed: most nodes have far fewer Services than the map may hold.
@@ -24,11 +25,11 @@ pub static FRONTENDS: HashMap<FrontendKey, Frontend> = HashMap::with_max_entries
 #[map]
 pub static BACKENDS: Array<u64> = Array::with_max_entries(SET_WHEN_LOADED, 0);
 
-/// The Service address that a connected socket named when it was sent to a backend.
+/// To whom a socket was connected by a Service. By the socket alone, since one that is closed may have no peer any more.
 #[map]
-pub static PEERS: LruHashMap<PeerKey, SocketAddress> = LruHashMap::with_max_entries(MAX_PEERS, 0);
+pub static PEERS: LruHashMap<u64, Peer> = LruHashMap::with_max_entries(MAX_PEERS, 0);
 
-/// The same of unconnected sockets. They are many and end unseen, so they must not take the places of connected ones.
+/// The Service address that an unconnected socket named when it sent to a backend. They are many and end unseen, so they must not take the places of connected ones.
 #[map]
 pub static UNCONN_PEERS: LruHashMap<PeerKey, SocketAddress> = LruHashMap::with_max_entries(MAX_UNCONNECTED_PEERS, 0);
 
@@ -42,7 +43,7 @@ pub static BACKENDS6: Array<[u64; 3]> = Array::with_max_entries(SET_WHEN_LOADED,
 
 /// As [`PEERS`], for IPv6.
 #[map]
-pub static PEERS6: LruHashMap<PeerKey6, SocketAddress6> = LruHashMap::with_max_entries(MAX_PEERS6, 0);
+pub static PEERS6: LruHashMap<u64, Peer6> = LruHashMap::with_max_entries(MAX_PEERS6, 0);
 
 /// As [`UNCONN_PEERS`], for IPv6.
 #[map]
@@ -55,7 +56,8 @@ pub static AFFINITIES: LruHashMap<AffinityKey, Affinity> = LruHashMap::with_max_
 
 /// What became of calls, by Service address. Addresses that nobody calls have no entry.
 #[map]
-pub static CALLS: PerCpuHashMap<FrontendKey, Calls> = PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
+pub static CALLS: PerCpuHashMap<FrontendKey, Calls> =
+    PerCpuHashMap::with_max_entries(SET_WHEN_LOADED, BPF_F_NO_PREALLOC);
 
 /// As [`CALLS`], for IPv6.
 #[map]
@@ -69,6 +71,14 @@ pub static UNANSWERED: RingBuf = RingBuf::with_byte_size(UNANSWERED_BYTES, 0);
 /// The cookie of the network namespace in which the agent is; set when the programs are loaded.
 #[unsafe(no_mangle)]
 pub static HOST_NETNS: Global<u64> = Global::new(0);
+
+/// Where nobody listens, as sockets of pods reach it; set when the programs are loaded.
+#[unsafe(no_mangle)]
+pub static NOWHERE: Global<u64> = Global::new(0);
+
+/// As [`NOWHERE`], for IPv6.
+#[unsafe(no_mangle)]
+pub static NOWHERE6: Global<[u64; 3]> = Global::new([0; 3]);
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);

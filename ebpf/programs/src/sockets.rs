@@ -10,6 +10,11 @@ use edgemesh_ebpf_abi::{SocketAddress, SocketAddress6};
 
 use crate::families::{Family, Socket, V4, V6};
 
+/// Address family of IPv4 sockets.
+pub const AF_INET: u32 = 2;
+/// Address family of IPv6 sockets, which IPv4 addresses in mapped form have too.
+pub const AF_INET6: u32 = 10;
+
 /// A call with a socket address that a program may read and change.
 pub trait SocketCall {
     /// The family of the address.

@@ -1,11 +1,9 @@
-//! What befalls TCP sockets that were sent to backends, where no other hook sees it: SYNs that stay unanswered, and connects
-//! that fail.
+//! What befalls TCP sockets that were sent to backends, where no other hook sees it: SYNs that stay unanswered.
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock_ops,
+        BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_SYN_SENT, bpf_sock_ops,
     },
     helpers::bpf_get_socket_cookie,
     programs::SockOpsContext,
@@ -15,36 +13,23 @@ use edgemesh_ebpf_abi::{SocketAddress, SocketAddress6};
 use crate::{
     families::{Family, Socket, V4, V6},
     maps::UNANSWERED,
-    sockets::{is_mapped, read},
+    sockets::{AF_INET, AF_INET6, is_mapped, read},
 };
-
-const AF_INET: u32 = 2;
-const AF_INET6: u32 = 10;
 
 /// One event in the life of a TCP socket.
 #[inline(always)]
 pub fn note(context: &SockOpsContext) {
     let raw = raw(context);
-    let argument = |at: usize| {
-        // SAFETY: all fields of the union are words.
-        read(unsafe { &raw const raw.__bindgen_anon_1.args[at] })
-    };
     match read(&raw const raw.op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB if remote(raw).is_some_and(|remote| remote.is_remembered(socket(context))) => {
             // Beside what other programs asked for. What can't be asked for is not told.
-            let flags = BPF_SOCK_OPS_RTO_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG;
-            let _ = context.set_cb_flags((read(&raw const raw.bpf_sock_ops_cb_flags) | flags) as i32);
+            let _ =
+                context.set_cb_flags((read(&raw const raw.bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_RTO_CB_FLAG) as i32);
         }
         BPF_SOCK_OPS_RTO_CB if read(&raw const raw.state) == BPF_TCP_SYN_SENT => {
             if let Some(remote) = remote(raw) {
                 // Without room there are enough in it already.
                 let _ = UNANSWERED.output::<SocketAddress6>(remote.address(), 0);
-            }
-        }
-        // Its peer is no longer known when such a socket is closed.
-        BPF_SOCK_OPS_STATE_CB if (argument(0), argument(1)) == (BPF_TCP_SYN_SENT, BPF_TCP_CLOSE) => {
-            if let Some(remote) = remote(raw) {
-                remote.forget(socket(context));
             }
         }
         _ => {}
@@ -64,14 +49,6 @@ impl Remote {
         match *self {
             Self::V4(backend) => V4::service(socket, backend).is_some(),
             Self::V6(backend) => V6::service(socket, backend).is_some(),
-        }
-    }
-
-    #[inline(always)]
-    fn forget(&self, socket: Socket) {
-        match *self {
-            Self::V4(backend) => V4::forget(socket, backend),
-            Self::V6(backend) => V6::forget(socket, backend),
         }
     }
 

@@ -5,13 +5,13 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use edgemesh_ebpf_abi::{Calls, Counter, Frontend, SocketAddress, SocketAddress6, TCP, UDP};
+use edgemesh_ebpf_abi::{Calls, Counter, Frontend, TCP, UDP};
 
 use crate::{
     PROCEED, affinity,
     families::{Family, Socket, V4, V6},
     maps::{HOST_NETNS, count},
-    sockets::{SocketCall, read},
+    sockets::{AF_INET6, SocketCall, read},
 };
 
 /// The kernel ends the call with the error that was set.
@@ -54,7 +54,7 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
             // Most datagrams of a socket go where the one before went: a lookup is cheaper than an update.
             let new = C::Family::service(socket, backend) != Some(service);
             if new {
-                C::Family::remember(socket, backend, service);
+                C::Family::remember(socket, backend, service, protocol as u8);
             }
             if (connect || new) && !listener {
                 C::Family::count(service, protocol as u8, Calls::SENT);
@@ -71,6 +71,10 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
             // The socket talks to this address itself from now on, though it may have come here through a Service before.
             C::Family::forget(socket, service);
             count(Counter::Misses);
+            PROCEED
+        }
+        Choice::Closed if connect && !tcp => {
+            to_nowhere(call, socket, service);
             PROCEED
         }
         Choice::Closed => {
@@ -90,6 +94,19 @@ pub fn to_backend<C: SocketCall>(call: &C, connect: bool) -> i32 {
     }
 }
 
+/// Connects a UDP socket to a port that the Service lacks. No host refuses that, and programs find out so which families
+/// work (RFC 6724, section 6, rule 1), whether or not the Service has a UDP port: it must fail where the pod has no route,
+/// and only there. Its datagrams are refused, by the host that nobody listens.
+#[inline(always)]
+fn to_nowhere<C: SocketCall>(call: &C, socket: Socket, service: AddressOf<C>) {
+    // The host itself reaches its node-local addresses without a route.
+    if call.netns() != HOST_NETNS.load() {
+        let nowhere = C::Family::nowhere();
+        C::Family::remember(socket, nowhere, service, UDP);
+        call.set_address(nowhere);
+    }
+}
+
 /// Shows the Service's address in place of the backend's, if that is what the socket asked for.
 #[inline(always)]
 pub fn to_service<C: SocketCall>(call: &C) {
@@ -98,25 +115,17 @@ pub fn to_service<C: SocketCall>(call: &C) {
     }
 }
 
-/// Drops what was remembered for a socket that is closed. What unconnected sockets leave is evicted with time.
+/// Drops what was remembered for a socket that is closed, whether or not it has a peer at the end: its connect may have
+/// failed. What unconnected sockets leave is evicted with time.
 #[inline(always)]
 pub fn forget(socket: &SockContext) {
-    // SAFETY: the kernel gives a valid context for the length of the program.
-    let raw = unsafe { &*socket.sock };
-    let port = read(&raw const raw.dst_port);
-    if port == 0 {
-        return;
-    }
     // SAFETY: the helper takes the context of this program type.
     let cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
-    let socket = Socket { cookie, connected: true };
-    let address = read(&raw const raw.dst_ip4);
-    // An IPv6 socket with an IPv4 peer has this field too.
-    if address != 0 {
-        return V4::forget(socket, SocketAddress::from_network(address, port));
+    V4::forget_closed(cookie);
+    // SAFETY: the kernel gives a valid context for the length of the program.
+    if read(unsafe { &raw const (*socket.sock).family }) == AF_INET6 {
+        V6::forget_closed(cookie);
     }
-    let word = |at: usize| read(&raw const raw.dst_ip6[at]);
-    V6::forget(socket, SocketAddress6::from_network([word(0), word(1), word(2), word(3)], port));
 }
 
 #[inline(always)]
@@ -132,7 +141,7 @@ fn choose<C: SocketCall>(call: &C, service: AddressOf<C>, protocol: u8, cookie: 
             return Choice::None;
         }
         if frontend.count() == 0 {
-            return Choice::NoBackend;
+            return if C::Family::is_any_port(service) { Choice::Closed } else { Choice::NoBackend };
         }
         // A UDP socket keeps its backend while the set stays the same, for protocols that send more than one datagram.
         let random = if protocol == TCP { random() } else { spread(cookie) };

@@ -99,6 +99,7 @@ impl Capture {
             metrics,
             state: Arc::clone(&state),
             config,
+            host_addresses: host::KnownAddresses::default(),
         };
         let task = tokio::spawn(worker.run(catalog, shutdown.clone()));
         Ok(Self { state, task })
@@ -181,6 +182,7 @@ struct Worker {
     metrics: CaptureMetrics,
     state: Arc<ArcSwap<State>>,
     config: Arc<Config>,
+    host_addresses: host::KnownAddresses,
 }
 
 impl Worker {
@@ -221,9 +223,9 @@ impl Worker {
     async fn sync(&mut self, catalog: &CatalogStore) {
         let snapshot = catalog.snapshot();
         let viewpoint = self.config.viewpoint(&snapshot);
-        let host_addresses = host::addresses();
+        let host_addresses = self.host_addresses.update(host::addresses());
         let kept = node_local(&self.config);
-        let Ranges { captured: wanted, refused } = ranges(&snapshot, &viewpoint, &host_addresses, &kept);
+        let Ranges { captured: wanted, refused } = ranges(&snapshot, &viewpoint, host_addresses, &kept);
         let mut refused: BTreeMap<Cidr, String> =
             refused.into_iter().map(|(range, reason)| (range, reason.to_owned())).collect();
 

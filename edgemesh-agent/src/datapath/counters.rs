@@ -1,11 +1,6 @@
 //! What the programs count and remember.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd as _,
-};
+use std::{collections::HashMap, fmt, net::SocketAddr, os::fd::AsFd as _};
 
 use aya::{
     Ebpf, Pod,
@@ -27,8 +22,8 @@ pub struct Counters {
     counters: PerCpuArray<MapData, u64>,
     calls: Batches<<V4 as Family>::Key, [u64; 2]>,
     calls6: Batches<<V6 as Family>::Key, [u64; 2]>,
-    peers: Batches<[u64; 2], u64>,
-    peers6: Batches<[u64; 4], [u64; 3]>,
+    peers: Batches<u64, [u64; 2]>,
+    peers6: Batches<u64, [u64; 6]>,
 }
 
 impl fmt::Debug for Counters {
@@ -58,7 +53,7 @@ impl Counters {
         Ok(values.iter().sum())
     }
 
-    /// How many backends of connected sockets are remembered with their Service addresses. Walks the whole maps.
+    /// How many sockets are remembered that were connected to a backend, with each family one at most. Walks the whole maps.
     ///
     /// # Errors
     /// When a map can't be read.
@@ -97,23 +92,23 @@ fn read_calls<F: Family>(
     })
 }
 
-/// A socket that was sent to a backend.
+/// A socket that was connected to a backend. It may have another peer by now, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Peer {
     /// The socket's cookie.
     pub(super) cookie: u64,
     /// Where it was sent.
     pub(super) backend: SocketAddr,
-    /// The Service address that it named.
-    pub(super) service: SocketAddr,
+    /// The Service address that it named, and its protocol.
+    pub(super) service: Frontend,
 }
 
 /// What the programs remember of connected sockets: another handle on the same maps.
 pub(super) struct Peers {
-    all: Batches<[u64; 2], u64>,
-    all6: Batches<[u64; 4], [u64; 3]>,
-    ipv4: BpfHashMap<MapData, [u64; 2], u64>,
-    ipv6: BpfHashMap<MapData, [u64; 4], [u64; 3]>,
+    all: Batches<u64, [u64; 2]>,
+    all6: Batches<u64, [u64; 6]>,
+    ipv4: BpfHashMap<MapData, u64, [u64; 2]>,
+    ipv6: BpfHashMap<MapData, u64, [u64; 6]>,
 }
 
 impl Peers {
@@ -134,37 +129,41 @@ impl Peers {
     /// # Errors
     /// When not all of it can be read.
     pub(super) fn each(&self, mut found: impl FnMut(Peer)) -> Result<(), EbpfDatapathError> {
-        each(&self.all, abi::PEERS, |[cookie, backend], services| {
-            let address = |bits| {
-                let address = abi::SocketAddress::from_bits(bits);
-                SocketAddr::from((Ipv4Addr::from(address.octets()), address.port()))
-            };
-            let Some(&service) = services.first() else { return };
-            found(Peer { cookie, backend: address(backend), service: address(service) });
+        each(&self.all, abi::PEERS, |cookie, peers| {
+            peers.iter().filter_map(|peer| Peer::of(cookie, *peer)).for_each(&mut found);
         })?;
-        each(&self.all6, abi::PEERS6, |[cookie, high, low, port], services| {
-            let address = |words| {
-                let address = abi::SocketAddress6::from_words(words);
-                SocketAddr::from((Ipv6Addr::from(address.octets()), address.port()))
-            };
-            let Some(&service) = services.first() else { return };
-            found(Peer { cookie, backend: address([high, low, port]), service: address(service) });
+        each(&self.all6, abi::PEERS6, |cookie, peers| {
+            peers.iter().filter_map(|peer| Peer::of6(cookie, *peer)).for_each(&mut found);
         })
     }
 
-    /// Forgets a socket.
+    /// Forgets a socket, unless it was connected to another backend meanwhile.
     pub(super) fn forget(&mut self, cookie: u64, backend: SocketAddr) {
+        let known = match backend {
+            SocketAddr::V4(_) => self.ipv4.get(&cookie, 0).ok().and_then(|peer| Peer::of(cookie, peer)),
+            SocketAddr::V6(_) => self.ipv6.get(&cookie, 0).ok().and_then(|peer| Peer::of6(cookie, peer)),
+        };
         // What is not there any more was forgotten by the programs.
-        match backend {
-            SocketAddr::V4(backend) => {
-                let address = abi::SocketAddress::new(backend.ip().octets(), backend.port());
-                drop(self.ipv4.remove(&[cookie, address.to_bits()]));
-            }
-            SocketAddr::V6(backend) => {
-                let [high, low, port] = abi::SocketAddress6::new(backend.ip().octets(), backend.port()).to_words();
-                drop(self.ipv6.remove(&[cookie, high, low, port]));
-            }
+        if known.is_some_and(|known| known.backend == backend) {
+            let _ = match backend {
+                SocketAddr::V4(_) => self.ipv4.remove(&cookie),
+                SocketAddr::V6(_) => self.ipv6.remove(&cookie),
+            };
         }
+    }
+}
+
+impl Peer {
+    /// From the words of an [`abi::Peer`].
+    fn of(cookie: u64, [backend, service]: [u64; 2]) -> Option<Self> {
+        let backend = abi::SocketAddress::from_bits(backend);
+        Some(Self { cookie, backend: (backend.octets(), backend.port()).into(), service: V4::frontend(service)? })
+    }
+
+    /// From the words of an [`abi::Peer6`].
+    fn of6(cookie: u64, [high, low, port, service @ ..]: [u64; 6]) -> Option<Self> {
+        let backend = abi::SocketAddress6::from_words([high, low, port]);
+        Some(Self { cookie, backend: (backend.octets(), backend.port()).into(), service: V6::frontend(service)? })
     }
 }
 

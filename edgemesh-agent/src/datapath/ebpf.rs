@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    net::SocketAddr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
@@ -28,6 +28,7 @@ use super::{
     stale::Sweeper,
     tables::{Family as _, Table, V4, V6},
 };
+use crate::node_local::{Ipv4Range, Ipv6Range};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/edgemesh-ebpf.o"));
 
@@ -71,6 +72,9 @@ pub enum EbpfDatapathError {
         /// Why.
         source: std::io::Error,
     },
+    /// The kernel's network namespaces have no cookies, by which programs tell the host's from a pod's.
+    #[error("the kernel has no SO_NETNS_COOKIE (eBPF socket load balancing needs Linux 5.18)")]
+    NoNetnsCookie,
     /// Programs and maps can't be pinned, or their pins not removed.
     #[error("BPF filesystem: {path}: {source}")]
     Pins {
@@ -126,6 +130,30 @@ impl EbpfDatapathError {
     }
 }
 
+/// Addresses of this host that nobody has, to which pods' UDP sockets are connected that name a port which a Service lacks:
+/// their datagrams are refused.
+#[derive(Debug, Clone, Copy)]
+pub struct Nowhere {
+    v4: Ipv4Addr,
+    v6: Ipv6Addr,
+}
+
+impl Nowhere {
+    /// A port that programs don't listen on, also at all addresses of the host.
+    const PORT: u16 = 1;
+
+    /// The first address of each node-local range, which no Service port gets.
+    pub fn new(v4: Ipv4Range, v6: Ipv6Range) -> Self {
+        Self { v4: v4.base(), v6: v6.base() }
+    }
+}
+
+impl Default for Nowhere {
+    fn default() -> Self {
+        Self::new(Ipv4Range::default(), Ipv6Range::default())
+    }
+}
+
 /// Attached programs and their maps.
 pub struct Programs {
     ipv4: Table<V4>,
@@ -145,8 +173,8 @@ impl Programs {
     ///
     /// # Errors
     /// When the cgroup is missing, or the kernel lacks something or denies it.
-    pub fn start(cgroup: &Path, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
-        Self::load(cgroup_path(cgroup)?, None, sizes)
+    pub fn start(cgroup: &Path, sizes: MapSizes, nowhere: Nowhere) -> Result<(Self, Counters), EbpfDatapathError> {
+        Self::load(cgroup_path(cgroup)?, None, sizes, nowhere)
     }
 
     /// As [`Programs::start`], but programs and maps are pinned in a BPF filesystem: they stay when this is dropped. What an
@@ -154,13 +182,18 @@ impl Programs {
     ///
     /// # Errors
     /// As for [`Programs::start`]; also when the BPF filesystem can't be mounted or written.
-    pub fn start_pinned(cgroup: &Path, bpffs: &Path, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
+    pub fn start_pinned(
+        cgroup: &Path,
+        bpffs: &Path,
+        sizes: MapSizes,
+        nowhere: Nowhere,
+    ) -> Result<(Self, Counters), EbpfDatapathError> {
         let cgroup = cgroup_path(cgroup)?;
         // Named first, so that a missing cgroup is not reported as a trouble of the BPF filesystem.
         File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
         let pins = Pins::open(bpffs, &cgroup, sizes.slots())
             .map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })?;
-        Self::load(cgroup, Some(pins), sizes)
+        Self::load(cgroup, Some(pins), sizes, nowhere)
     }
 
     /// Detaches the pinned programs of a cgroup and frees their maps.
@@ -172,12 +205,22 @@ impl Programs {
         Pins::remove(bpffs, &cgroup).map_err(|source| EbpfDatapathError::Pins { path: bpffs.into(), source })
     }
 
-    fn load(cgroup: PathBuf, pins: Option<Pins>, sizes: MapSizes) -> Result<(Self, Counters), EbpfDatapathError> {
+    fn load(
+        cgroup: PathBuf,
+        pins: Option<Pins>,
+        sizes: MapSizes,
+        nowhere: Nowhere,
+    ) -> Result<(Self, Counters), EbpfDatapathError> {
         let folder = File::open(&cgroup).map_err(|source| EbpfDatapathError::Io { path: cgroup.clone(), source })?;
-        let host =
-            host::netns_cookie().map_err(|source| EbpfDatapathError::Io { path: "SO_NETNS_COOKIE".into(), source })?;
+        let host = host::netns_cookie().map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOPROTOOPT) => EbpfDatapathError::NoNetnsCookie,
+            _ => EbpfDatapathError::Io { path: "SO_NETNS_COOKIE".into(), source },
+        })?;
         let mut loader = EbpfLoader::new();
         loader.override_global(abi::HOST_NETNS, &host, true);
+        let v4 = abi::SocketAddress::new(nowhere.v4.octets(), Nowhere::PORT).to_bits();
+        let v6 = abi::SocketAddress6::new(nowhere.v6.octets(), Nowhere::PORT).to_words();
+        loader.override_global(abi::NOWHERE, &v4, true).override_global(abi::NOWHERE6, &v6, true);
         for name in [abi::FRONTENDS, abi::FRONTENDS6, abi::CALLS, abi::CALLS6] {
             loader.map_max_entries(name, sizes.frontends());
         }

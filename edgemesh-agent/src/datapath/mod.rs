@@ -37,7 +37,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use edgemesh_mesh::{Catalog, CatalogStore, Viewpoint, cidr::Cidr, model::Protocol};
-use edgemesh_telemetry::{ReadinessTask, Shutdown};
+use edgemesh_telemetry::{Done, ReadinessTask, Shutdown};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -173,6 +173,7 @@ impl Datapath {
             allocator,
             dns,
             has_external: false,
+            host_addresses: host::KnownAddresses::default(),
         };
         let task = tokio::spawn(worker.run(catalog, shutdown.clone(), readiness));
         Ok(Self { state, about: Arc::new(about), task })
@@ -239,12 +240,13 @@ struct Worker {
     dns: Vec<ClusterDns>,
     /// Whether a Service has `externalIPs`, so that the host's addresses matter.
     has_external: bool,
+    host_addresses: host::KnownAddresses,
 }
 
 impl Worker {
     async fn run(mut self, catalog: Arc<CatalogStore>, shutdown: Shutdown, readiness: ReadinessTask) {
         let mut generations = catalog.subscribe();
-        let mut readiness = Some(readiness);
+        let (mut readiness, mut is_ready) = (Some(readiness), None);
         let mut retry_at = None;
         let rules_lead = Arc::clone(&self.rules_lead);
         let mut look_at = tokio::time::Instant::now() + RULES_LOOK;
@@ -274,6 +276,8 @@ impl Worker {
                 Ok((worker, whole)) => (self, is_whole) = (worker, whole),
                 Err(error) => {
                     tracing::error!(%error, "programming failed; what is programmed stays as it is");
+                    // Changes are not seen any more: the node must not look as if they were.
+                    drop(is_ready.map(Done::undo));
                     return;
                 }
             }
@@ -282,7 +286,7 @@ impl Worker {
                 && self.missing.failed == 0
                 && let Some(readiness) = readiness.take()
             {
-                readiness.ready();
+                is_ready = Some(readiness.ready());
             }
             match (self.missing.is_all(), is_whole) {
                 (true, _) => self.failures = 0,
@@ -319,7 +323,8 @@ impl Worker {
         let started = Instant::now();
         let viewpoint = self.config.viewpoint(catalog);
         self.has_external = catalog.services().any(|service| !service.external_ips.is_empty());
-        let host_addresses = if self.has_external { host::addresses() } else { HashSet::new() };
+        let host_addresses =
+            if self.has_external { self.host_addresses.update(host::addresses()).clone() } else { HashSet::new() };
         let (allocator, dns) = (Arc::clone(&self.allocator), self.dns.clone());
         let surroundings =
             Surroundings { viewpoint: &viewpoint, allocator: &allocator, host_addresses: &host_addresses, dns: &dns };
@@ -622,8 +627,7 @@ fn pause_after(failures: u32) -> Duration {
 
 /// Whether a backend is an endpoint on the node from which is looked.
 fn is_local(catalog: &Catalog, viewpoint: &Viewpoint, backend: SocketAddr, protocol: Protocol) -> bool {
-    let endpoint = catalog.endpoint_at(backend, protocol);
-    endpoint.and_then(|endpoint| catalog.node_of_endpoint(endpoint)).is_some_and(|node| node == viewpoint.node)
+    catalog.is_endpoint_on(backend, protocol, &viewpoint.node)
 }
 
 fn pod_ranges(catalog: &Catalog, node: &str) -> Vec<Cidr> {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{
-    ebpf::{Counters, EbpfDatapathError, Programs, cgroup_path},
+    ebpf::{Counters, EbpfDatapathError, Nowhere, Programs, cgroup_path},
     map_sizes::MapSizes,
     nftables::{NftError, Rules},
 };
@@ -50,7 +50,7 @@ pub(super) fn choose(config: &Config) -> Result<Chosen, DatapathError> {
         DatapathMode::Nftables => nftables(config, "set in the configuration".to_owned())?,
         DatapathMode::Auto => match ebpf(config, "the programs could be loaded".to_owned()) {
             Ok(chosen) => chosen,
-            // Not a lack of the kernel's: falling back would hide a wrong setting.
+            // What the kernel lacks has errors of its own: here falling back would hide a wrong setting.
             Err(error @ EbpfDatapathError::Io { .. }) => return Err(error.into()),
             Err(ebpf) => {
                 let reason = format!("no eBPF: {ebpf}");
@@ -65,10 +65,11 @@ pub(super) fn choose(config: &Config) -> Result<Chosen, DatapathError> {
 
 fn ebpf(config: &Config, reason: String) -> Result<Chosen, EbpfDatapathError> {
     let sizes = MapSizes::new(config.backend_slots);
-    let (programs, counters) = match Programs::start_pinned(&config.cgroup, &config.bpffs, sizes) {
+    let nowhere = Nowhere::new(config.node_local_cidr, config.node_local_cidr6);
+    let (programs, counters) = match Programs::start_pinned(&config.cgroup, &config.bpffs, sizes, nowhere) {
         Err(error @ EbpfDatapathError::Pins { .. }) => {
             tracing::warn!(%error, "nothing will be served while the agent is away");
-            Programs::start(&config.cgroup, sizes)?
+            Programs::start(&config.cgroup, sizes, nowhere)?
         }
         started => started?,
     };

@@ -15,7 +15,7 @@ use edgemesh_mesh::{
     model::{Endpoint, Protocol, ServicePort},
 };
 
-use crate::node_local::{Allocator, ServicePortName};
+use crate::node_local::{Allocator, AllocatorError, ServicePortName};
 
 /// Port of cluster DNS at its cluster address, UDP and TCP.
 pub const DNS_PORT: u16 = 53;
@@ -132,10 +132,28 @@ pub fn plan(catalog: &Catalog, surroundings: Surroundings<'_>) -> Plan {
         }
         close_other_ports(&mut plan, address.ip());
     }
-    let live: HashSet<ServicePortName> =
-        catalog.services().flat_map(|service| service.ports.iter()).map(|port| (&**port).into()).collect();
-    allocator.retire(&live);
+    // Which Service ports there are is not known from half a catalog.
+    if catalog.is_synced() && allocator.is_short() {
+        allocator.retire(&live(catalog));
+    }
     plan
+}
+
+/// All Service ports.
+fn live(catalog: &Catalog) -> HashSet<ServicePortName> {
+    catalog.services().flat_map(|service| service.ports.iter()).map(|port| (&**port).into()).collect()
+}
+
+/// Allots a node-local address. If none is left, those of Service ports that are gone are taken back first.
+fn allot<A>(
+    catalog: &Catalog,
+    allocator: &Allocator,
+    address: impl Fn() -> Result<A, AllocatorError>,
+) -> Result<A, AllocatorError> {
+    address().or_else(|full| {
+        let freed = catalog.is_synced() && allocator.retire_once(catalog.generation(), || live(catalog));
+        if freed { address() } else { Err(full) }
+    })
 }
 
 /// Where one frontend leads, as [`plan`] says, at addresses that are not external; nothing if there is no such frontend.
@@ -207,7 +225,9 @@ pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port:
     }
     if candidates.tier <= Tier::Network {
         let address = |endpoint: &Arc<Endpoint>| SocketAddr::new(endpoint.address, endpoint.port);
-        let backends = candidates.endpoints.iter().map(address).collect();
+        let mut backends: Vec<SocketAddr> = candidates.endpoints.iter().map(address).collect();
+        // Two Node objects can stand for one machine.
+        backends.dedup();
         let affinity = catalog.service_named(&port.service).and_then(|service| service.client_ip_affinity);
         return match affinity {
             Some(timeout) => Target::Sticky(few(backends, &surroundings.viewpoint.node), timeout),
@@ -215,11 +235,14 @@ pub(super) fn target_of(catalog: &Catalog, surroundings: Surroundings<'_>, port:
         };
     }
     let name = port.into();
-    let listener = if call.family != Some(IpFamily::V6) {
-        surroundings.allocator.listener(&name).map(|listener| Some(SocketAddr::V4(listener)))
-    } else {
-        surroundings.allocator.listener6(&name).map(|listener| listener.map(SocketAddr::V6))
-    };
+    let allocator = surroundings.allocator;
+    let listener = allot(catalog, allocator, || {
+        if call.family != Some(IpFamily::V6) {
+            allocator.listener(&name).map(|listener| Some(SocketAddr::V4(listener)))
+        } else {
+            allocator.listener6(&name).map(|listener| listener.map(SocketAddr::V6))
+        }
+    });
     match listener {
         // A host without IPv6 has no sockets that could call there.
         Ok(listener) => listener.map_or(Target::Refuse, Target::Listener),
@@ -258,7 +281,7 @@ pub(super) fn own_addresses(catalog: &Catalog, node: &str) -> Vec<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use edgemesh_mesh::CatalogStore;
+    use edgemesh_mesh::{CatalogStore, model::ServiceName};
     use k8s_openapi::api::{
         core::v1::{Node, Service},
         discovery::v1::EndpointSlice,
@@ -344,6 +367,49 @@ mod tests {
         assert_eq!(&*service_of(&allocator, listener).service.name, "web");
         endpoints(&store, &[("10.244.1.5", "a1", false)]);
         assert_eq!(plan_at(&store, "a1", &allocator)[&tcp(VIP)], Target::Refuse, "nothing is ready");
+    }
+
+    fn gone(number: usize) -> ServicePortName {
+        ServicePortName {
+            service: ServiceName { namespace: "default".into(), name: format!("gone{number}").into() },
+            port: "".into(),
+            protocol: Protocol::Tcp,
+        }
+    }
+
+    #[test]
+    fn addresses_are_taken_back_only_by_a_complete_catalog() {
+        let (store, allocator) = (cluster(), Allocator::in_memory("169.254.64.0/28".parse().unwrap()));
+        let held: Vec<_> = (0..12).map(|number| *allocator.listener(&gone(number)).unwrap().ip()).collect();
+        let are_held = || held.iter().all(|ip| allocator.service_of(*ip).is_some());
+        store.publish();
+        plan_at(&store, "a1", &allocator);
+        assert!(are_held(), "nobody knows yet which Services there are");
+        store.mark_synced();
+        store.publish();
+        plan_at(&store, "a1", &allocator);
+        assert!(!are_held());
+    }
+
+    #[test]
+    fn service_ports_get_addresses_that_those_of_gone_ones_make_free() {
+        let (store, allocator) = (cluster(), Allocator::in_memory("169.254.64.0/28".parse().unwrap()));
+        for number in 0..8 {
+            allocator.listener(&gone(number)).unwrap();
+        }
+        let ports: Vec<Value> = (0..8).map(|at| json!({"name": format!("p{at}"), "port": 80 + at})).collect();
+        store.apply_service(&object::<Service>(json!({
+            "metadata": {"name": "web", "namespace": "default"}, "spec": {"clusterIP": "10.96.0.20", "ports": ports},
+        })));
+        store.apply_endpoint_slice(&object::<EndpointSlice>(json!({
+            "metadata": {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": "IPv4", "ports": ports, "endpoints": [{"addresses": ["10.244.3.5"], "nodeName": "b1"}],
+        })));
+        store.mark_synced();
+        store.publish();
+        let plan = plan_at(&store, "a1", &allocator);
+        let targets: Vec<&Target> = plan.iter().filter(|(at, _)| at.address.port() != 0).map(|(_, to)| to).collect();
+        assert!(targets.len() == 8 && targets.iter().all(|to| matches!(to, Target::Listener(_))), "{targets:?}");
     }
 
     #[test]

@@ -39,7 +39,7 @@ struct Last {
 }
 
 impl Planner {
-    /// Plans for a catalog: in full the first time, when nodes or surroundings changed, where external addresses are
+    /// Plans for a catalog: in full the first time, when nodes moved or surroundings changed, where external addresses are
     /// concerned, and while node-local addresses are short, which a plan in full takes back; else what the Services that changed have to do with.
     pub fn plan(&mut self, catalog: &Arc<Catalog>, surroundings: Surroundings<'_>) -> Wanted {
         if let Some(some) = self.last.as_ref().and_then(|last| last.changed(catalog, surroundings)) {
@@ -73,7 +73,7 @@ impl Last {
             || self.host_addresses != *host_addresses
             || self.dns != dns
             || allocator.is_short()
-            || catalog.nodes_changed(&self.catalog)
+            || catalog.places_changed(&self.catalog)
         {
             return None;
         }
@@ -135,6 +135,7 @@ mod tests {
         match kind {
             "Service" => store.apply_service(&serde_json::from_value(object).unwrap()),
             "Node" => store.apply_node(&serde_json::from_value(object).unwrap()),
+            "MeshNode" => store.apply_mesh_node(&serde_json::from_value(object).unwrap()),
             _ => store.apply_endpoint_slice(&serde_json::from_value(object).unwrap()),
         }
     }
@@ -159,6 +160,7 @@ mod tests {
     #[test]
     fn what_changes_leads_to_the_same_as_a_plan_in_full() {
         let store = CatalogStore::new();
+        store.mark_synced();
         apply(&store, "Node", node("a1", "site-a", "192.168.1.11"));
         apply(&store, "Node", node("b1", "site-b", "192.168.2.11"));
         let allocator = Allocator::in_memory(Ipv4Range::default());
@@ -201,6 +203,12 @@ mod tests {
             ("Service", service("clash", "10.96.0.6", json!([{"port": 1, "nodePort": 30090}])), false),
             ("Service", service("clash", "10.96.0.6", json!([{"port": 1}])), false),
             ("Node", node("b1", "site-a", "192.168.2.11"), false),
+            (
+                "MeshNode",
+                json!({"metadata": {"name": "b1"},
+                "spec": {"peers": {"agent": {"peerId": "12D3b1", "addresses": ["/ip4/203.0.113.7/tcp/4001"]}}}}),
+                true,
+            ),
             ("Slice", slice("web", &[("10.244.2.6", "b1")]), true),
         ];
         for (kind, object, alone) in changes {

@@ -47,6 +47,9 @@ pub struct Sweeper {
     cgroup: PathBuf,
 }
 
+/// Remembered sockets whose endpoint is gone, by cookie and backend.
+type Suspects = HashMap<(u64, SocketAddr), Protocol>;
+
 /// Ends what came through a Service to an endpoint that is gone.
 pub(super) trait Sweep: Send {
     /// Ends what came to a backend for which `is_gone(service, backend, protocol)` holds.
@@ -74,11 +77,10 @@ impl Sweeper {
     /// Ends every socket that came through a Service to a backend for which `is_gone(service, backend, protocol)` holds.
     /// Walks what the programs remember, and if there is anything gone, all connected sockets of the node.
     pub fn sweep(&mut self, is_gone: &dyn Fn(SocketAddr, SocketAddr, Protocol) -> bool) -> Swept {
-        let mut suspects: HashMap<(u64, SocketAddr), (bool, bool)> = HashMap::new();
+        let mut suspects: Suspects = HashMap::new();
         let read = self.peers.each(|Peer { cookie, backend, service }| {
-            let gone = (is_gone(service, backend, Protocol::Tcp), is_gone(service, backend, Protocol::Udp));
-            if gone != (false, false) {
-                suspects.insert((cookie, backend), gone);
+            if is_gone(service.address, backend, service.protocol) {
+                suspects.insert((cookie, backend), service.protocol);
             }
         });
         let mut swept = Swept { suspects: suspects.len(), ..Swept::default() };
@@ -96,27 +98,24 @@ impl Sweeper {
                 swept.failed += 1;
             }
         }
-        // Those that have another peer now, or were closed.
-        for ((cookie, backend), _) in suspects.into_iter().filter(|(_, gone)| *gone == (true, true)) {
-            self.peers.forget(cookie, backend);
+        // What is left has another peer now, or none: no need to look for it each time. Unless it was not looked for everywhere.
+        if swept.failed == 0 {
+            for (cookie, backend) in suspects.into_keys() {
+                self.peers.forget(cookie, backend);
+            }
         }
         swept
     }
 
-    fn sweep_namespace(
-        &mut self,
-        suspects: &HashMap<(u64, SocketAddr), (bool, bool)>,
-        swept: &mut Swept,
-    ) -> io::Result<()> {
+    fn sweep_namespace(&mut self, suspects: &Suspects, swept: &mut Swept) -> io::Result<()> {
         let mut diagnostics = Diagnostics::open()?;
         for protocol in [Protocol::Tcp, Protocol::Udp] {
+            if !suspects.values().any(|of| *of == protocol) {
+                continue;
+            }
             let mut stale: Vec<Connected> = Vec::new();
             diagnostics.connected(protocol, |socket| {
-                let gone = suspects.get(&(socket.cookie, socket.peer)).is_some_and(|&(tcp, udp)| match protocol {
-                    Protocol::Tcp => tcp,
-                    Protocol::Udp => udp,
-                });
-                if gone {
+                if suspects.contains_key(&(socket.cookie, socket.peer)) {
                     stale.push(socket);
                 }
             })?;

@@ -78,6 +78,14 @@ pub(super) struct Checks {
 }
 
 impl Checks {
+    /// Begins with what was observed before.
+    pub(super) fn beginning_with(observed: &Observed) -> Self {
+        let seen = |(endpoint, answers): (&SocketAddr, &bool)| {
+            (*endpoint, Seen { answers: Some(*answers), ..Seen::default() })
+        };
+        Self { seen: observed.endpoints.iter().map(seen).collect() }
+    }
+
     /// Takes the results of a round in, and what other nodes said of their endpoints; endpoints that were part of neither are
     /// forgotten. Returns those that turned dead (false) or came back.
     pub(super) fn note(

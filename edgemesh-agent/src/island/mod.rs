@@ -7,6 +7,7 @@
 
 pub(crate) mod checks;
 mod cloud;
+mod kept;
 mod message;
 mod reports;
 mod share;
@@ -26,7 +27,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 pub use self::reports::Reports;
-use self::{checks::Checks, cloud::Cloud, message::Report, share::Sharing};
+use self::{checks::Checks, cloud::Cloud, kept::Kept, message::Report, share::Sharing};
 use crate::{config::Config, metrics::IslandMetrics};
 
 /// How often a metaserver is asked.
@@ -50,15 +51,29 @@ struct State {
 #[derive(Debug, Clone)]
 pub struct Island {
     state: Arc<ArcSwap<State>>,
+    kept: Kept,
     reports: Arc<Reports>,
     metrics: IslandMetrics,
 }
 
 impl Island {
-    /// Not yet watching.
+    /// Not yet watching. What an earlier run held of endpoints, if it ended as an island, holds on. Blocks on the disk.
     pub fn new(config: &Config, metrics: IslandMetrics) -> Self {
         let keep = Duration::from_secs(config.island_check_seconds) * share::CHECKS_PER_REPORT * share::REPORTS_KEPT;
-        Self { state: Arc::default(), reports: Arc::new(Reports::new(keep, metrics.clone())), metrics }
+        let kept = Kept::at(config.data_dir.join("island.json"));
+        let observed = if config.island_check_seconds == 0 { Observed::default() } else { kept.read() };
+        let state = State { observed, ..State::default() };
+        let reports = Arc::new(Reports::new(keep, metrics.clone()));
+        Self { state: Arc::new(ArcSwap::from_pointee(state)), kept, reports, metrics }
+    }
+
+    /// Has the catalog show what holds on from an earlier run.
+    pub fn show_kept(&self, catalog: &CatalogStore) {
+        catalog.set_observed(self.state.load().observed.clone());
+        // The copy on disk was read meanwhile.
+        if catalog.is_synced() {
+            catalog.publish();
+        }
     }
 
     /// Where what other nodes say arrives.
@@ -93,9 +108,10 @@ impl Island {
             client,
             metrics: self.metrics.clone(),
             state: Arc::clone(&self.state),
+            kept: self.kept.clone(),
             reports: self.reports(),
             report,
-            checks: Checks::default(),
+            checks: Checks::beginning_with(&self.state.load().observed),
         };
         let stopping = shutdown.stopping().clone();
         shutdown.spawn(async move {
@@ -132,6 +148,7 @@ struct Worker {
     client: kube::Client,
     metrics: IslandMetrics,
     state: Arc<ArcSwap<State>>,
+    kept: Kept,
     reports: Arc<Reports>,
     /// What other nodes are told.
     report: watch::Sender<Option<Report>>,
@@ -140,9 +157,15 @@ struct Worker {
 
 impl Worker {
     async fn run(mut self) {
+        let mut was_island = self.state.load().observed != Observed::default();
         loop {
-            self.until_away().await;
-            tracing::warn!("the cloud is away: endpoints of this network are judged by whether they answer");
+            if std::mem::take(&mut was_island) {
+                self.until_synced().await;
+                tracing::warn!("the cloud was away when the agent ended: what it held of endpoints holds on");
+            } else {
+                self.until_away().await;
+                tracing::warn!("the cloud is away: endpoints of this network are judged by whether they answer");
+            }
             self.reports.set_island(true);
             self.metrics.active.set(1);
             self.until_back().await;
@@ -150,10 +173,16 @@ impl Worker {
             self.reports.set_island(false);
             self.report.send_replace(None);
             self.checks = Checks::default();
-            self.show(0);
+            self.show(0).await;
             self.metrics.active.set(0);
             self.state.store(Arc::default());
         }
+    }
+
+    /// Until it is known which endpoints there are.
+    async fn until_synced(&self) {
+        let mut generations = self.catalog.subscribe();
+        while !self.catalog.is_synced() && generations.changed().await.is_ok() {}
     }
 
     async fn until_away(&self) {
@@ -199,7 +228,7 @@ impl Worker {
                     tracing::info!(%endpoint, "an endpoint is dead: it gets no more connections");
                 }
             }
-            self.show(checked);
+            self.show(checked).await;
             let report = self.checks.report(&own);
             self.report.send_if_modified(|told| {
                 let differs = told.as_ref() != Some(&report);
@@ -217,14 +246,19 @@ impl Worker {
         }
     }
 
-    /// Puts what is known into the catalog.
-    fn show(&self, checked: usize) {
+    /// Puts what is known into the catalog, and keeps it for the next run.
+    async fn show(&self, checked: usize) {
         let observed = self.checks.observed();
         let count = |wanted: bool| observed.endpoints.values().filter(|answers| **answers == wanted).count();
         self.metrics.endpoints(count(false), count(true));
         if self.state.load().observed != observed {
             self.catalog.set_observed(observed.clone());
             self.catalog.publish();
+            let (kept, held) = (self.kept.clone(), observed.clone());
+            let written = tokio::task::spawn_blocking(move || kept.write(&held)).await;
+            if let Err(error) = written.unwrap_or_else(|failed| Err(failed.into())) {
+                tracing::warn!(%error, "what is held of endpoints can't be kept: a restart forgets it");
+            }
         }
         self.state.store(Arc::new(State { is_island: true, checked, observed }));
     }

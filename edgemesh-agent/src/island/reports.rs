@@ -138,9 +138,7 @@ impl Reports {
 
 /// Whether the catalog knows a TCP endpoint there and places it on the node.
 fn is_on(catalog: &Catalog, at: SocketAddr, node: &str) -> bool {
-    catalog
-        .endpoint_at(at, edgemesh_mesh::model::Protocol::Tcp)
-        .is_some_and(|endpoint| catalog.node_of_endpoint(endpoint).as_deref() == Some(node))
+    catalog.is_endpoint_on(at, edgemesh_mesh::model::Protocol::Tcp, node)
 }
 
 #[cfg(test)]

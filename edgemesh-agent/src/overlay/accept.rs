@@ -51,7 +51,8 @@ impl Acceptor {
             let viewpoint = self.standpoint.viewpoint(&catalog);
             return self.reports.accept(catalog, &viewpoint, peer);
         }
-        let called = check(&catalog, &self.standpoint.node, peer, header, host::addresses)?;
+        let host_addresses = || host::addresses().unwrap_or_default();
+        let called = check(&catalog, &self.standpoint.node, peer, header, host_addresses)?;
         let failed =
             |error: std::io::Error| Refusal::new(RefusalReason::DialFailed, format!("{}: {error}", header.endpoint));
         match header.protocol {
@@ -135,10 +136,13 @@ fn check(
         return not_here("the Service has no such port");
     };
     let address = SocketAddr::new(header.endpoint.ip(), header.endpoint.port());
-    let Some(endpoint) = port.endpoint(address) else { return not_here("no such endpoint") };
-    if catalog.node_of_endpoint(endpoint).as_deref() != Some(own) {
-        return not_here("the endpoint is on another node");
+    let there = port.endpoints_at(address);
+    if there.is_empty() {
+        return not_here("no such endpoint");
     }
+    let Some(endpoint) = there.iter().find(|there| catalog.node_of_endpoint(there).as_deref() == Some(own)) else {
+        return not_here("the endpoint is on another node");
+    };
     // What the choice on the other side may have picked a moment ago.
     let usable = endpoint.ready || endpoint.serving || service.publish_not_ready;
     if usable { Ok(Some((service.clone(), port.clone()))) } else { not_here("the endpoint is not ready") }
@@ -156,8 +160,7 @@ fn check_pod(
     if peer.component != super::COMPONENT {
         return Err("only agents call pods");
     }
-    let endpoint = catalog.endpoint_at(header.endpoint, protocol(header));
-    if endpoint.is_some_and(|endpoint| catalog.node_of_endpoint(endpoint).as_deref() == Some(own)) {
+    if catalog.is_endpoint_on(header.endpoint, protocol(header), own) {
         return Ok(());
     }
     let ip = header.endpoint.ip();
@@ -203,6 +206,8 @@ mod tests {
                 {"addresses": ["10.244.1.2"], "nodeName": "here", "conditions": {"ready": true}},
                 {"addresses": ["10.244.1.3"], "nodeName": "here", "conditions": {"ready": false, "serving": false}},
                 {"addresses": ["10.244.2.2"], "nodeName": "there", "conditions": {"ready": true}},
+                {"addresses": ["192.168.1.10"], "nodeName": "elsewhere", "conditions": {"ready": true}},
+                {"addresses": ["192.168.1.10"], "nodeName": "here", "conditions": {"ready": true}},
             ],
         });
         store.apply_service(&serde_json::from_value(service).unwrap());
@@ -226,6 +231,8 @@ mod tests {
         };
         let table = [
             (header("web", "http", Carried::Tcp, "10.244.1.2:8080"), None),
+            // An address that a node of another network has too.
+            (header("web", "http", Carried::Tcp, "192.168.1.10:8080"), None),
             (header("other", "http", Carried::Tcp, "10.244.1.2:8080"), Some("no such Service")),
             (header("web", "metrics", Carried::Tcp, "10.244.1.2:8080"), Some("no such port")),
             (header("web", "http", Carried::Udp, "10.244.1.2:8080"), Some("no such port")),

@@ -23,6 +23,7 @@ use edgemesh_tunnel::{
     TunnelStream,
 };
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpStream, UdpSocket},
@@ -202,6 +203,7 @@ pub(super) struct Dialer {
     keepalive: Option<Keepalive>,
     affinity: Affinity,
     choices: Choices,
+    host_addresses: Mutex<host::KnownAddresses>,
 }
 
 impl Dialer {
@@ -224,6 +226,7 @@ impl Dialer {
             keepalive,
             affinity: Affinity::default(),
             choices: Choices::default(),
+            host_addresses: Mutex::default(),
         }
     }
 
@@ -260,7 +263,11 @@ impl Dialer {
     fn is_on_node(&self, catalog: &Catalog, ip: IpAddr) -> bool {
         let ranges = catalog.node(&self.standpoint.node).into_iter().flat_map(|node| &node.pod_cidrs);
         let mut ranges = ranges.filter_map(|range| Cidr::parse(range)).chain(self.node_local);
-        ranges.any(|range| range.contains(ip)) || host::addresses().contains(&ip)
+        if ranges.any(|range| range.contains(ip)) {
+            return true;
+        }
+        let read = host::addresses();
+        self.host_addresses.lock().update(read).contains(&ip)
     }
 
     /// A stream to a pod of another network.

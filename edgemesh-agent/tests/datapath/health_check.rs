@@ -79,6 +79,11 @@ fn a_load_balancer_is_told_whether_endpoints_are_ready_on_this_node() {
     assert_eq!(body["service"], json!({"namespace": "d", "name": "web"}));
     assert_eq!(body["localEndpoints"], 2, "addresses, whatever number of ports they have");
 
+    // Who connects and asks nothing keeps nobody waiting.
+    let idle: Vec<TcpStream> = (0..128).map(|_| TcpStream::connect(("127.0.0.1", 32_000)).unwrap()).collect();
+    assert!(ask(32_000, "GET / HTTP/1.1\r\n\r\n").unwrap().starts_with("HTTP/1.1 200"));
+    drop(idle);
+
     let begins = |status: &'static str| move |answer: &std::io::Result<String>| matches!(answer, Ok(text) if text.starts_with(status));
     endpoints(&store, &json!([remote, terminating]));
     becomes(32_000, begins("HTTP/1.1 503"));

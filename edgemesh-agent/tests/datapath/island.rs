@@ -16,7 +16,7 @@ use hickory_proto::rr::RecordType;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::sites::{CLUSTER_DNS, Host, POD_A, POD_B, Sites, addresses_of, call, counting_server, to, until};
+use crate::sites::{CLUSTER_DNS, Host, POD_A, POD_B, Sites, addresses_of, call, counting_server, node, to, until};
 
 const VIP: &str = "10.96.0.30";
 const API: &str = "127.0.0.1:10551";
@@ -151,6 +151,45 @@ fn dead_endpoints_leave_and_return_while_the_cloud_is_away_and_its_word_counts_w
     // It says that the pod of this node is ready.
     until("its word", || call(&sites.a.host, vip, 1).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused));
     assert_eq!(names(), [POD_A[0], POD_B[0]]);
+}
+
+#[test]
+fn an_agent_that_starts_on_an_island_gives_no_connections_to_what_the_one_before_found_dead() {
+    // As the copy on disk has it: there is nobody to tell the agent anything after its start.
+    let objects = [services(), vec![node("b", "site-a")]].concat();
+    let mut sites = Sites::start(&objects, |config| {
+        config.api_server = Some(format!("http://{API}"));
+        config.island_check_seconds = 1;
+    });
+    counting_server(&sites.b.pod, 8080, "pod b");
+    let vip: SocketAddr = to(VIP, 80);
+    let answer = |sites: &Sites| call(&sites.a.host, vip, 1);
+    let answers = |sites: &Sites, wanted: &str| answer(sites).is_ok_and(|answer| answer == wanted);
+    let names = |sites: &Sites| addresses_of_names(&sites.a.pod);
+    let is_island = |sites: &Sites, wanted| sites.a.metric("edgemesh_agent_island_active") == wanted;
+    // Nobody listens at the pod of a.
+    until("the pod of the other node", || answers(&sites, "pod b 1"));
+    for _ in 0..2 {
+        sites.a.stop();
+        sites.a.start();
+        for _ in 0..50 {
+            assert_eq!(answer(&sites).unwrap(), "pod b 1");
+        }
+        assert_eq!(names(&sites), [POD_B[0]]);
+        // The file of the second run is by its own checks.
+        until("own checks", || is_island(&sites, 1) && sites.a.admin("/debug/island").contains("\"checked\": 2"));
+    }
+    let server = Stoppable::start(&sites.a.pod);
+    until("the pod of this node to be back", || answers(&sites, "pod a"));
+    drop(server);
+    until("the pod of the other node again", || answers(&sites, "pod b 1"));
+
+    cloud(&sites.a.host);
+    until("the cloud to be back", || is_island(&sites, 0));
+    sites.a.stop();
+    sites.a.start();
+    let refused = answer(&sites).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "what the cloud says counts: the pod is ready");
 }
 
 #[test]

@@ -2,8 +2,9 @@
 
 use std::{
     io::{ErrorKind, Write as _},
+    mem::offset_of,
     net::{SocketAddr, TcpListener},
-    os::unix::fs::MetadataExt as _,
+    os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -102,6 +103,65 @@ fn auto_takes_nftables_where_the_programs_can_not_be_loaded_and_what_was_written
     uninstall(command(&[]));
     assert!(!Rules::is_present());
     assert!(call("10.96.0.20:80").is_err());
+}
+
+/// Has the kernel answer a program as one before Linux 5.14, whose network namespaces have no cookies.
+fn without_netns_cookies(command: &mut Command) {
+    let load = |offset: usize| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset as u32, 0);
+    let unless = |value: u32, skip: u8| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value, skip);
+    let answer = |value: u32| step(libc::BPF_RET | libc::BPF_K, value, 0);
+    // The lower half of the third argument, the option.
+    let option =
+        offset_of!(libc::seccomp_data, args) + 2 * size_of::<u64>() + if cfg!(target_endian = "big") { 4 } else { 0 };
+    let mut steps = [
+        load(offset_of!(libc::seccomp_data, nr)),
+        unless(libc::SYS_getsockopt as u32, 3),
+        load(option),
+        unless(libc::SO_NETNS_COOKIE as u32, 1),
+        answer(libc::SECCOMP_RET_ERRNO | libc::ENOPROTOOPT as u32),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = move || {
+        let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+        // SAFETY: the kernel copies the program during the call.
+        match unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec this makes one system call and takes no memory.
+    unsafe { command.pre_exec(filter) };
+}
+
+/// One step of a filter of system calls, which goes on behind the next `skip` ones where a comparison fails.
+fn step(code: u32, value: u32, skip: u8) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt: 0, jf: skip, k: value }
+}
+
+#[test]
+fn auto_takes_nftables_on_kernels_whose_network_namespaces_have_no_cookies() {
+    let sandbox = node();
+    let (data, port) = (tempfile::tempdir().unwrap(), free_port());
+    let mut command = command(&sandbox, data.path(), port, "+all", &[]);
+    without_netns_cookies(&mut command);
+    let _agent = start(command, port);
+    let page = admin(SocketAddr::from(([127, 0, 0, 1], port)), "/debug/datapath");
+    let page: serde_json::Value = serde_json::from_str(page.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(page["datapath"], "nftables");
+    assert!(page["reason"].as_str().unwrap().starts_with("no eBPF: "), "{}", page["reason"]);
+}
+
+#[test]
+fn the_limit_of_open_descriptors_is_as_high_as_it_may_be() {
+    let sandbox = node();
+    let (data, port) = (tempfile::tempdir().unwrap(), free_port());
+    let agent = command(&sandbox, data.path(), port, "+all", &[]);
+    let mut limited = Command::new("prlimit");
+    limited.arg("--nofile=1024:16384").arg(agent.get_program()).args(agent.get_args());
+    let agent = start(limited, port);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.0.id())).unwrap();
+    let open_files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    assert_eq!(open_files.split_whitespace().collect::<Vec<_>>(), ["16384", "16384", "files"]);
 }
 
 fn uninstall(mut command: Command) {

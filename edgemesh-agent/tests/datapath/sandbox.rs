@@ -13,7 +13,7 @@ use std::{
 use edgemesh_agent::{
     config::DatapathMode,
     datapath::{
-        ebpf::{Counters, Programs},
+        ebpf::{Counters, Nowhere, Programs},
         map_sizes::MapSizes,
         nftables::{Changes, Rules},
         plan::{Change, Frontend, Target},
@@ -75,7 +75,7 @@ impl Sandbox {
 
     /// The same with so many slots for backends.
     pub(crate) fn sized_programs(&self, slots: u32) -> (Programs, Counters) {
-        Programs::start(&self.cgroup, MapSizes::new(slots)).unwrap()
+        Programs::start(&self.cgroup, MapSizes::new(slots), Nowhere::default()).unwrap()
     }
 
     /// What translates Service addresses for this sandbox, in a mode.
@@ -91,7 +91,7 @@ impl Sandbox {
 
     /// The eBPF programs, pinned, as an agent starts them.
     pub(crate) fn pinned_programs(&self) -> (Programs, Counters) {
-        Programs::start_pinned(&self.cgroup, &self.bpffs, MapSizes::new(0)).unwrap()
+        Programs::start_pinned(&self.cgroup, &self.bpffs, MapSizes::new(0), Nowhere::default()).unwrap()
     }
 
     /// A cgroup below this one, in which no process is.

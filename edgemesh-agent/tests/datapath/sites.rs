@@ -246,7 +246,7 @@ impl Site {
     }
 }
 
-fn node(name: &str, network: &str) -> Value {
+pub(crate) fn node(name: &str, network: &str) -> Value {
     let (address, ranges) = match name {
         "a" => ("192.0.2.1", ["10.244.1.0/24", "fd00:1::/64"]),
         _ => ("192.0.2.2", ["10.244.7.0/24", "fd00:7::/64"]),

@@ -3,21 +3,21 @@
 use std::{
     collections::HashMap,
     io::{ErrorKind, Read},
-    net::{SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
 use edgemesh_agent::datapath::{
-    ebpf::Programs,
+    ebpf::{Nowhere, Programs},
     map_sizes::MapSizes,
     plan::{Change, Frontend, Target},
 };
 use edgemesh_ebpf_abi::Counter;
 use edgemesh_mesh::model::Protocol::{Tcp, Udp};
 
-use crate::sandbox::{Mode, Sandbox, at, close_other_ports, in_both_modes, in_pod, set, tcp_server, udp_server};
+use crate::sandbox::{Mode, Sandbox, at, close_other_ports, in_both_modes, in_pod, ip, set, tcp_server, udp_server};
 
 in_both_modes! {
     a_tcp_connection_to_a_service_reaches_a_pod_and_its_peer_is_the_service,
@@ -59,7 +59,7 @@ fn receive(socket: &UdpSocket) -> (String, SocketAddr) {
 }
 
 /// `connect` with `AF_UNSPEC`: the socket has no peer any more.
-fn disconnect(socket: &UdpSocket) {
+fn disconnect(socket: &impl AsRawFd) {
     let address = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
     let length = size_of::<libc::sockaddr>() as libc::socklen_t;
     // SAFETY: the address is valid for the call.
@@ -258,6 +258,38 @@ fn connects_that_fail_leave_nothing_behind() {
     assert_eq!(counters.remembered_peers().unwrap(), 0);
 }
 
+/// Nor does it when the connect failed before anything was sent, or the socket let its peer go.
+#[test]
+fn sockets_that_have_no_peer_when_they_are_closed_leave_nothing_behind() {
+    let sandbox = Sandbox::new(&["10.244.1.5", "fd00:1::5"]);
+    let (mut programs, counters) = sandbox.programs();
+    for (vip, here, nowhere, any) in [
+        ("10.96.0.20", "10.244.1.5:8080", "203.0.113.9:8080", "0.0.0.0:0"),
+        ("[fd00:96::20]", "[fd00:1::5]:8080", "[2001:db8::9]:8080", "[::]:0"),
+    ] {
+        tcp_server(here);
+        let (near, far) = (format!("{vip}:80"), format!("{vip}:81"));
+        for protocol in [Tcp, Udp] {
+            set(&mut programs, protocol, &near, Some(&[here]));
+            set(&mut programs, protocol, &far, Some(&[nowhere]));
+        }
+        let udp = || UdpSocket::bind(any).unwrap();
+        for _ in 0..50 {
+            assert_eq!(TcpStream::connect(&far).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+            assert_eq!(udp().connect(&far).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+        }
+        let (tcp, udp) = (TcpStream::connect(&near).unwrap(), udp());
+        udp.connect(&near).unwrap();
+        assert_eq!(counters.remembered_peers().unwrap(), 2);
+        disconnect(&tcp);
+        disconnect(&udp);
+        drop((tcp, udp));
+        assert_eq!(counters.remembered_peers().unwrap(), 0, "{vip}");
+    }
+    assert_eq!(counters.get(Counter::TcpConnects).unwrap(), 102);
+    assert_eq!(counters.get(Counter::UdpConnects).unwrap(), 102);
+}
+
 /// Programs that name the name server with each question leave one remembered peer a question.
 #[test]
 fn a_crowd_of_unconnected_sockets_takes_nothing_from_connected_ones() {
@@ -296,6 +328,50 @@ fn node_ports_at_the_loopback_address_are_the_hosts_only() {
         assert_eq!(call_tcp(called).unwrap(), called);
     });
     assert_eq!(call_tcp(called).unwrap(), PODS[2]);
+}
+
+/// By this `getaddrinfo` tells which addresses to name first (RFC 6724, section 6, rule 1): glibc with the port that it was
+/// asked for, or 0, musl with 65535, Go with 9.
+#[test]
+fn a_udp_socket_of_a_pod_is_connected_to_a_port_that_a_service_lacks_if_the_family_works_and_refused_what_it_sends() {
+    let sandbox = Sandbox::new(&[]);
+    let (mut programs, counters) = sandbox.programs();
+    ip("route add local 169.254.64.0/18 dev lo");
+    let vips: [IpAddr; 2] = ["10.96.0.20", "fd00:96::20"].map(|vip| vip.parse().unwrap());
+    for vip in vips {
+        let pod = if vip.is_ipv4() { PODS[0] } else { "[fd00:1::5]:8080" };
+        set(&mut programs, Tcp, &SocketAddr::new(vip, 80).to_string(), Some(&[pod]));
+        for protocol in [Tcp, Udp] {
+            set(&mut programs, protocol, &SocketAddr::new(vip, 0).to_string(), Some(&[]));
+        }
+    }
+    let ports = [0, 80, 9, 65535];
+    let connect = |called: SocketAddr| {
+        let socket = UdpSocket::bind(if called.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.connect(called).map(|()| socket)
+    };
+    in_pod(|| {
+        for called in ports.map(|port| SocketAddr::new(vips[0], port)) {
+            let socket = connect(called).unwrap();
+            assert_eq!(socket.peer_addr().unwrap(), called);
+            assert_eq!(socket.local_addr().unwrap().ip(), POD_ADDRESSES[0].parse::<IpAddr>().unwrap());
+            socket.send(b"?").unwrap();
+            assert_eq!(socket.recv(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionRefused, "{called}");
+        }
+        for called in ports.map(|port| SocketAddr::new(vips[1], port)) {
+            assert_eq!(connect(called).unwrap_err().kind(), ErrorKind::NetworkUnreachable, "{called}");
+        }
+        let unconnected = udp_client().send_to(b"?", "10.96.0.20:81");
+        assert_eq!(unconnected.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    });
+    assert_eq!(counters.remembered_peers().unwrap(), 0);
+    // On the host itself, too, it fails only without a route.
+    ip("route add default dev edgemesh0");
+    for port in ports {
+        assert!(connect(SocketAddr::new(vips[0], port)).is_ok());
+        assert_eq!(connect(SocketAddr::new(vips[1], port)).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+    }
 }
 
 fn endpoints_change_under_traffic_without_a_failed_connection(mode: Mode) {
@@ -388,7 +464,8 @@ fn detached_programs_leave_sockets_alone() {
 fn sockets_outside_of_the_cgroup_are_not_touched() {
     let sandbox = Sandbox::new(&POD_ADDRESSES);
     tcp_server(PODS[0]);
-    let (mut programs, counters) = Programs::start(&sandbox.child_cgroup(), MapSizes::new(0)).unwrap();
+    let (mut programs, counters) =
+        Programs::start(&sandbox.child_cgroup(), MapSizes::new(0), Nowhere::default()).unwrap();
     set(&mut programs, Tcp, VIP, Some(&PODS[..1]));
     assert_eq!(call_tcp(VIP).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
     assert_eq!(counters.get(Counter::Misses).unwrap(), 0);
@@ -397,6 +474,6 @@ fn sockets_outside_of_the_cgroup_are_not_touched() {
 #[test]
 fn a_missing_cgroup_is_an_error_that_names_it() {
     let missing = std::path::Path::new("/datapath-is-not-there");
-    let error = Programs::start(missing, MapSizes::new(0)).err().unwrap().to_string();
+    let error = Programs::start(missing, MapSizes::new(0), Nowhere::default()).err().unwrap().to_string();
     assert!(error.contains("datapath-is-not-there"), "{error}");
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use edgemesh_agent::datapath::{ebpf::Programs, stale::Swept};
-use edgemesh_mesh::model::Protocol::{Tcp, Udp};
+use edgemesh_mesh::model::Protocol::{self, Tcp, Udp};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::sandbox::{Sandbox, at, ip, set, udp_server};
@@ -87,6 +87,33 @@ fn a_connected_udp_socket_is_ended_with_its_endpoint_and_one_that_called_the_pod
     answers(&through_service, X);
     drop((through_service, other));
     assert_eq!(counters.remembered_peers().unwrap(), 0, "nothing is left of what was ended or moved");
+}
+
+/// Ends what an endpoint is gone for, with one protocol.
+fn sweep_of(programs: &mut Programs, sweeps: usize, gone: Protocol) -> Vec<Swept> {
+    let mut sweeper = programs.take_sweeper().unwrap();
+    let mut sweep = || sweeper.sweep(&|_, _, protocol| protocol == gone);
+    thread::scope(|scope| scope.spawn(|| (0..sweeps).map(|_| sweep()).collect()).join().unwrap())
+}
+
+#[test]
+fn sockets_are_looked_for_only_as_long_as_they_can_have_the_endpoint_that_is_gone() {
+    let sandbox = Sandbox::new(&ADDRESSES);
+    let (mut programs, counters) = sandbox.programs();
+    let listener = TcpListener::bind(A).unwrap();
+    for protocol in [Tcp, Udp] {
+        set(&mut programs, protocol, VIP, Some(&[A]));
+    }
+    let mut tcp = TcpStream::connect(VIP).unwrap();
+    let moved = udp_client("0.0.0.0:0");
+    moved.connect(VIP).unwrap();
+    disconnect(&moved);
+    let suspects: Vec<usize> = sweep_of(&mut programs, 2, Udp).iter().map(|swept| swept.suspects).collect();
+    assert_eq!(suspects, [1, 0], "first the UDP socket, then it is known to be elsewhere");
+    assert_eq!(counters.remembered_peers().unwrap(), 1);
+    let (mut held, _) = listener.accept().unwrap();
+    tcp.write_all(b"?").unwrap();
+    held.read_exact(&mut [0]).unwrap();
 }
 
 #[test]

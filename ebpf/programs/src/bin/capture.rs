@@ -8,10 +8,7 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{bpf_sk_lookup, sk_action},
     macros::{map, sk_lookup},
-    maps::{
-        LpmTrie, SockMap,
-        lpm_trie::Key,
-    },
+    maps::{LpmTrie, SockMap, lpm_trie::Key},
     programs::SkLookupContext,
 };
 use edgemesh_ebpf_abi::{CaptureSocket, MAX_CAPTURED, TCP, UDP};
@@ -68,7 +65,12 @@ fn is_captured(lookup: *const bpf_sk_lookup, family: u32) -> bool {
     // SAFETY: as above; the kernel wants the words read one by one.
     let words = unsafe {
         let words = (&raw const (*lookup).local_ip6).cast::<u32>();
-        [words.read_volatile(), words.add(1).read_volatile(), words.add(2).read_volatile(), words.add(3).read_volatile()]
+        [
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ]
     };
     address[..4].copy_from_slice(&words[0].to_ne_bytes());
     address[4..8].copy_from_slice(&words[1].to_ne_bytes());
