@@ -130,8 +130,8 @@ impl HostRoutes {
         self.0.route().add(route).replace().execute().await.map_err(source)
     }
 
-    /// Makes the ranges that are the host's own equal to `wanted`, each with the addresses of this host that its processes may
-    /// call from, in order of preference. Those of `kept` are left alone.
+    /// Makes the ranges that are the host's own equal to `wanted`, each with the first that will do of `sources`, addresses of this
+    /// host that its processes may call from. Those of `kept` are left alone.
     ///
     /// # Errors
     /// When the routes can't be listed. A single route that is refused is in the result, with the kernel's reason.
@@ -147,7 +147,9 @@ impl HostRoutes {
             let range = destination(&route);
             match range {
                 Some(range) if kept.contains(&range) => {}
-                Some(range) if wanted.contains(&range) => drop(present.insert(range)),
+                // The kernel keeps it when the host loses the address: then nobody could call by it.
+                Some(range) if wanted.contains(&range) && has_source(&route, sources) => drop(present.insert(range)),
+                Some(range) if wanted.contains(&range) => {}
                 _ => {
                     if let Err(error) = self.0.route().del(route).execute().await {
                         tracing::debug!(?range, %error, "an old route was not removed");
@@ -379,6 +381,15 @@ fn pod_route(range: Cidr, via: IpAddr) -> Option<RouteMessage> {
         ),
         _ => None,
     }
+}
+
+/// Whether an IPv4 route has the first of these as its preferred source address.
+fn has_source(route: &RouteMessage, sources: &[IpAddr]) -> bool {
+    let first = sources.iter().find_map(|source| match source {
+        IpAddr::V4(source) => Some(RouteAttribute::PrefSource(RouteAddress::Inet(*source))),
+        IpAddr::V6(_) => None,
+    });
+    route.header.address_family == AddressFamily::Inet6 || first.is_some_and(|first| route.attributes.contains(&first))
 }
 
 fn is_ours(route: &RouteMessage) -> bool {

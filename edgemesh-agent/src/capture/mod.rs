@@ -229,11 +229,13 @@ impl Worker {
         let mut refused: BTreeMap<Cidr, String> =
             refused.into_iter().map(|(range, reason)| (range, reason.to_owned())).collect();
 
+        // A process that calls a pod does it from the node's address, as it would without the capture, while the host has that.
+        let own = snapshot.node(&viewpoint.node).into_iter().flat_map(|node| node.addresses.iter().copied());
+        let sources: Vec<IpAddr> = own
+            .filter(|own| host_addresses.contains(own))
+            .chain([IpAddr::V4(self.config.node_local_cidr.dns_address())])
+            .collect();
         let captured = self.capture(&wanted, &mut refused).await;
-        // A process that calls a pod does it from the node's address, as it would without the capture.
-        let own = snapshot.node(&viewpoint.node).map(|node| node.addresses.clone()).unwrap_or_default();
-        let sources: Vec<IpAddr> =
-            own.into_iter().chain([IpAddr::V4(self.config.node_local_cidr.dns_address())]).collect();
         match self.routes.sync_local(&captured, &sources, &kept).await {
             Ok(failed) => {
                 refused.extend(failed);

@@ -270,6 +270,18 @@ impl Dialer {
         self.host_addresses.lock().update(read).contains(&ip)
     }
 
+    /// A client as endpoints and other nodes are told of it. A process of this host calls a node-local address from that address
+    /// itself, which is the same one on each node: it is told of by the node's own address.
+    fn as_told(&self, client: SocketAddr) -> SocketAddr {
+        if !self.node_local.is_some_and(|range| range.contains(client.ip())) {
+            return client;
+        }
+        let catalog = self.catalog.snapshot();
+        let mut own = catalog.node(&self.standpoint.node).into_iter().flat_map(|node| &node.addresses);
+        let own = own.find(|own| own.is_ipv4() == client.is_ipv4());
+        own.map_or(client, |own| SocketAddr::new(*own, client.port()))
+    }
+
     /// A stream to a pod of another network.
     async fn pod(
         &self,
@@ -289,8 +301,8 @@ impl Dialer {
                 .map(|node| node.name.clone())
                 .ok_or(UpstreamError::NoNode)?
         };
-        let header =
-            StreamHeader { target: StreamTarget::Pod, protocol, endpoint: address, source: client.to_string() };
+        let source = self.as_told(client).to_string();
+        let header = StreamHeader { target: StreamTarget::Pod, protocol, endpoint: address, source };
         let stream = self.tunnel.open(&node, &header).await;
         let stream = Box::new(stream.map_err(|error| UpstreamError::Unreachable(error.to_string()))?);
         let path = path_of(&stream);
@@ -338,6 +350,7 @@ impl Dialer {
         dial: impl Fn(SocketAddr, Option<Vec<u8>>) -> Dialling,
     ) -> Result<(Upstream<Direct>, Route), UpstreamError> {
         let deadline = Instant::now() + OVERALL_DEADLINE;
+        let client = self.as_told(client);
         let mut failures = Vec::new();
         let mut tried = PassedOver::new();
         // With others that are no better than one that failed.

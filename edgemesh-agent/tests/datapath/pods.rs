@@ -248,6 +248,22 @@ fn while_the_agent_is_away_calls_are_refused_at_once_and_never_answered_by_the_h
 }
 
 #[test]
+fn host_processes_call_pods_of_another_network_though_their_own_address_changes() {
+    let sites = Sites::start(&[], |_| {});
+    serve(&sites);
+    let host = &sites.a.host;
+    let calls_from = || {
+        let stream = host.run(|| TcpStream::connect_timeout(&to(POD_B[0], 8080), crate::sites::DEADLINE));
+        stream.map(|stream| stream.local_addr().unwrap().ip().to_string())
+    };
+    until("the node's address", || calls_from().is_ok_and(|ip| ip == "192.0.2.1"));
+    host.run(|| crate::sandbox::ip("address del 192.0.2.1/24 dev wan-a"));
+    until("another one", || calls_from().is_ok_and(|ip| ip == "169.254.64.1"));
+    host.run(|| crate::sandbox::ip("address add 192.0.2.1/24 dev wan-a"));
+    until("the node's address once more", || calls_from().is_ok_and(|ip| ip == "192.0.2.1"));
+}
+
+#[test]
 fn a_capture_that_somebody_else_removed_is_there_again() {
     let sites = Sites::start(&[], |config| config.datapath = DatapathMode::Nftables);
     serve(&sites);

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use edgemesh_mesh::model::Protocol;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
 };
 
 use crate::{
@@ -119,7 +119,13 @@ async fn a_call_that_the_datapath_let_through_may_use_far_endpoints_of_a_local_s
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_wants_it_is_told_whose_connection_it_gets() {
     let (a, b) = two_sites().await;
-    for (name, node) in [("far", "b"), ("near", "a")] {
+    for (name, node, own) in [("far", "b", None), ("near", "a", None), ("beside", "a", Some("192.0.2.77"))] {
+        // Processes of the host call a node-local address from that address itself.
+        if let Some(own) = own {
+            let with_address = serde_json::json!({"metadata": {"name": "a", "labels": {"edgemesh.dev/network": "site-a"}},
+                "status": {"addresses": [{"type": "InternalIP", "address": own}]}});
+            a.catalog.apply_node(&serde_json::from_value(with_address).unwrap());
+        }
         // A server that answers with all that it got.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         service(&[&a, &b], name, "TCP", &[(listener.local_addr().unwrap(), node)]);
@@ -131,14 +137,21 @@ async fn a_service_that_wants_it_is_told_whose_connection_it_gets() {
             node.catalog.apply_service(&serde_json::from_value(wanting.clone()).unwrap());
             node.catalog.publish();
         }
-        let mut client = TcpStream::connect(a.listener(name, Protocol::Tcp)).await.unwrap();
-        let own = client.local_addr().unwrap();
+        let (address, socket) = (a.listener(name, Protocol::Tcp), TcpSocket::new_v4().unwrap());
+        if own.is_some() {
+            socket.bind((address.ip(), 0).into()).unwrap();
+        }
+        let mut client = socket.connect(address).await.unwrap();
+        let mut told = client.local_addr().unwrap();
+        if let Some(own) = own {
+            told.set_ip(own.parse().unwrap());
+        }
         let (mut server, _) = within("the connection", listener.accept()).await.unwrap();
         client.write_all(b"hello").await.unwrap();
         client.shutdown().await.unwrap();
         let mut received = Vec::new();
         within("what is sent", server.read_to_end(&mut received)).await.unwrap();
-        let header = edgemesh_mesh::l4::proxy_protocol::proxied(own, "10.96.0.9:80".parse().unwrap());
+        let header = edgemesh_mesh::l4::proxy_protocol::proxied(told, "10.96.0.9:80".parse().unwrap());
         assert_eq!(received, [&header[..], b"hello"].concat(), "{name}");
     }
 }
