@@ -152,6 +152,10 @@ async fn answer(listener: TcpListener, service: ServiceName, local: Arc<AtomicUs
         match listener.accept().await {
             Ok((stream, _)) => {
                 let response = response(&service, local.load(Ordering::Relaxed));
+                if by_age.len() >= MAX_REQUESTS {
+                    // After a pause of this process many come at once, and those before may be about to be answered.
+                    tokio::task::yield_now().await;
+                }
                 while requests.try_join_next().is_some() {}
                 by_age.retain(|request| !request.is_finished());
                 if by_age.len() >= MAX_REQUESTS

@@ -271,7 +271,10 @@ impl Catalog {
         let has_ranges = new.as_ref().is_some_and(|new| !new.pod_cidrs.is_empty());
         if let Some(node) = &new {
             for ip in &node.addresses {
-                self.node_addresses.insert(*ip, Arc::clone(node));
+                // Of several, the same one whoever changed last.
+                if self.node_addresses.get(ip).is_none_or(|owner| owner.name >= node.name) {
+                    self.node_addresses.insert(*ip, Arc::clone(node));
+                }
             }
             self.nodes.insert(Arc::clone(&node.name), Arc::clone(node));
         }

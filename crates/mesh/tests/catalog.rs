@@ -288,6 +288,8 @@ fn nodes_of_two_networks_with_the_same_address_have_endpoints_of_their_own() {
     }
     // Whichever of them is found by the address, the other one is when it is gone.
     let owner = || published(&store).node_of_address(ip("192.168.1.10")).map(|node| node.name.to_string());
+    apply(&store, node("b1", "b", "192.168.1.10"));
+    assert_eq!(owner().as_deref(), Some("a1"), "whoever has said so last");
     apply(&store, node("b1", "b", "192.168.1.12"));
     assert_eq!(owner().as_deref(), Some("a1"));
     apply(&store, node("b1", "b", "192.168.1.10"));

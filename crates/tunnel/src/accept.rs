@@ -105,6 +105,7 @@ pub(crate) async fn serve(
 
 async fn refuse(mut stream: TunnelStream, refusal: &Refusal, metrics: &Metrics) {
     metrics.refused(refusal.reason.label());
+    stream.carries_nothing();
     let answer = async {
         wire::write_answer(&mut stream, Err(refusal)).await?;
         tokio::io::AsyncWriteExt::shutdown(&mut stream).await

@@ -17,11 +17,11 @@ use crate::{config::TunnelConfig, connections::Connections, error::StartError, l
 /// Streams at a time in one connection; with QUIC, those of each side. Yamux wants 256 KiB of its 1 GiB window for each; QUIC keeps
 /// some hundred bytes for each that may be opened.
 pub(crate) const MAX_STREAMS: usize = 4096;
-/// Unread data that one stream may hold at the receiver. Enough for 1 Gbit/s at 30 ms.
-const STREAM_WINDOW: u32 = 4 << 20;
+/// Unread data that one stream may hold at the receiver. Enough for 1 Gbit/s at 16 ms.
+const STREAM_WINDOW: u32 = 2 << 20;
 /// The same for a whole QUIC connection: so many streams may be full before the others stand still. What a stream holds is given back
-/// only when it is read, and each carries another client, so one that stops reading mustn't take much of it.
-const CONNECTION_WINDOW: u32 = 256 * STREAM_WINDOW;
+/// only when it is read, and each carries another client, so one that stops reading mustn't take much of it. It is this node's memory.
+const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
 /// QUIC: a silent path is probed this often…
 const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(4);
 /// … and given up after this time.

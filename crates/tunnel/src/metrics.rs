@@ -56,25 +56,38 @@ pub(crate) struct OpenStreams {
 
 /// Counts a stream as open until it is dropped.
 #[derive(Debug)]
-pub(crate) struct OpenStream(OpenStreams);
+pub(crate) struct OpenStream {
+    all: OpenStreams,
+    /// Whether what it has sent is waited for after its end.
+    carried: bool,
+}
 
 impl OpenStreams {
     pub(crate) fn begin(&self) -> OpenStream {
         self.count.inc();
-        OpenStream(self.clone())
+        OpenStream { all: self.clone(), carried: true }
     }
 
-    /// Whether there was none all this time.
+    /// Whether there was none all this time, but for those that carried nothing.
     pub(crate) fn none_for(&self, time: Duration) -> bool {
         self.count.get() == 0 && self.last_end.lock().is_none_or(|end| end.elapsed() >= time)
     }
 }
 
+impl OpenStream {
+    /// It was refused: nobody waits for more of it.
+    pub(crate) fn carries_nothing(&mut self) {
+        self.carried = false;
+    }
+}
+
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        // Before it is no longer counted.
-        *self.0.last_end.lock() = Some(Instant::now());
-        self.0.count.dec();
+        if self.carried {
+            // Before it is no longer counted.
+            *self.all.last_end.lock() = Some(Instant::now());
+        }
+        self.all.count.dec();
     }
 }
 

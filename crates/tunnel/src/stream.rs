@@ -29,7 +29,7 @@ pub struct TunnelStream {
     connection: Arc<Connection>,
     path: Path,
     bytes: StreamBytes,
-    _open: OpenStream,
+    open: OpenStream,
     /// None if the other side opened it.
     _place: Option<Place>,
 }
@@ -47,7 +47,7 @@ impl TunnelStream {
             connection,
             bytes: metrics.stream_bytes(&path),
             path,
-            _open: metrics.streams.begin(),
+            open: metrics.streams.begin(),
             _place: place,
         }
     }
@@ -55,6 +55,11 @@ impl TunnelStream {
     /// What follows goes in blocks, both ways.
     pub(crate) fn begin_blocks(&mut self) {
         self.inner.begin();
+    }
+
+    /// It is refused: nobody waits for more of it.
+    pub(crate) fn carries_nothing(&mut self) {
+        self.open.carries_nothing();
     }
 
     /// The path that it took when it was opened.

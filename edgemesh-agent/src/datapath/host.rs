@@ -5,6 +5,7 @@ use std::{
     io,
     net::{IpAddr, UdpSocket},
     os::fd::AsRawFd as _,
+    time::{Duration, Instant},
 };
 
 use nix::ifaddrs::getifaddrs;
@@ -26,6 +27,8 @@ pub(crate) fn addresses() -> io::Result<HashSet<IpAddr>> {
 #[derive(Debug, Default)]
 pub(crate) struct KnownAddresses {
     last: HashSet<IpAddr>,
+    /// When that was.
+    at: Option<Instant>,
     /// Whether they could not be read the last time, which is said once.
     is_old: bool,
 }
@@ -34,7 +37,7 @@ impl KnownAddresses {
     /// Takes what [`addresses`] gave. Where that failed, what was known before holds: the host has hardly lost its addresses.
     pub(crate) fn update(&mut self, read: io::Result<HashSet<IpAddr>>) -> &HashSet<IpAddr> {
         match read {
-            Ok(addresses) => *self = Self { last: addresses, is_old: false },
+            Ok(addresses) => *self = Self { last: addresses, at: Some(Instant::now()), is_old: false },
             Err(error) => {
                 if !std::mem::replace(&mut self.is_old, true) {
                     tracing::warn!(%error, "the host's addresses can't be read: those that it had before are taken for its own");
@@ -42,6 +45,13 @@ impl KnownAddresses {
             }
         }
         &self.last
+    }
+}
+
+impl KnownAddresses {
+    /// The addresses as they are now, or were within this time.
+    pub(crate) fn within(&mut self, time: Duration) -> &HashSet<IpAddr> {
+        if self.at.is_none_or(|at| at.elapsed() >= time) { self.update(addresses()) } else { &self.last }
     }
 }
 

@@ -447,6 +447,9 @@ impl Worker {
         match written {
             Ok(_) => {
                 self.planned_outside = Some(Arc::clone(catalog));
+                if self.older_removed {
+                    self.rules_gone.store(true, Ordering::Relaxed);
+                }
                 if std::mem::take(&mut self.outside_failures) > 0 {
                     tracing::info!("NodePorts and external addresses are served to callers outside of this node again");
                 }

@@ -61,7 +61,15 @@ impl Island {
     pub fn new(config: &Config, metrics: IslandMetrics) -> Self {
         let keep = Duration::from_secs(config.island_check_seconds) * share::CHECKS_PER_REPORT * share::REPORTS_KEPT;
         let kept = Kept::at(config.data_dir.join("island.json"));
-        let observed = if config.island_check_seconds == 0 { Observed::default() } else { kept.read() };
+        let observed = if config.island_check_seconds == 0 {
+            // Once they are made again it would be old.
+            if let Err(error) = kept.write(&Observed::default()) {
+                tracing::warn!(%error, "what an earlier run held of endpoints can't be removed");
+            }
+            Observed::default()
+        } else {
+            kept.read()
+        };
         let state = State { observed, ..State::default() };
         let reports = Arc::new(Reports::new(keep, metrics.clone()));
         Self { state: Arc::new(ArcSwap::from_pointee(state)), kept, reports, metrics }

@@ -77,7 +77,8 @@ impl ProxiedUdp {
 
     /// Serves until it is dropped; the flows end with it.
     pub(super) async fn run(self) {
-        // No more than the tunnel carries to one node, so that idle ones make room before it refuses any.
+        // No more than the tunnel carries to one node: as long as another listener has few flows there, idle ones make room before
+        // it refuses any.
         let limits = FlowLimits { flows: MAX_FLOWS, idle: self.parts.udp_idle, ..FlowLimits::default() };
         let table = FlowTable::new(limits);
         let mut changes = self.parts.dialer.changes();

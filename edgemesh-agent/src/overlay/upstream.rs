@@ -142,6 +142,9 @@ pub(crate) fn is_of_this_host(error: &io::Error) -> bool {
     )
 }
 
+/// How soon a change of the host's addresses is seen: a stranger can ask for them with each datagram.
+const HOST_ADDRESSES: Duration = Duration::from_secs(1);
+
 /// What could not be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Blame {
@@ -266,8 +269,7 @@ impl Dialer {
         if ranges.any(|range| range.contains(ip)) {
             return true;
         }
-        let read = host::addresses();
-        self.host_addresses.lock().update(read).contains(&ip)
+        self.host_addresses.lock().within(HOST_ADDRESSES).contains(&ip)
     }
 
     /// A client as endpoints and other nodes are told of it. A process of this host calls a node-local address from that address

@@ -215,6 +215,7 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
                     }
                     Err(error) => {
                         drop(client);
+                        traffic.swallows.store(true, Ordering::Relaxed);
                         ended(FlowEnded::NotOpened(error), &traffic);
                         tokio::select! {
                             _ = stopped => {}
@@ -246,16 +247,18 @@ impl<K: Clone + Eq + Hash + Send + 'static> FlowTable<K> {
 }
 
 /// Takes the flows that were idle longest out of the table and ends them, also those that are still being opened, so that
-/// there are never more than the table has places for. Returns how many.
+/// there are never more than the table has places for. Those that only swallow datagrams come first. Returns how many.
 fn evict<K: Clone + Eq + Hash>(flows: &mut HashMap<K, Entry>, limits: FlowLimits) -> usize {
     let wanted = (limits.flows / FREED_SHARE).max(1);
     let now = Instant::now();
-    let mut idle: Vec<(Instant, K)> = flows
-        .iter()
-        .map(|(key, entry)| (entry.traffic.last(), key))
-        .filter(|(last, _)| now.saturating_duration_since(*last) >= limits.spared)
-        .map(|(last, key)| (last, key.clone()))
-        .collect();
+    let pick = |wanted: &dyn Fn(&Traffic) -> bool| -> Vec<(Instant, K)> {
+        let all = flows.iter().filter(|(_, entry)| wanted(&entry.traffic));
+        all.map(|(key, entry)| (entry.traffic.last(), key.clone())).collect()
+    };
+    let mut idle = pick(&|traffic| traffic.swallows.load(Ordering::Relaxed));
+    if idle.is_empty() {
+        idle = pick(&|traffic| now.saturating_duration_since(traffic.last()) >= limits.spared);
+    }
     if idle.len() > wanted {
         idle.select_nth_unstable_by_key(wanted, |(last, _)| *last);
         idle.truncate(wanted);
@@ -476,6 +479,32 @@ mod tests {
         assert_eq!(outcome, Delivery::BeganInPlaceOf(1));
         assert!(matches!(ended.await.unwrap(), FlowEnded::Evicted));
         replies.recv().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn flows_that_could_not_be_opened_make_room_before_others() {
+        let (flows, spared) = (4, Duration::from_secs(3600));
+        let table = FlowTable::new(FlowLimits { flows, spared, ..FlowLimits::default() });
+        let server = echo().await;
+        let (client, _replies) = mpsc::channel(8);
+        let sink = client.clone();
+        table.deliver(0, Bytes::from_static(b"x"), || Box::new(Client(sink)), || open(server), |_, _| {});
+        for key in 1..20 {
+            let (tell, ended) = oneshot::channel();
+            let (sink, fails) = (client.clone(), async { Err(io::ErrorKind::ConnectionRefused.into()) });
+            let delivery = table.deliver(
+                key,
+                Bytes::new(),
+                || Box::new(Client(sink)),
+                || fails,
+                |end, _| {
+                    let _ = tell.send(end);
+                },
+            );
+            assert_eq!(delivery, if key < 4 { Delivery::Began } else { Delivery::BeganInPlaceOf(1) }, "{key}");
+            assert!(matches!(ended.await.unwrap(), FlowEnded::NotOpened(_)));
+        }
+        assert!(table.idle(&0).is_some(), "the one that works is still there");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,7 +1,7 @@
 //! What a UDP flow has carried, and when.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -18,6 +18,8 @@ pub struct Traffic {
     pub(super) to_near: AtomicU64,
     /// Cancelled when the flow is to end before its time.
     pub(super) evicted: CancellationToken,
+    /// It could not be opened, and only swallows datagrams.
+    pub(super) swallows: AtomicBool,
 }
 
 impl Default for Traffic {
@@ -28,6 +30,7 @@ impl Default for Traffic {
             to_far: AtomicU64::new(0),
             to_near: AtomicU64::new(0),
             evicted: CancellationToken::new(),
+            swallows: AtomicBool::new(false),
         }
     }
 }
