@@ -178,7 +178,8 @@ async fn with_all_upstreams_dead_failures_come_within_a_second_and_then_at_once(
     for i in 0..20 {
         let started = Instant::now();
         assert_eq!(code(&dns.ask(&format!("n{i}.example."), RecordType::A).await), ResponseCode::ServFail);
-        slow.extend(Some(started.elapsed()).filter(|took| *took > Duration::from_millis(50)));
+        // One that is asked waits for the probe, after 600 ms.
+        slow.extend(Some(started.elapsed()).filter(|took| *took > Duration::from_millis(200)));
     }
     assert!(slow.len() <= 2, "a question is asked all the same now and then, but not most: {slow:?}");
     // Cluster names don't care.
@@ -300,7 +301,7 @@ async fn a_crowd_with_many_questions_learns_at_once_that_all_upstreams_are_dead(
         assert_eq!(code(&answer.await.unwrap()), ResponseCode::ServFail);
     }
     // One probe after the other would make the last wait for the longest time of a question, four seconds.
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
