@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use libp2p::{Multiaddr, PeerId, Stream, core::ConnectedPoint, multiaddr::Protocol, swarm::ConnectionId};
@@ -24,6 +25,9 @@ const SPARE: usize = 128;
 const OVER_QUIC: Opened = Opened::at_most(MAX_STREAMS - SPARE);
 /// With Yamux those of both sides count together, and one too many ends the connection with all the others.
 const OVER_YAMUX: Opened = Opened::at_most(MAX_STREAMS / 2 - SPARE);
+
+/// After this time a connection that is still there is known to work: longer than silence is borne on any of them.
+const SETTLED: Duration = Duration::from_secs(30);
 
 /// UDP flows that can go to a node at a time, whichever way it is reached.
 pub const MAX_FLOWS: usize = OVER_YAMUX.flows;
@@ -54,6 +58,7 @@ pub(crate) struct Connection {
     pub(crate) route: Route,
     pub(crate) opener: mpsc::Sender<OpenRequest>,
     opened: Mutex<Opened>,
+    made: Instant,
     /// Bytes that streams received over it: a connection that receives is alive, whatever its pings say.
     pub(crate) received: AtomicU64,
     /// `received` at the last failed ping.
@@ -114,6 +119,7 @@ impl Connection {
             route,
             opener,
             opened: Mutex::default(),
+            made: Instant::now(),
             received: AtomicU64::new(0),
             received_at_failure: AtomicU64::new(0),
         }
@@ -191,13 +197,17 @@ impl Connections {
     }
 
     /// Takes out the relayed connections with a peer that no stream uses and that none will: there is a better one, or a newer one.
+    ///
+    /// Not one that was made a moment ago beside an older one: the peer made it because it has that one no more, as after a
+    /// restart, and here that is noticed only with time.
     pub(crate) fn take_superseded(&self, peer: &PeerId) -> Vec<ConnectionId> {
         let mut by_peer = self.by_peer.write();
         let Some(list) = by_peer.get_mut(peer) else { return Vec::new() };
         let Some(best) = best_of(list).map(|connection| connection.id) else { return Vec::new() };
         // Whoever uses one, or is about to, has it from here.
         let superseded = |connection: &mut Arc<Connection>| {
-            connection.route.is_relayed() && connection.id != best && Arc::strong_count(connection) == 1
+            let is_settled = connection.id < best || connection.made.elapsed() >= SETTLED;
+            connection.route.is_relayed() && connection.id != best && is_settled && Arc::strong_count(connection) == 1
         };
         list.extract_if(.., superseded).map(|connection| connection.id).collect()
     }
@@ -301,6 +311,10 @@ mod tests {
         assert_eq!(table.take_superseded(&peer), ids(&[4]));
         drop(used);
         assert_eq!(table.take_superseded(&peer), ids(&[2]));
+        // The peer has started again, and this side doesn't know yet.
+        let (opener, _newer) = mpsc::channel(1);
+        table.add(Arc::new(Connection::new(ConnectionId::new_unchecked(6), peer, Route::Relayed(None), opener)));
+        assert!(table.take_superseded(&peer).is_empty());
         assert!(table.is_direct(&peer));
     }
 }

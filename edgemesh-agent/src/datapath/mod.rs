@@ -140,7 +140,7 @@ impl Datapath {
             Ok(sweeper) => sweepers.push(Box::new(sweeper)),
             Err(error) => tracing::error!(%error, "flows to endpoints that are gone will not be ended"),
         }
-        let reaper = Reaper::start(sweepers, is_ours, metrics.clone())
+        let reaper = Reaper::start(sweepers, is_ours, metrics.clone(), stale::FIRST_LOOK)
             .inspect_err(|error| tracing::error!(%error, "sockets of endpoints that are gone will not be ended"))
             .ok();
         let rules_lead = Arc::new(AtomicBool::new(programs.is_none()));
@@ -599,10 +599,10 @@ impl Worker {
     /// what is gone any more. `passed_on` says whether an address is another Service's now.
     fn look_back(&mut self, catalog: Arc<Catalog>, passed_on: bool) {
         let older = self.looked_at.replace(Arc::clone(&catalog));
-        if let Some(reaper) = &self.reaper
-            && (passed_on || older.is_none_or(|older| stale::any_gone(&older, &catalog)))
-        {
-            reaper.look(catalog);
+        let Some(reaper) = &self.reaper else { return };
+        reaper.note(Arc::clone(&catalog));
+        if passed_on || older.is_none_or(|older| stale::any_gone(&older, &catalog)) {
+            reaper.look();
         }
     }
 }

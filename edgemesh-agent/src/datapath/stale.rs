@@ -36,7 +36,7 @@ use crate::metrics::DatapathMetrics;
 /// only then: the pod may live, and what is under way in them gets time to end by itself.
 const SECOND_LOOK: Duration = Duration::from_secs(2);
 /// How long after the start sockets are looked at that an earlier run left, unless endpoints go before.
-const FIRST_LOOK: Duration = Duration::from_secs(10);
+pub(super) const FIRST_LOOK: Duration = Duration::from_secs(10);
 /// How long sockets have from when their endpoint went: answers that are under way arrive, if its pod lives. It is also the least
 /// time between two looks, so that a storm of changes costs little more than one.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -191,25 +191,35 @@ pub(super) struct Reaper {
 }
 
 impl Reaper {
-    /// Starts the thread. Backends for which `is_ours` holds are the agent's own listeners, and never gone.
+    /// Starts the thread, which looks for the first time so long after it was told to. Backends for which `is_ours` holds are the
+    /// agent's own listeners, and never gone.
     pub(super) fn start(
         sweepers: Vec<Box<dyn Sweep>>,
         is_ours: impl Fn(SocketAddr) -> bool + Send + 'static,
         metrics: DatapathMetrics,
+        first_look: Duration,
     ) -> io::Result<Self> {
         let newest = Arc::<ArcSwapOption<Catalog>>::default();
         let (wake, woken) = sync_channel(1);
         let mailbox = Arc::clone(&newest);
-        thread::Builder::new()
-            .name("stale-sockets".to_owned())
-            .spawn(move || run(sweepers, &mailbox, &woken, &is_ours, &metrics))?;
+        thread::Builder::new().name("stale-sockets".to_owned()).spawn(move || {
+            // The first catalog is the copy on disk. It can lack an endpoint that the run before still learned of, so it gets time
+            // to be brought up to date.
+            if woken.recv().is_ok() && !matches!(woken.recv_timeout(first_look), Err(RecvTimeoutError::Disconnected)) {
+                run(sweepers, &mailbox, &woken, &is_ours, &metrics);
+            }
+        })?;
         Ok(Self { newest, wake })
     }
 
-    /// Has sockets looked at by a catalog from which endpoints are gone.
-    pub(super) fn look(&self, catalog: Arc<Catalog>) {
+    /// Takes note of a catalog: the next look is by the newest.
+    pub(super) fn note(&self, catalog: Arc<Catalog>) {
         self.newest.store(Some(catalog));
-        // Full: it is about to look, and will see this catalog.
+    }
+
+    /// Has sockets looked at: endpoints are gone from the newest catalog.
+    pub(super) fn look(&self) {
+        // Full: it is about to look, and will see that catalog.
         let _ = self.wake.try_send(());
     }
 }
@@ -221,11 +231,6 @@ fn run(
     is_ours: &dyn Fn(SocketAddr) -> bool,
     metrics: &DatapathMetrics,
 ) {
-    // The first catalog is the copy on disk. It can lack an endpoint that the run before still learned of, so it gets time
-    // to be brought up to date.
-    if woken.recv().is_err() || matches!(woken.recv_timeout(FIRST_LOOK), Err(RecvTimeoutError::Disconnected)) {
-        return;
-    }
     let mut second: Option<(Arc<Catalog>, Instant)> = None;
     loop {
         let Some(catalog) = mailbox.load_full() else { return };
@@ -314,6 +319,20 @@ mod tests {
     }
 
     #[test]
+    fn the_first_look_is_by_what_has_come_since() {
+        let (sender, looks) = sync_channel(16);
+        let metrics = DatapathMetrics::new(&mut prometheus_client::registry::Registry::default());
+        let reaper = Reaper::start(vec![Box::new(Looks(sender))], |_| false, metrics, Duration::from_secs(1)).unwrap();
+        let catalogs = store(&json!([{"addresses": ["10.244.1.6"]}]));
+        reaper.note(catalogs.snapshot());
+        reaper.look();
+        // An endpoint comes to which sockets are connected before anything is looked at.
+        set(&catalogs, "web", &json!([{"addresses": ["10.244.1.5"]}]));
+        reaper.note(catalogs.snapshot());
+        assert_eq!(looks.recv_timeout(Duration::from_secs(20)).unwrap(), [false; 2]);
+    }
+
+    #[test]
     fn an_endpoint_is_gone_for_udp_when_it_serves_no_more_and_for_tcp_when_it_is_deleted() {
         let ready = json!([{"addresses": ["10.244.1.5"]}]);
         let terminating = json!([{"addresses": ["10.244.1.5"], "conditions": {"ready": false, "serving": true, "terminating": true}}]);
@@ -379,12 +398,13 @@ mod tests {
     fn udp_sockets_are_ended_soon_and_connections_of_an_endpoint_that_stays_away_later() {
         let (sender, looks) = sync_channel(16);
         let metrics = DatapathMetrics::new(&mut prometheus_client::registry::Registry::default());
-        let reaper = Reaper::start(vec![Box::new(Looks(sender))], |_| false, metrics).unwrap();
+        let reaper = Reaper::start(vec![Box::new(Looks(sender))], |_| false, metrics, FIRST_LOOK).unwrap();
         let there = json!([{"addresses": ["10.244.1.5"]}]);
         let store = store(&there);
         let look = |endpoints: &Value| {
             set(&store, "web", endpoints);
-            reaper.look(store.snapshot());
+            reaper.note(store.snapshot());
+            reaper.look();
         };
         let next = || looks.recv_timeout(Duration::from_secs(20)).unwrap();
         look(&there);
