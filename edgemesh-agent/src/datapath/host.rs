@@ -46,9 +46,7 @@ impl KnownAddresses {
         }
         &self.last
     }
-}
 
-impl KnownAddresses {
     /// The addresses as they are now, or were within this time.
     pub(crate) fn within(&mut self, time: Duration) -> &HashSet<IpAddr> {
         if self.at.is_none_or(|at| at.elapsed() >= time) { self.update(addresses()) } else { &self.last }

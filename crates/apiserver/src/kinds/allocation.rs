@@ -264,7 +264,7 @@ fn allocate_ports(
     errors: &mut Errors,
 ) {
     let (first, last) = (*ranges.node_ports.start(), *ranges.node_ports.end());
-    let gives = wants_node_ports(spec);
+    let fills_in = wants_node_ports(spec);
     let ports = spec.get_mut("ports").and_then(Value::as_array_mut).map(Vec::as_mut_slice).unwrap_or_default();
     // The same port number in two protocols shares one node port, so what one of them names goes for both.
     let mut by_port: Vec<(i64, u16)> = Vec::new();
@@ -288,7 +288,7 @@ fn allocate_ports(
             }
         }
     }
-    if !gives {
+    if !fills_in {
         return;
     }
     let count = u64::from(last.saturating_sub(first)) + 1;
